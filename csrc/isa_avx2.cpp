@@ -1,0 +1,27 @@
+// The kernels for x86-64 machines with AVX2.
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+
+#include "resample.h"
+
+#ifdef __x86_64__
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,f16c")
+#endif
+
+#define REVBIFPN_ISA avx2
+#include "kernels/kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

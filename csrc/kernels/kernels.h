@@ -1,0 +1,24 @@
+// All kernels for the instruction set REVBIFPN_ISA (a namespace), included once by each isa_*.cpp, which
+// has included every library header before: an inline function of the standard library that is compiled
+// here could replace its copy elsewhere and stop programs on older machines.
+
+namespace revbifpn::REVBIFPN_ISA {
+
+#include "elements.h"
+#include "rows.h"
+#include "columns.h"
+
+#include "add.h"
+#include "adjoint.h"
+
+#define REVBIFPN_INSTANTIATE(T)                                                                    \
+  template void add_units<T>(const AddJob<accumulator_t<T>> &, int64_t, int64_t,                   \
+                             accumulator_t<T> *);                                                  \
+  template void adjoint_units<T>(const AdjointJob<accumulator_t<T>> &, int64_t, int64_t,           \
+                                 accumulator_t<T> *);
+REVBIFPN_INSTANTIATE(double)
+REVBIFPN_INSTANTIATE(float)
+REVBIFPN_INSTANTIATE(BFloat16)
+REVBIFPN_INSTANTIATE(Half)
+
+} // namespace revbifpn::REVBIFPN_ISA

@@ -1,0 +1,117 @@
+// y = x + alpha * sum_k R_k(s_k) on CPUs: checks, plan of the work, registration. Kernel: kernels/add.h.
+
+#include <cmath>
+#include <limits>
+
+#include "common.h"
+#include "taps.h"
+
+namespace revbifpn {
+namespace {
+
+// Elements of a row of a strip. Three sources keep 8 rows in use: 64 KiB of float32.
+constexpr int64_t STRIP_SIZE = 2048;
+
+template <class Acc> Acc snap_of(const char *op, std::optional<double> lattice) {
+  if (!lattice.has_value())
+    return 0;
+  STD_TORCH_CHECK(*lattice > 0, op, ": lattice must be a positive power of two, got ", *lattice);
+  const Acc snap = static_cast<Acc>(std::ldexp(*lattice, std::numeric_limits<Acc>::digits - 1));
+  STD_TORCH_CHECK(std::isfinite(snap), op, ": lattice is too large for the dtype of the sums, got ",
+                  *lattice);
+  return snap;
+}
+
+template <class Acc>
+Source<Acc> source_of(const char *op, const Tensor &tensor, const Maps &y, const std::string &mode) {
+  Source<Acc> source;
+  source.maps = maps_of(op, tensor);
+  const int64_t h = source.maps.height, w = source.maps.width;
+  source.kind = kind_of(op, h, w, y.height, y.width, mode);
+  source.block_h = h / y.height;
+  source.block_w = w / y.width;
+  source.enlarge_w = whole_factor(source.kind, w, y.width);
+  source.rows = taps_of<Acc>(source.kind, h, y.height);
+  source.columns = taps_of<Acc>(source.kind, w, y.width);
+  return source;
+}
+
+/// Cuts the maps into units: strips first, and chunks of rows where there are few planes for the threads.
+template <class Acc> void plan_units(AddJob<Acc> &job, int64_t images, int64_t channels) {
+  const Maps &y = job.y;
+  const bool lanes_are_channels = y.stride_c == 1 && y.stride_w != 1;
+  job.lanes = {channels, lanes_are_channels ? std::clamp<int64_t>(channels, 1, STRIP_SIZE) : 1};
+  const int64_t lanes = job.lanes.lane_block;
+  job.strips = ceil_div(y.width, std::max<int64_t>(1, STRIP_SIZE / lanes));
+  job.strip_columns = ceil_div(y.width, job.strips);
+  job.strips = ceil_div(y.width, job.strip_columns);
+  job.strip_size = job.strip_columns * lanes + PADDING;
+  job.sums_size = std::max(job.strip_columns * lanes, RUN_SIZE) + PADDING;
+
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t units = std::max<int64_t>(1, images * job.lanes.blocks() * job.strips);
+  const int64_t wanted_chunks = threads == 1 ? 1 : ceil_div(4 * threads, units);
+  job.row_chunks = std::clamp<int64_t>(wanted_chunks, 1, ceil_div(y.height, 16));
+  job.chunk_rows = ceil_div(y.height, job.row_chunks);
+  job.row_chunks = ceil_div(y.height, job.chunk_rows);
+
+  int64_t source_columns = 0;
+  for (const Source<Acc> &source : job.sources)
+    source_columns = std::max(source_columns, source.kind == Kind::area
+                                                  ? job.strip_columns * source.block_w
+                                                  : std::min(source.maps.width, job.strip_columns + 2));
+  job.scratch_size = source_columns * lanes + PADDING;
+}
+
+template <class T>
+void run_add(const char *op, const Maps &x, const Maps &y, int64_t images, int64_t channels,
+             const std::vector<Tensor> &sources, double alpha, const std::string &mode,
+             std::optional<double> lattice) {
+  using Acc = accumulator_t<T>;
+  AddJob<Acc> job;
+  job.x = x;
+  job.y = y;
+  job.alpha = static_cast<Acc>(alpha);
+  job.snap = snap_of<Acc>(op, lattice);
+  for (const Tensor &source : sources)
+    job.sources.push_back(source_of<Acc>(op, source, y, mode));
+  plan_units(job, images, channels);
+  run_units(job, images * job.lanes.blocks() * job.strips * job.row_chunks,
+            images * channels * y.height * y.width, REVBIFPN_BEST_KERNEL(add_units, T));
+}
+
+Tensor resample_add_cpu(const Tensor &x, const std::vector<Tensor> &sources, double alpha,
+                        const std::string &mode, std::optional<double> lattice) {
+  Tensor y = torch::stable::empty_like(x);
+  resample_add_into("resample_add", x, y, sources, alpha, mode, lattice);
+  return y;
+}
+
+void resample_add_cpu_(const Tensor &x, const std::vector<Tensor> &sources, double alpha,
+                       const std::string &mode, std::optional<double> lattice) {
+  resample_add_into("resample_add_", x, x, sources, alpha, mode, lattice);
+}
+
+} // namespace
+
+void resample_add_into(const char *op, const Tensor &x, const Tensor &y,
+                       const std::vector<Tensor> &sources, double alpha, const std::string &mode,
+                       std::optional<double> lattice) {
+  const Maps x_maps = maps_of(op, x), y_maps = maps_of(op, y);
+  check_count(op, sources.size());
+  for (const Tensor &source : sources) {
+    const Maps maps = maps_of(op, source);
+    check_same_planes(op, x, source);
+    check_precision(op, maps.dtype, x_maps.dtype);
+  }
+  dispatch_dtype(x_maps.dtype, [&](auto element) {
+    run_add<decltype(element)>(op, x_maps, y_maps, x.size(0), x.size(1), sources, alpha, mode, lattice);
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(revbifpn, CPU, m) {
+  m.impl("resample_add", TORCH_BOX(&resample_add_cpu));
+  m.impl("resample_add_", TORCH_BOX(&resample_add_cpu_));
+}
+
+} // namespace revbifpn

@@ -1,0 +1,35 @@
+// x = y - alpha * sum_k R_k(s_k) and [alpha * transpose(R_k)(grad)] on CPUs. The halves share no large map
+// (y and x; grad and the results), so they run one after the other.
+
+#include <tuple>
+
+#include "common.h"
+
+namespace revbifpn {
+namespace {
+
+std::tuple<Tensor, std::vector<Tensor>>
+resample_undo_cpu(const Tensor &y, const Tensor &grad, const std::vector<Tensor> &sources, double alpha,
+                  const std::string &mode, std::optional<double> lattice) {
+  const char *op = "resample_undo";
+  const Maps y_maps = maps_of(op, y), grad_maps = maps_of(op, grad);
+  check_same_planes(op, y, grad);
+  STD_TORCH_CHECK(y_maps.height == grad_maps.height && y_maps.width == grad_maps.width &&
+                      y_maps.dtype == grad_maps.dtype,
+                  op, ": grad must have y's shape and dtype");
+  Tensor x = torch::stable::empty_like(y);
+  resample_add_into(op, y, x, sources, -alpha, mode, lattice);
+  std::vector<Tensor> grad_sources;
+  for (const Tensor &source : sources)
+    grad_sources.push_back(torch::stable::empty_like(source));
+  resample_adjoint_into(op, grad, grad_sources, alpha, mode);
+  return {x, grad_sources};
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(revbifpn, CPU, m) {
+  m.impl("resample_undo", TORCH_BOX(&resample_undo_cpu));
+}
+
+} // namespace revbifpn

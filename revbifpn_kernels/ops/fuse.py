@@ -1,0 +1,215 @@
+"""Triton building blocks of x + α·Σ_k R_k(s_k), on cells and on single elements.
+
+Both compute the same sequence of operations, so the same bits: source by source, `first` then `second` tap.
+"""
+
+import triton
+import triton.language as tl
+
+from .cells import (
+    border_weights,
+    cell_borders,
+    cell_pointer,
+    expand_row,
+    first_tap,
+    halo_offsets,
+    is_bilinear,
+    join_columns,
+    load_columns,
+    second_weight,
+)
+from .taps import bilinear_taps, element_pointer, nearest_tap
+
+
+@triton.jit
+def add_bilinear_row(sums, top, bottom, first, second):
+    """sums + first·top + second·bottom, column by column; `sums` may be empty."""
+    blended = ()
+    for j in tl.static_range(len(top)):
+        if len(sums) == 0:
+            blended = blended + (tl.fma(bottom[j], second, top[j] * first),)
+        else:
+            blended = blended + (tl.fma(bottom[j], second, tl.fma(top[j], first, sums[j])),)
+    return blended
+
+
+@triton.jit
+def add_nearest_row(sums, pixels, FACTOR: tl.constexpr, CELL_W: tl.constexpr):
+    """sums + each pixel repeated FACTOR times; `sums` may be empty."""
+    added = ()
+    for j in tl.static_range(CELL_W):
+        if len(sums) == 0:
+            added = added + (pixels[j // FACTOR],)
+        else:
+            added = added + (sums[j] + pixels[j // FACTOR],)
+    return added
+
+
+@triton.jit
+def round_to_multiple(value, lattice):
+    """`value` rounded to a multiple of lattice[0], whose inverse is lattice[1]; ties to even."""
+    steps = value * lattice[1]
+    # Adding 2²³ leaves no fraction bits; from 2²³ on float32 has none, and NaN and infinity stay.
+    whole = (tl.abs(steps) + 8388608.0) - 8388608.0
+    whole = tl.where(steps < 0, -whole, whole)
+    return tl.where(tl.abs(steps) < 8388608.0, whole, steps) * lattice[0]
+
+
+@triton.jit
+def add_update(x, sums, alpha, lattice, HAS_LATTICE: tl.constexpr):
+    """x + α·sums in float32, α·sums rounded to the lattice if there is one."""
+    x = x.to(tl.float32)
+    if HAS_LATTICE:
+        return x + round_to_multiple(sums * alpha, lattice)
+    else:
+        return tl.fma(sums, alpha, x)
+
+
+@triton.jit
+def open_source(
+    ptr,
+    strides,
+    UNIT: tl.constexpr,
+    cell,
+    FACTOR: tl.constexpr,
+    MODE: tl.constexpr,
+    CELL_H: tl.constexpr,
+    CELL_W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """What reading a source of one cell needs: pointer, row stride, halo offsets, border weights, rows."""
+    at_top, at_bottom, at_left, at_right = cell_borders(cell)
+    ptr = cell_pointer(ptr, strides, UNIT, cell, CELL_H // FACTOR, CELL_W // FACTOR)
+    stride_h = strides[2] * UNIT
+    above, below = halo_offsets(at_top, at_bottom, CELL_H // FACTOR)
+    before, after = halo_offsets(at_left, at_right, CELL_W // FACTOR)
+    sides = (before, after, border_weights(at_left, FACTOR))
+    rows = ()
+    if is_bilinear(FACTOR, MODE):
+        halo = expand_row(ptr + above * stride_h, strides[3], sides, FACTOR, CELL_W, CHANNELS_LAST)
+        first = expand_row(ptr, strides[3], sides, FACTOR, CELL_W, CHANNELS_LAST)
+        rows = (halo, first)
+    return (ptr, stride_h, strides[3], below, sides, border_weights(at_top, FACTOR)), rows
+
+
+@triton.jit
+def add_row(
+    sums,
+    source,
+    rows,
+    I: tl.constexpr,
+    FACTOR: tl.constexpr,
+    MODE: tl.constexpr,
+    CELL_H: tl.constexpr,
+    CELL_W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """Add row I of the resampled source to `sums`; `rows` are the source rows held, the new ones return."""
+    ptr, stride_h, stride_w, below, sides, border = source
+    if not is_bilinear(FACTOR, MODE):
+        if I % FACTOR == 0:
+            row_ptr = ptr + (I // FACTOR) * stride_h
+            rows = load_columns(row_ptr, stride_w, CELL_W // FACTOR, CHANNELS_LAST)
+        return add_nearest_row(sums, rows, FACTOR, CELL_W), rows
+    elif first_tap(I, FACTOR) == 0:
+        return add_bilinear_row(sums, rows[0], rows[1], border[I][0], border[I][1]), rows
+    else:
+        if first_tap(I, FACTOR) != first_tap(I - 1, FACTOR):
+            if first_tap(I, FACTOR) == CELL_H // FACTOR:
+                row_ptr = ptr + below * stride_h
+            else:
+                row_ptr = ptr + first_tap(I, FACTOR) * stride_h
+            next_row = expand_row(row_ptr, stride_w, sides, FACTOR, CELL_W, CHANNELS_LAST)
+            rows = (rows[1], next_row)
+        first, second = 1.0 - second_weight(I, FACTOR), second_weight(I, FACTOR)
+        return add_bilinear_row(sums, rows[0], rows[1], first, second), rows
+
+
+@triton.jit
+def write_row(
+    y_ptr, y_stride_w, x_ptr, x_stride_w, sums, alpha, lattice, mask,
+    HAS_LATTICE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """One row of each lane's cell: y = x + α·sums."""
+    if CHANNELS_LAST:
+        for j in tl.static_range(len(sums)):
+            x = tl.load(x_ptr + j * x_stride_w)
+            y = add_update(x, sums[j], alpha, lattice, HAS_LATTICE)
+            tl.store(y_ptr + j * y_stride_w, y.to(y_ptr.dtype.element_ty), mask=mask)
+    else:
+        columns = tl.arange(0, len(sums))[None, :]
+        x = tl.load(x_ptr[:, None] + columns)
+        y = add_update(x, join_columns(sums), alpha, lattice, HAS_LATTICE)
+        tl.store(y_ptr[:, None] + columns, y.to(y_ptr.dtype.element_ty), mask=mask[:, None])
+
+
+@triton.jit
+def fuse_cells(
+    y_ptr, y_strides, Y_UNIT: tl.constexpr, x_ptr, x_strides, X_UNIT: tl.constexpr,
+    source_ptrs, source_strides, SOURCE_UNITS: tl.constexpr, alpha, lattice, mask, cell,
+    FACTORS: tl.constexpr, MODE: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr,
+    HAS_LATTICE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """y = x + α·Σ_k R_k(s_k) on one cell a lane, row by row; each source row is expanded once."""
+    x_ptr = cell_pointer(x_ptr, x_strides, X_UNIT, cell, CELL_H, CELL_W)
+    y_ptr = cell_pointer(y_ptr, y_strides, Y_UNIT, cell, CELL_H, CELL_W)
+    sources = ()
+    rows = ()
+    for k in tl.static_range(len(FACTORS)):
+        source, held = open_source(
+            source_ptrs[k], source_strides[k], SOURCE_UNITS[k], cell,
+            FACTORS[k], MODE, CELL_H, CELL_W, CHANNELS_LAST,
+        )  # fmt: skip
+        sources = sources + (source,)
+        rows = rows + (held,)
+    for i in tl.static_range(CELL_H):
+        sums = ()
+        next_rows = ()
+        for k in tl.static_range(len(FACTORS)):
+            sums, held = add_row(
+                sums, sources[k], rows[k], i, FACTORS[k], MODE, CELL_H, CELL_W, CHANNELS_LAST
+            )
+            next_rows = next_rows + (held,)
+        rows = next_rows
+        write_row(
+            y_ptr + i * (y_strides[2] * Y_UNIT), y_strides[3],
+            x_ptr + i * (x_strides[2] * X_UNIT), x_strides[3],
+            sums, alpha, lattice, mask, HAS_LATTICE, CHANNELS_LAST,
+        )  # fmt: skip
+
+
+@triton.jit
+def blend_columns(ptr, stride_w, j_0, j_1, weight):
+    first = tl.load(ptr + j_0.to(tl.int64) * stride_w).to(tl.float32)
+    second = tl.load(ptr + j_1.to(tl.int64) * stride_w).to(tl.float32)
+    return tl.fma(second, weight, first * (1.0 - weight))
+
+
+@triton.jit
+def add_resampled(sums, ptr, strides, size, scales, place, H, W, KIND: tl.constexpr):
+    """sums + R(source) at each lane's place, for one source of any size."""
+    n, c, i, j = place
+    h, w = size
+    if KIND == "bilinear":
+        i_0, i_1, weight_h = bilinear_taps(i, h, H)
+        j_0, j_1, weight_w = bilinear_taps(j, w, W)
+        zero = tl.zeros_like(j)
+        top_ptr = element_pointer(ptr, strides, n, c, i_0, zero)
+        bottom_ptr = element_pointer(ptr, strides, n, c, i_1, zero)
+        top = blend_columns(top_ptr, strides[3], j_0, j_1, weight_w)
+        bottom = blend_columns(bottom_ptr, strides[3], j_0, j_1, weight_w)
+        sums = tl.fma(bottom, weight_h, tl.fma(top, 1.0 - weight_h, sums))
+    elif KIND == "area":
+        rows, columns = h // H, w // W
+        total = tl.zeros_like(sums)
+        for a in range(rows):
+            for b in range(columns):
+                pixel = element_pointer(ptr, strides, n, c, i * rows + a, j * columns + b)
+                total += tl.load(pixel).to(tl.float32)
+        sums += tl.div_rn(total, tl.zeros_like(total) + rows * columns)
+    else:
+        if KIND == "nearest":
+            i = nearest_tap(i, h, H, scales[0])
+            j = nearest_tap(j, w, W, scales[1])
+        sums += tl.load(element_pointer(ptr, strides, n, c, i, j)).to(tl.float32)
+    return sums

@@ -1,0 +1,71 @@
+"""A kernel launch as a value: it can run, or be compiled for a GPU that is not there."""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A Triton kernel with its grid, run-time arguments and compile-time constants."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    constants: dict[str, Any]
+    num_warps: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        # Contraction is off: which products are fused is written in the kernels (see cells.py).
+        return {"num_warps": self.num_warps, "enable_fp_fusion": False}
+
+    def run(self, device: torch.device) -> None:
+        """Enqueue the kernel on `device`'s current stream."""
+        if 0 in self.grid:
+            return
+        is_current = device.type != "cuda" or device.index == torch.cuda.current_device()
+        with contextlib.nullcontext() if is_current else torch.cuda.device(device):
+            self.kernel[self.grid](**self.args, **self.constants, **self.options)
+
+    def compile(self, target: "triton.backends.compiler.GPUTarget"):
+        """Compile for `target`, with the argument types and divisibilities a launch would find."""
+        signature, constants, attributes = {}, {}, {}
+        values = {**self.args, **dict.fromkeys(self.constants, None)}
+        for position, name in enumerate(self.kernel.arg_names):
+            path = (position,)
+            if name in self.constants:
+                signature[name] = "constexpr"
+                constants[path] = self.constants[name]
+            else:
+                signature[name] = _argument_type(values[name], path, constants, attributes)
+        source = triton.compiler.ASTSource(self.kernel, signature, constants, attributes)
+        return triton.compile(source, target=target, options=self.options)
+
+
+def _argument_type(value, path, constants, attributes):
+    """The type Triton's launcher derives for `value`; notes what it specialises on."""
+    if isinstance(value, tuple):
+        return tuple(
+            _argument_type(entry, (*path, i), constants, attributes)
+            for i, entry in enumerate(value)
+        )
+    if isinstance(value, Tensor):
+        if value.data_ptr() % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "*" + _POINTER_TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    if value == 1:
+        constants[path] = 1
+        return "constexpr"
+    if value % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+_POINTER_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

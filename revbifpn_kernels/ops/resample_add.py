@@ -1,0 +1,303 @@
+"""y = x + α·Σ_k R_k(s_k): the forward and, with −α, the inverse of RevSilo's fusion, in one pass."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .cells import locate_cells
+from .fuse import add_resampled, add_update, fuse_cells
+from .launch import Launch
+from .resample import (
+    check_devices_have_kernels,
+    check_lattice,
+    check_mode,
+    check_number,
+    check_sources,
+    is_channels_last,
+    library,
+    resample_reference,
+)
+from .taps import element_pointer, locate_elements
+from .tiling import Cells, Elements, cut_into_cells, nearest_scales, strides_in_units
+
+
+def round_to_lattice(update: Tensor, lattice: float) -> Tensor:
+    """`update` rounded to the nearest multiple of `lattice`, ties to even; gradients pass through."""
+    return update + ((update / lattice).round() * lattice - update).detach()
+
+
+def resample_add_reference(
+    x: Tensor,
+    sources: Sequence[Tensor],
+    *,
+    alpha: float = 1.0,
+    mode: str = "bilinear",
+    lattice: float | None = None,
+) -> Tensor:
+    """The specification in plain PyTorch, one resampling and one addition a source."""
+    size = tuple(x.shape[2:])
+    update = alpha * sum(resample_reference(source.to(x.dtype), size, mode) for source in sources)
+    if lattice is not None:
+        update = round_to_lattice(update, lattice)
+    return x + update
+
+
+@triton.jit
+def _resample_add_cells_kernel(
+    y_ptr, y_strides, x_ptr, x_strides, source_ptrs, source_strides, alpha, lattice,
+    lanes, C, cells_h, cells_w, chain,
+    Y_UNIT: tl.constexpr, X_UNIT: tl.constexpr, SOURCE_UNITS: tl.constexpr,
+    FACTORS: tl.constexpr, MODE: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr,
+    HAS_LATTICE: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    mask, cell = locate_cells(lanes, C, cells_h, cells_w, chain, BLOCK, CHANNELS_LAST)
+    fuse_cells(
+        y_ptr, y_strides, Y_UNIT, x_ptr, x_strides, X_UNIT,
+        source_ptrs, source_strides, SOURCE_UNITS, alpha, lattice, mask, cell,
+        FACTORS, MODE, CELL_H, CELL_W, HAS_LATTICE, CHANNELS_LAST,
+    )  # fmt: skip
+
+
+@triton.jit
+def _resample_add_elements_kernel(
+    y_ptr, y_strides, x_ptr, x_strides, source_ptrs, source_strides, source_sizes, source_scales,
+    alpha, lattice, elements, C, H, W,
+    HAS_LATTICE: tl.constexpr, KINDS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    INDEX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    mask, place = locate_elements(elements, C, H, W, BLOCK, CHANNELS_LAST, INDEX)
+    n, c, i, j = place
+    sums = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(len(KINDS)):
+        sums = add_resampled(
+            sums, source_ptrs[k], source_strides[k], source_sizes[k], source_scales[k],
+            place, H, W, KINDS[k],
+        )  # fmt: skip
+    x = tl.load(element_pointer(x_ptr, x_strides, n, c, i, j))
+    y = add_update(x, sums, alpha, lattice, HAS_LATTICE)
+    y_ptr = element_pointer(y_ptr, y_strides, n, c, i, j)
+    tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch_elements(y: Tensor, x: Tensor, sources, alpha, mode, lattice) -> Launch:
+    elements = Elements(tuple(x.shape), is_channels_last(x))
+    sizes = tuple(tuple(source.shape[2:]) for source in sources)
+    return Launch(
+        _resample_add_elements_kernel,
+        elements.grid,
+        {
+            "y_ptr": y,
+            "y_strides": y.stride(),
+            "x_ptr": x,
+            "x_strides": x.stride(),
+            "source_ptrs": tuple(sources),
+            "source_strides": tuple(source.stride() for source in sources),
+            "source_sizes": sizes,
+            "source_scales": tuple(nearest_scales(size, x.shape[2:]) for size in sizes),
+            "alpha": float(alpha),
+            "lattice": lattice_and_inverse(lattice),
+            **elements.args(),
+        },
+        {"HAS_LATTICE": lattice is not None, **elements.constants(sizes, mode)},
+        num_warps=4,
+    )
+
+
+def _launch_cells(y: Tensor, x: Tensor, sources, alpha, mode, lattice, cells: Cells) -> Launch:
+    y_unit, y_strides = strides_in_units(y, cells.channels_last)
+    x_unit, x_strides = strides_in_units(x, cells.channels_last)
+    units = [strides_in_units(source, cells.channels_last) for source in sources]
+    return Launch(
+        _resample_add_cells_kernel,
+        cells.grid,
+        {
+            "y_ptr": y,
+            "y_strides": y_strides,
+            "x_ptr": x,
+            "x_strides": x_strides,
+            "source_ptrs": tuple(sources),
+            "source_strides": tuple(strides for _, strides in units),
+            "alpha": float(alpha),
+            "lattice": lattice_and_inverse(lattice),
+            **cells.args(x.shape[1]),
+        },
+        {
+            "Y_UNIT": y_unit,
+            "X_UNIT": x_unit,
+            "SOURCE_UNITS": tuple(unit for unit, _ in units),
+            "HAS_LATTICE": lattice is not None,
+            **cells.constants(mode),
+        },
+        num_warps=4,
+    )
+
+
+def lattice_and_inverse(lattice: float | None) -> tuple[float, float]:
+    return (1.0, 1.0) if lattice is None else (float(lattice), 1.0 / lattice)
+
+
+def plan_resample_add(y: Tensor, x: Tensor, sources, alpha, mode, lattice) -> Launch:
+    """The launch that computes y, which may be x."""
+    cells = cut_into_cells([x, y], sources)
+    if cells is None:
+        return _launch_elements(y, x, sources, alpha, mode, lattice)
+    return _launch_cells(y, x, sources, alpha, mode, lattice, cells)
+
+
+def _resample_add_cuda(x, sources, alpha, mode, lattice) -> Tensor:
+    y = torch.empty_like(x)
+    plan_resample_add(y, x, sources, alpha, mode, lattice).run(x.device)
+    return y
+
+
+def _resample_add_cuda_(x, sources, alpha, mode, lattice) -> None:
+    plan_resample_add(x, x, sources, alpha, mode, lattice).run(x.device)
+
+
+_SIGNATURE = "Tensor[] sources, float alpha, str mode, float? lattice"
+library.define(f"resample_add(Tensor x, {_SIGNATURE}) -> Tensor")
+library.define(f"resample_add_(Tensor(a!) x, {_SIGNATURE}) -> ()")
+# Key CPU is implemented in csrc/resample_add.cpp.
+library.impl("resample_add", _resample_add_cuda, "CUDA")
+library.impl("resample_add_", _resample_add_cuda_, "CUDA")
+
+
+def _check(op, x, sources, alpha, mode, lattice) -> None:
+    check_sources(op, "x", x, sources)
+    check_number(op, "alpha", alpha)
+    check_mode(op, mode)
+    check_lattice(op, lattice)
+    check_devices_have_kernels(op, x)
+
+
+def _check_in_place(x: Tensor) -> None:
+    op = "resample_add_"
+    if x.requires_grad and x.is_leaf and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op}: x must not be a leaf that requires grad, because its value would be lost; "
+            "got one; call resample_add, or detach x"
+        )
+    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(
+            f"{op}: x must not share memory between its elements, got strides {x.stride()}"
+        )
+
+
+@torch.library.register_fake("revbifpn::resample_add", lib=library)
+def _resample_add_fake(x, sources, alpha, mode, lattice):
+    _check("resample_add", x, sources, alpha, mode, lattice)
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("revbifpn::resample_add_", lib=library)
+def _resample_add_fake_(x, sources, alpha, mode, lattice):
+    _check("resample_add_", x, sources, alpha, mode, lattice)
+
+
+def _setup_context(ctx, inputs, output):
+    # Linear in x and the sources: sizes and dtypes suffice, no tensor is saved.
+    _, sources, ctx.alpha, ctx.mode, _ = inputs
+    ctx.sizes = [tuple(source.shape[2:]) for source in sources]
+    ctx.dtypes = [source.dtype for source in sources]
+
+
+def source_gradients(
+    ctx, grad: Tensor, needed: Sequence[bool], alpha: float
+) -> list[Tensor | None]:
+    """α·R_kᵀ(grad) for the sources that need one; one launch for each dtype among them."""
+    grads: list[Tensor | None] = [None] * len(ctx.sizes)
+    wanted = [k for k, is_needed in enumerate(needed) if is_needed]
+    for dtype in {ctx.dtypes[k]: None for k in wanted}:
+        group = [k for k in wanted if ctx.dtypes[k] == dtype]
+        sizes = [side for k in group for side in ctx.sizes[k]]
+        results = torch.ops.revbifpn.resample_adjoint(grad, sizes, alpha, ctx.mode, dtype)
+        for k, result in zip(group, results, strict=True):
+            grads[k] = result
+    return grads
+
+
+def _backward(ctx, grad):
+    grad_sources = source_gradients(ctx, grad, ctx.needs_input_grad[1], ctx.alpha)
+    return grad, grad_sources, None, None, None
+
+
+torch.library.register_autograd(
+    "revbifpn::resample_add", _backward, setup_context=_setup_context, lib=library
+)
+
+
+class _InPlace(torch.autograd.Function):
+    """`register_autograd` refuses ops that write to an argument; this marks x as written."""
+
+    @staticmethod
+    def forward(ctx, x, alpha, mode, lattice, *sources):
+        _setup_context(ctx, (x, sources, alpha, mode, lattice), None)
+        with torch._C._AutoDispatchBelowAutograd():
+            torch.ops.revbifpn.resample_add_(x, list(sources), alpha, mode, lattice)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        needed = ctx.needs_input_grad[4:]
+        return grad, None, None, None, *source_gradients(ctx, grad, needed, ctx.alpha)
+
+
+def _resample_add_autograd_(x, sources, alpha, mode, lattice) -> None:
+    _InPlace.apply(x, alpha, mode, lattice, *sources)
+
+
+library.impl("resample_add_", _resample_add_autograd_, "Autograd")
+
+
+def resample_add(
+    x: Tensor,  # (N, C, H, W)
+    sources: Sequence[Tensor],  # 1 to 8 of (N, C, h_k, w_k)
+    *,
+    alpha: float = 1.0,
+    mode: str = "bilinear",
+    lattice: float | None = None,
+) -> Tensor:
+    """Return y = x + α·Σ_k R_k(s_k), (N, C, H, W), in x's dtype and memory format.
+
+    The fusion of RevSilo (arXiv 2206.14098, eq. of both halves); −α gives its inverse. Equivalent to
+    `x + alpha * sum(F.interpolate(s, size=x.shape[2:], mode=mode) for s in sources)` with one rounding.
+
+    Args:
+        x: float64 (CPU), float32, bfloat16 or float16; contiguous, channels_last or channel slices of
+            either move at full speed.
+        sources: Smaller maps are enlarged (`mode`), maps of x's size are added as they are, maps larger
+            by whole factors are averaged. Of x's dtype, or bfloat16/float16 beside a float32 x.
+        alpha: Factor of the sum.
+        mode: "bilinear" (`align_corners=False`) or "nearest".
+        lattice: A power of two; α·Σ R is rounded to a multiple of it. If x lies on the lattice and
+            |y| < 2²⁴·lattice, float32 adds exactly and −α restores x bit for bit.
+
+    Raises:
+        ValueError, TypeError: An argument does not fit; the message names it. Nothing is written.
+    """
+    _check("resample_add", x, sources, alpha, mode, lattice)
+    return torch.ops.revbifpn.resample_add(x, list(sources), alpha, mode, lattice)
+
+
+def resample_add_(
+    x: Tensor,  # (N, C, H, W)
+    sources: Sequence[Tensor],  # 1 to 8 of (N, C, h_k, w_k)
+    *,
+    alpha: float = 1.0,
+    mode: str = "bilinear",
+    lattice: float | None = None,
+) -> Tensor:
+    """Add α·Σ_k R_k(s_k) into x and return x: `resample_add` without an allocation.
+
+    Raises:
+        RuntimeError: x is a leaf that requires grad.
+        ValueError, TypeError: An argument does not fit; the message names it. x is untouched.
+    """
+    _check("resample_add_", x, sources, alpha, mode, lattice)
+    _check_in_place(x)
+    torch.ops.revbifpn.resample_add_(x, list(sources), alpha, mode, lattice)
+    return x

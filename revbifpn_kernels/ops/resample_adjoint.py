@@ -1,0 +1,251 @@
+"""ds_k = α·R_kᵀ(g): the gradients of all sources of a fusion, in one pass over g."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .adjoint import adjoint_cells, gather_outputs
+from .cells import locate_cells
+from .launch import Launch
+from .resample import (
+    DTYPES,
+    check_count,
+    check_devices_have_kernels,
+    check_maps,
+    check_mode,
+    check_number,
+    check_precision,
+    check_size,
+    empty_maps,
+    is_channels_last,
+    library,
+    resample_reference,
+)
+from .taps import element_pointer, locate_elements
+from .tiling import MAX_CHAIN, Cells, Elements, cut_into_cells, nearest_scales, strides_in_units
+
+
+def resample_adjoint_reference(
+    grad: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    alpha: float = 1.0,
+    mode: str = "bilinear",
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """The specification in plain PyTorch: autograd of each resampling."""
+    results = []
+    for size in sizes:
+        with torch.enable_grad():
+            source = grad.new_zeros((*grad.shape[:2], *size), requires_grad=True)
+            resampled = resample_reference(source, tuple(grad.shape[2:]), mode)
+            (result,) = torch.autograd.grad(resampled, source, alpha * grad.detach())
+        results.append(result.to(dtype or grad.dtype))
+    return results
+
+
+@triton.jit
+def _resample_adjoint_cells_kernel(
+    grad_ptr, grad_strides, result_ptrs, result_strides, alpha,
+    lanes, C, cells_h, cells_w, chain,
+    GRAD_UNIT: tl.constexpr, RESULT_UNITS: tl.constexpr,
+    FACTORS: tl.constexpr, MODE: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    mask, cell = locate_cells(lanes, C, cells_h, cells_w, chain, BLOCK, CHANNELS_LAST)
+    adjoint_cells(
+        grad_ptr, grad_strides, GRAD_UNIT, result_ptrs, result_strides, RESULT_UNITS, alpha,
+        mask, cell, chain, FACTORS, MODE, CELL_H, CELL_W, CHANNELS_LAST, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _resample_adjoint_elements_kernel(
+    grad_ptr, grad_strides, result_ptrs, result_strides, result_sizes, result_scales,
+    supports, alpha, N, C, H, W,
+    KINDS: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    for k in tl.static_range(len(KINDS)):
+        if tl.program_id(1) == k:
+            h, w = result_sizes[k]
+            elements = N.to(tl.int64) * C * h * w
+            if tl.program_id(0).to(tl.int64) * BLOCK < elements:
+                mask, place = locate_elements(
+                    elements.to(INDEX), C, h, w, BLOCK, CHANNELS_LAST, INDEX
+                )
+                n, c, r, q = place
+                if KINDS[k] == "area":
+                    i, j = r // (h // H), q // (w // W)
+                    grad = tl.load(element_pointer(grad_ptr, grad_strides, n, c, i, j))
+                    share = tl.zeros([BLOCK], tl.float32) + (h // H) * (w // W)
+                    total = tl.div_rn(grad.to(tl.float32), share)
+                elif KINDS[k] == "identity":
+                    grad = tl.load(element_pointer(grad_ptr, grad_strides, n, c, r, q))
+                    total = grad.to(tl.float32)
+                else:
+                    total = gather_outputs(
+                        grad_ptr, grad_strides, n, c, r, q, (h, w), result_scales[k], H, W,
+                        supports[k][0], supports[k][1], KINDS[k],
+                    )  # fmt: skip
+                ptr = element_pointer(result_ptrs[k], result_strides[k], n, c, r, q)
+                tl.store(ptr, (total * alpha).to(ptr.dtype.element_ty), mask=mask)
+
+
+def plan_resample_adjoint(grad: Tensor, results: Sequence[Tensor], alpha, mode) -> Launch:
+    """The launch that computes every result."""
+    cells = cut_into_cells([grad], results, longest_chain=MAX_CHAIN)
+    if cells is None:
+        return _launch_elements(grad, results, alpha, mode)
+    return _launch_cells(grad, results, alpha, mode, cells)
+
+
+def _launch_elements(grad: Tensor, results: Sequence[Tensor], alpha, mode) -> Launch:
+    largest = max((result.shape for result in results), key=math.prod)
+    elements = Elements(tuple(largest), is_channels_last(grad))
+    N, C, H, W = grad.shape
+    sizes = tuple(tuple(result.shape[2:]) for result in results)
+    return Launch(
+        _resample_adjoint_elements_kernel,
+        (*elements.grid, len(results)),
+        {
+            "grad_ptr": grad,
+            "grad_strides": grad.stride(),
+            "result_ptrs": tuple(results),
+            "result_strides": tuple(result.stride() for result in results),
+            "result_sizes": sizes,
+            "result_scales": tuple(nearest_scales(size, (H, W)) for size in sizes),
+            "supports": tuple(_supports(size, (H, W)) for size in sizes),
+            "alpha": float(alpha),
+            "N": N,
+            "C": C,
+            "H": H,
+            "W": W,
+        },
+        elements.constants(sizes, mode, (H, W)),
+        num_warps=4,
+    )
+
+
+def _supports(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """How many outputs in a row and a column can reach one source pixel, from `first_output` on."""
+    rows, columns = (2 * triton.cdiv(b, a) + 2 for a, b in zip(size, target, strict=True))
+    return rows, columns
+
+
+def _launch_cells(grad: Tensor, results: Sequence[Tensor], alpha, mode, cells: Cells) -> Launch:
+    unit, strides = strides_in_units(grad, cells.channels_last)
+    units = [strides_in_units(result, cells.channels_last) for result in results]
+    return Launch(
+        _resample_adjoint_cells_kernel,
+        cells.grid,
+        {
+            "grad_ptr": grad,
+            "grad_strides": strides,
+            "result_ptrs": tuple(results),
+            "result_strides": tuple(strides for _, strides in units),
+            "alpha": float(alpha),
+            **cells.args(grad.shape[1]),
+        },
+        {
+            "GRAD_UNIT": unit,
+            "RESULT_UNITS": tuple(unit for unit, _ in units),
+            **cells.constants(mode),
+        },
+        num_warps=4,
+    )
+
+
+def _resample_adjoint_cuda(grad, sizes, alpha, mode, dtype) -> list[Tensor]:
+    results = [empty_maps(grad, size, dtype) for size in _pairs(sizes)]
+    plan_resample_adjoint(grad, results, alpha, mode).run(grad.device)
+    return results
+
+
+# Sizes are flat, h_0, w_0, h_1, w_1, …, because schemas have no lists of pairs.
+library.define(
+    "resample_adjoint(Tensor grad, SymInt[] sizes, float alpha, str mode, ScalarType dtype) -> Tensor[]"
+)
+# Key CPU is implemented in csrc/resample_adjoint.cpp.
+library.impl("resample_adjoint", _resample_adjoint_cuda, "CUDA")
+
+
+def _pairs(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    return list(zip(sizes[::2], sizes[1::2], strict=True))
+
+
+def _check(grad, sizes, alpha, mode, dtype) -> None:
+    op = "resample_adjoint"
+    check_maps(op, "grad", grad)
+    check_count(op, "sizes", len(sizes))
+    for k, size in enumerate(sizes):
+        if len(size) != 2:
+            raise ValueError(f"{op}: sizes[{k}] must be (h, w), got {tuple(size)}")
+        check_size(op, f"sizes[{k}]", size, grad.shape[2:])
+    check_number(op, "alpha", alpha)
+    check_mode(op, mode)
+    if dtype not in DTYPES:
+        raise TypeError(f"{op}: dtype must be a floating-point torch.dtype, got {dtype}")
+    check_precision(op, "dtype", dtype, "grad", grad.dtype)
+    check_devices_have_kernels(op, grad)
+
+
+@torch.library.register_fake("revbifpn::resample_adjoint", lib=library)
+def _resample_adjoint_fake(grad, sizes, alpha, mode, dtype):
+    pairs = _pairs(sizes)
+    _check(grad, pairs, alpha, mode, dtype)
+    return [empty_maps(grad, size, dtype) for size in pairs]
+
+
+def _setup_context(ctx, inputs, output):
+    grad, _, ctx.alpha, ctx.mode, _ = inputs
+    ctx.shape, ctx.dtype = grad.shape, grad.dtype
+
+
+def fuse_cotangents(cotangents, shape, dtype, alpha, mode) -> Tensor:
+    """α·Σ_k R_k(cotangent_k), (N, C, H, W): what flows back through α·R_kᵀ, whose adjoint is α·R_k."""
+    zeros = cotangents[0].new_zeros(shape, dtype=dtype)
+    return torch.ops.revbifpn.resample_add(zeros, cotangents, alpha, mode, None)
+
+
+def _backward(ctx, cotangents):
+    present = [cotangent for cotangent in cotangents if cotangent is not None]
+    grad = fuse_cotangents(present, ctx.shape, ctx.dtype, ctx.alpha, ctx.mode) if present else None
+    return grad, None, None, None, None
+
+
+torch.library.register_autograd(
+    "revbifpn::resample_adjoint", _backward, setup_context=_setup_context, lib=library
+)
+
+
+def resample_adjoint(
+    grad: Tensor,  # (N, C, H, W)
+    sizes: Sequence[tuple[int, int]],  # 1 to 8 of (h_k, w_k)
+    *,
+    alpha: float = 1.0,
+    mode: str = "bilinear",
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Return [α·R_kᵀ(grad)], each (N, C, h_k, w_k): the gradients of `resample_add`'s sources.
+
+    R_kᵀ is the transpose of the resampling from (h_k, w_k) to (H, W), the vector–Jacobian product of
+    `F.interpolate`. Every result gathers its terms in a fixed order: the same bits on every run.
+
+    Args:
+        grad: float64 (CPU), float32, bfloat16 or float16, any strides.
+        sizes: The sides of the sources.
+        alpha: Factor of every result.
+        mode: "bilinear" (`align_corners=False`) or "nearest".
+        dtype: Of the results: grad's own (default), or bfloat16/float16 of a float32 grad.
+
+    Raises:
+        ValueError, TypeError: An argument does not fit; the message names it.
+    """
+    dtype = dtype or grad.dtype
+    _check(grad, sizes, alpha, mode, dtype)
+    flat = [side for size in sizes for side in size]
+    return torch.ops.revbifpn.resample_adjoint(grad, flat, alpha, mode, dtype)

@@ -1,0 +1,211 @@
+"""x = y − α·Σ_k R_k(s_k) and ds_k = α·R_kᵀ(g), together: the heart of RevSilo's backward.
+
+Restoring the inputs and differentiating read the same tiles at the same time, so one launch does both.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .adjoint import adjoint_cells
+from .cells import cell_below, locate_cells
+from .fuse import fuse_cells
+from .launch import Launch
+from .resample import (
+    check_devices_have_kernels,
+    check_lattice,
+    check_maps,
+    check_mode,
+    check_number,
+    check_sources,
+    library,
+)
+from .resample_add import (
+    lattice_and_inverse,
+    plan_resample_add,
+    resample_add_reference,
+    source_gradients,
+)
+from .resample_adjoint import (
+    fuse_cotangents,
+    plan_resample_adjoint,
+    resample_adjoint_reference,
+)
+from .tiling import MAX_CHAIN, cut_into_cells, strides_in_units
+
+
+def resample_undo_reference(
+    y: Tensor,
+    grad: Tensor,
+    sources: Sequence[Tensor],
+    *,
+    alpha: float = 1.0,
+    mode: str = "bilinear",
+    lattice: float | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The specification in plain PyTorch."""
+    x = resample_add_reference(y, sources, alpha=-alpha, mode=mode, lattice=lattice)
+    sizes = [tuple(source.shape[2:]) for source in sources]
+    grads = resample_adjoint_reference(grad, sizes, alpha=alpha, mode=mode)
+    return x, [g.to(source.dtype) for g, source in zip(grads, sources, strict=True)]
+
+
+@triton.jit
+def _resample_undo_cells_kernel(
+    x_ptr, x_strides, y_ptr, y_strides, grad_ptr, grad_strides, source_ptrs, source_strides,
+    result_ptrs, result_strides, alpha, lattice, lanes, C, cells_h, cells_w, chain,
+    X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr,
+    SOURCE_UNITS: tl.constexpr, RESULT_UNITS: tl.constexpr,
+    FACTORS: tl.constexpr, MODE: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr,
+    HAS_LATTICE: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    mask, cell = locate_cells(lanes, C, cells_h, cells_w, chain, BLOCK, CHANNELS_LAST)
+    for step in range(chain):
+        fuse_cells(
+            x_ptr, x_strides, X_UNIT, y_ptr, y_strides, Y_UNIT,
+            source_ptrs, source_strides, SOURCE_UNITS, -alpha, lattice, mask,
+            cell_below(cell, step), FACTORS, MODE, CELL_H, CELL_W, HAS_LATTICE, CHANNELS_LAST,
+        )  # fmt: skip
+    adjoint_cells(
+        grad_ptr, grad_strides, GRAD_UNIT, result_ptrs, result_strides, RESULT_UNITS, alpha,
+        mask, cell, chain, FACTORS, MODE, CELL_H, CELL_W, CHANNELS_LAST, BLOCK,
+    )  # fmt: skip
+
+
+def plan_resample_undo(
+    x: Tensor, results: Sequence[Tensor], y: Tensor, grad: Tensor, sources, alpha, mode, lattice
+) -> list[Launch]:
+    """One launch that restores x and computes every result; two off the fast path."""
+    maps = [x, y, grad]
+    cells = cut_into_cells(maps, sources, results, longest_chain=MAX_CHAIN)
+    if cells is None:
+        restore = plan_resample_add(x, y, sources, -alpha, mode, lattice)
+        return [restore, plan_resample_adjoint(grad, results, alpha, mode)]
+    units = {
+        name: strides_in_units(t, cells.channels_last)
+        for name, t in zip(("x", "y", "grad"), maps, strict=True)
+    }
+    source_units = [strides_in_units(source, cells.channels_last) for source in sources]
+    result_units = [strides_in_units(result, cells.channels_last) for result in results]
+    launch = Launch(
+        _resample_undo_cells_kernel,
+        cells.grid,
+        {
+            "x_ptr": x,
+            "x_strides": units["x"][1],
+            "y_ptr": y,
+            "y_strides": units["y"][1],
+            "grad_ptr": grad,
+            "grad_strides": units["grad"][1],
+            "source_ptrs": tuple(sources),
+            "source_strides": tuple(strides for _, strides in source_units),
+            "result_ptrs": tuple(results),
+            "result_strides": tuple(strides for _, strides in result_units),
+            "alpha": float(alpha),
+            "lattice": lattice_and_inverse(lattice),
+            **cells.args(y.shape[1]),
+        },
+        {
+            "X_UNIT": units["x"][0],
+            "Y_UNIT": units["y"][0],
+            "GRAD_UNIT": units["grad"][0],
+            "SOURCE_UNITS": tuple(unit for unit, _ in source_units),
+            "RESULT_UNITS": tuple(unit for unit, _ in result_units),
+            "HAS_LATTICE": lattice is not None,
+            **cells.constants(mode),
+        },
+        num_warps=4,
+    )
+    return [launch]
+
+
+def _resample_undo_cuda(y, grad, sources, alpha, mode, lattice) -> tuple[Tensor, list[Tensor]]:
+    x = torch.empty_like(y)
+    results = [torch.empty_like(source) for source in sources]
+    for launch in plan_resample_undo(x, results, y, grad, sources, alpha, mode, lattice):
+        launch.run(y.device)
+    return x, results
+
+
+library.define(
+    "resample_undo(Tensor y, Tensor grad, Tensor[] sources, float alpha, str mode, float? lattice)"
+    " -> (Tensor, Tensor[])"
+)
+# Key CPU is implemented in csrc/resample_undo.cpp.
+library.impl("resample_undo", _resample_undo_cuda, "CUDA")
+
+
+def _check(y, grad, sources, alpha, mode, lattice) -> None:
+    op = "resample_undo"
+    check_sources(op, "y", y, sources)
+    check_maps(op, "grad", grad)
+    if grad.shape != y.shape or grad.dtype != y.dtype or grad.device != y.device:
+        raise ValueError(
+            f"{op}: grad must have y's shape, dtype and device {tuple(y.shape)} {y.dtype} {y.device}, "
+            f"got {tuple(grad.shape)} {grad.dtype} {grad.device}"
+        )
+    check_number(op, "alpha", alpha)
+    check_mode(op, mode)
+    check_lattice(op, lattice)
+    check_devices_have_kernels(op, y)
+
+
+@torch.library.register_fake("revbifpn::resample_undo", lib=library)
+def _resample_undo_fake(y, grad, sources, alpha, mode, lattice):
+    _check(y, grad, sources, alpha, mode, lattice)
+    return torch.empty_like(y), [torch.empty_like(source) for source in sources]
+
+
+def _setup_context(ctx, inputs, output):
+    y, _, sources, ctx.alpha, ctx.mode, _ = inputs
+    ctx.shape, ctx.dtype = y.shape, y.dtype
+    ctx.sizes = [tuple(source.shape[2:]) for source in sources]
+    ctx.dtypes = [source.dtype for source in sources]
+
+
+def _backward(ctx, grad_x, cotangents):
+    """x = y − α·Σ R_k(s_k) is a fusion; each ds_k = α·R_kᵀ(grad) has R_k as its adjoint."""
+    grad_grad, grad_sources = None, [None] * len(ctx.sizes)
+    if grad_x is not None:
+        grad_sources = source_gradients(ctx, grad_x, ctx.needs_input_grad[2], alpha=-ctx.alpha)
+    present = [cotangent for cotangent in cotangents if cotangent is not None]
+    if present:
+        grad_grad = fuse_cotangents(present, ctx.shape, ctx.dtype, ctx.alpha, ctx.mode)
+    return grad_x, grad_grad, grad_sources, None, None, None
+
+
+torch.library.register_autograd(
+    "revbifpn::resample_undo", _backward, setup_context=_setup_context, lib=library
+)
+
+
+def resample_undo(
+    y: Tensor,  # (N, C, H, W)
+    grad: Tensor,  # (N, C, H, W)
+    sources: Sequence[Tensor],  # 1 to 8 of (N, C, h_k, w_k)
+    *,
+    alpha: float = 1.0,
+    mode: str = "bilinear",
+    lattice: float | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return x = y − α·Σ_k R_k(s_k) and [α·R_kᵀ(grad)]: inputs and source gradients of `resample_add`.
+
+    Equivalent to `resample_add(y, sources, alpha=-alpha)` and `resample_adjoint(grad, sizes, alpha=alpha)`
+    in one pass.
+
+    Args:
+        y: What `resample_add(x, sources, …)` returned.
+        grad: The gradient of y, of y's dtype.
+        sources: As given to `resample_add`; each result has its source's dtype and memory format.
+        alpha: As given to `resample_add`.
+        mode: As given to `resample_add`.
+        lattice: As given to `resample_add`; then x comes back bit for bit.
+
+    Raises:
+        ValueError, TypeError: An argument does not fit; the message names it.
+    """
+    _check(y, grad, sources, alpha, mode, lattice)
+    return torch.ops.revbifpn.resample_undo(y, grad, list(sources), alpha, mode, lattice)

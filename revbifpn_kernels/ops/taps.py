@@ -1,0 +1,70 @@
+"""Triton building blocks for every pair of sizes: one element a lane, its taps computed where it needs them.
+
+Coordinates are exact: floor and remainder of whole numbers, rounded once when the weight is formed.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def locate_elements(
+    elements, C, H, W, BLOCK: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr
+):
+    """Which lanes of this program are in range, and each lane's (n, c, i, j), clamped into range."""
+    lane = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    rest = tl.minimum(lane, elements - 1)
+    if CHANNELS_LAST:
+        c = rest % C
+        rest = rest // C
+    j = rest % W
+    rest = rest // W
+    i = rest % H
+    n = rest // H
+    if not CHANNELS_LAST:
+        c = n % C
+        n = n // C
+    return lane < elements, (n.to(tl.int64), c.to(tl.int64), i.to(INDEX), j.to(INDEX))
+
+
+@triton.jit
+def element_pointer(ptr, strides, n, c, i, j):
+    i, j = i.to(tl.int64), j.to(tl.int64)
+    return ptr + n * strides[0] + c * strides[1] + i * strides[2] + j * strides[3]
+
+
+@triton.jit
+def bilinear_taps(i, size, target):
+    """The two source pixels of output i along one side, and the second one's weight."""
+    # Coordinate (i + ½)·size/target − ½ as a fraction over 2·target.
+    numerator = tl.maximum((2 * i + 1) * size - target, 0)
+    first = numerator // (2 * target)
+    weight = tl.div_rn((numerator % (2 * target)).to(tl.float32), (2.0 * target).to(tl.float32))
+    return first, tl.minimum(first + 1, size - 1), weight
+
+
+@triton.jit
+def nearest_tap(i, size, target, scale):
+    """PyTorch's rule, with its rounding: `scale` is size/target in float32."""
+    scaled = (i.to(tl.float32) * scale).to(i.dtype)
+    tap = tl.where(2 * size == target, i // 2, tl.minimum(scaled, size - 1))
+    return tl.where(size == target, i, tap)
+
+
+@triton.jit
+def first_output(r, size, target):
+    """An output at or before the first one that reaches source pixel r, by at most one, bilinear or nearest."""
+    # Bilinear reaches from the coordinate r − 1 on: (2r − 1)·target/(2·size) − ½.
+    return tl.maximum((2 * r - 1) * target - size, 0) // (2 * size)
+
+
+@triton.jit
+def bilinear_gradient_weight(i, r, size, target):
+    """Weight of output i in the gradient of source pixel r."""
+    first, second, weight = bilinear_taps(i, size, target)
+    return tl.where(first == r, 1.0 - weight, 0.0) + tl.where(second == r, weight, 0.0)
+
+
+@triton.jit
+def nearest_gradient_weight(i, r, size, target, scale):
+    return tl.where(nearest_tap(i, size, target, scale) == r, 1.0, 0.0)

@@ -1,0 +1,175 @@
+"""On the host: which launches may take the fast path, and how it cuts their maps into cells."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .resample import is_channels_last
+
+FAST_FACTORS = (1, 2, 4, 8)
+# More rows of sources than this do not fit a lane's registers together; the element kernels take over.
+MAX_FAST_SOURCES = 4
+# Lanes that keep an H200's 132 multiprocessors busy; below this, cells are made as small as they go.
+LANES_TO_FILL = 132 * 512
+# Cells a lane walks down one after the other in the adjoint, which reads one cell's rows too many.
+MAX_CHAIN = 8
+VECTOR_BYTES = 16
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A cut of (N, C, H, W) into cells of height × width outputs; `chain` of them, a column, a lane."""
+
+    factors: tuple[int, ...]
+    height: int
+    width: int
+    rows: int
+    columns: int
+    chain: int
+    lanes: int
+    channels_last: bool
+    block: int
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (triton.cdiv(self.lanes, self.block),)
+
+    def args(self, channels: int) -> dict:
+        return {
+            "lanes": self.lanes,
+            "C": channels,
+            "cells_h": self.rows,
+            "cells_w": self.columns,
+            "chain": self.chain,
+        }
+
+    def constants(self, mode: str) -> dict:
+        return {
+            "FACTORS": self.factors,
+            "MODE": mode,
+            "CELL_H": self.height,
+            "CELL_W": self.width,
+            "CHANNELS_LAST": self.channels_last,
+            "BLOCK": self.block,
+        }
+
+
+def cut_into_cells(
+    maps: Sequence[Tensor], *small: Sequence[Tensor], block: int = 128, longest_chain: int = 1
+) -> Cells | None:
+    """Cells for maps of (N, C, H, W) and lists of smaller ones; None where the fast path does not apply.
+
+    The lists (sources, their gradients) have the same sizes, entry by entry.
+    """
+    N, C, H, W = maps[0].shape
+    factors = tuple(_factor(source.shape[2:], (H, W)) for source in small[0])
+    if len(factors) > MAX_FAST_SOURCES or any(f not in FAST_FACTORS for f in factors):
+        return None
+    channels_last = is_channels_last(maps[0])
+    tensors = [*maps, *itertools.chain(*small)]
+    if not all(_has_layout(t, channels_last) and _has_short_rows(t) for t in tensors):
+        return None
+    smallest = max(factors)
+    sides = [side for side in reversed(FAST_FACTORS) if side >= smallest]
+    width = next(side for side in sides if W % side == 0)
+    height = next(
+        side
+        for side in sides
+        if side == smallest or (H % side == 0 and N * C * H * W >= LANES_TO_FILL * side * width)
+    )
+    rows, columns = H // height, W // width
+    cells = N * C * rows * columns
+    chain = next(
+        length
+        for length in range(min(longest_chain, rows), 0, -1)
+        if rows % length == 0 and (length == 1 or cells >= 4 * LANES_TO_FILL * length)
+    )
+    lanes = cells // chain
+    if lanes + block > INT32_MAX:
+        return None
+    return Cells(factors, height, width, rows, columns, chain, lanes, channels_last, block)
+
+
+def _factor(size: Sequence[int], target: Sequence[int]) -> int | None:
+    """f if `target` is f times `size` in both sides, else None."""
+    (h, w), (H, W) = size, target
+    return H // h if H % h == 0 and W == w * (H // h) else None
+
+
+def _has_layout(tensor: Tensor, channels_last: bool) -> bool:
+    if channels_last:
+        return tensor.stride(1) == 1 or tensor.shape[1] == 1
+    return tensor.stride(3) == 1 or tensor.shape[3] == 1
+
+
+def _has_short_rows(tensor: Tensor) -> bool:
+    """Whether offsets inside a chain of cells and its halo fit 32 bits."""
+    return 8 * (MAX_CHAIN + 2) * max(tensor.stride(2), tensor.stride(3)) < INT32_MAX
+
+
+def strides_in_units(tensor: Tensor, channels_last: bool) -> tuple[int, tuple[int, int, int, int]]:
+    """(UNIT, strides): strides of n, c and h as multiples of UNIT elements, at most 16 bytes.
+
+    Rows of 56 elements are aligned to 16 bytes, which "divisible by 16", all that Triton sees in an
+    argument, does not say; a constant factor does.
+    """
+    n, c, h, w = tensor.stride()
+    if channels_last:
+        return 1, (n, 1, h, w)
+    unit = VECTOR_BYTES // tensor.element_size()
+    moving = [s for s, size in zip((n, c, h), tensor.shape, strict=False) if size > 1]
+    while any(stride % unit for stride in moving):
+        unit //= 2
+    return unit, (n // unit, c // unit, h // unit, 1)
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Any sizes and strides: one element of (N, C, H, W) a lane."""
+
+    shape: tuple[int, int, int, int]
+    channels_last: bool
+    block: int = 128
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (triton.cdiv(self.count, self.block),)
+
+    def args(self) -> dict:
+        _, C, H, W = self.shape
+        return {"elements": self.count, "C": C, "H": H, "W": W}
+
+    def constants(self, sizes, mode: str, target: tuple[int, int] | None = None) -> dict:
+        """For sources of `sizes`, resampled to `target` (this shape's own sides by default)."""
+        target = target or self.shape[2:]
+        longest = max(side for size in (target, *sizes) for side in size)
+        fits_int32 = longest < 2**14 and self.count + self.block <= INT32_MAX
+        return {
+            "KINDS": tuple(_kind(size, target, mode) for size in sizes),
+            "CHANNELS_LAST": self.channels_last,
+            "INDEX": tl.int32 if fits_int32 else tl.int64,
+            "BLOCK": self.block,
+        }
+
+
+def _kind(size: Sequence[int], target: Sequence[int], mode: str) -> str:
+    if tuple(size) == tuple(target):
+        return "identity"
+    return "area" if size[0] > target[0] or size[1] > target[1] else mode
+
+
+def nearest_scales(size: Sequence[int], target: Sequence[int]) -> tuple[float, float]:
+    """size/target in float32, as PyTorch's nearest computes it."""
+    h, w = (float(np.float32(a) / np.float32(b)) for a, b in zip(size, target, strict=True))
+    return h, w

@@ -1,0 +1,60 @@
+"""Build csrc/ into revbifpn_kernels._C; everything else about the package is in pyproject.toml.
+
+Environment: DEBUG=1 compiles with -O0 -g; SANITIZE=address,undefined adds -fsanitize=...; MAX_JOBS
+limits the compilers that run at once.
+"""
+
+import os
+from pathlib import Path
+
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+# One binary serves Python >= 3.10 and torch >= 2.11: only their stable interfaces are used.
+PYTHON_ABI, PYTHON_TAG = "0x030A0000", "cp310"
+TORCH_ABI = "0x020B000000000000"
+
+# Contracted multiply-adds would make the result depend on the instruction set. What trapping maths
+# and errno forbid is the vectorising of loops; neither is ever looked at.
+COMPILE_FLAGS = [
+    "-std=c++20",
+    "-fopenmp",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-Wall",
+    f"-DPy_LIMITED_API={PYTHON_ABI}",
+    f"-DTORCH_TARGET_VERSION={TORCH_ABI}",
+]
+
+
+def build_flags() -> tuple[list[str], list[str]]:
+    """The compiler's and the linker's flags."""
+    compile_flags, link_flags = list(COMPILE_FLAGS), ["-fopenmp"]
+    if os.environ.get("DEBUG") == "1":
+        compile_flags += ["-O0", "-g"]
+    else:
+        compile_flags += ["-O3"]
+        pass
+    if sanitizers := os.environ.get("SANITIZE"):
+        compile_flags += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g"]
+        link_flags = ["-fopenmp", f"-fsanitize={sanitizers}"]
+    return compile_flags, link_flags
+
+
+compile_flags, link_flags = build_flags()
+setup(
+    ext_modules=[
+        CppExtension(
+            "revbifpn_kernels._C",
+            sorted(str(path) for path in Path("csrc").glob("*.cpp")),
+            depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+            extra_compile_args={"cxx": compile_flags},
+            extra_link_args=link_flags,
+            py_limited_api=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": PYTHON_TAG}},
+)
