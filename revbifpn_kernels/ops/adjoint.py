@@ -1,7 +1,9 @@
-"""Triton building blocks of Rᵀ, on cells and on single elements: gathered in a fixed order, no atomics.
+"""Triton building blocks of Rᵀ, on cells and on single elements.
 
-On cells a lane walks down its chain once and keeps the sums of the source rows it is between, so every row
-of the gradient is loaded once by it. All sources share the loads.
+Sums are gathered in a fixed order, without atomics: the same bits on every run.
+
+On cells a lane walks down its chain once and keeps the sums of the source rows it is between, so it
+loads every row of the gradient once, for all sources.
 """
 
 import triton
@@ -76,8 +78,10 @@ def end_weights(at_start, at_end, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def column_weight(weights, j: tl.constexpr, r: tl.constexpr, FACTOR: tl.constexpr, CELL_W: tl.constexpr):
-    """Weight of output j of a row in the gradient of its source pixel r, counted from the cell on."""
+def column_weight(
+    weights, j: tl.constexpr, r: tl.constexpr, FACTOR: tl.constexpr, CELL_W: tl.constexpr
+):
+    """Weight of output j of a row in the gradient of source pixel r, both counted in the cell."""
     if r == 0 and is_leading(j, FACTOR):
         return weights[0][j]
     elif r == CELL_W // FACTOR - 1 and is_trailing(j, FACTOR, CELL_W):
@@ -168,8 +172,8 @@ def gather_row(
 ):  # fmt: skip
     """Add output row i of a step to the sums of the source rows it reaches; store what is complete.
 
-    Rows count from the step's cell on, so some are negative. `held` are the sums of the source rows above
-    and below the output row (bilinear) or of the one it lies in.
+    Rows count from the step's cell on, so some are negative. `held` are the sums of the source rows
+    above and below the output row (bilinear) or of the one it lies in.
     """
     ptr = result[0]
     first_row = step * (CELL_H // FACTOR)
@@ -177,11 +181,13 @@ def gather_row(
     if BILINEAR:
         at_top, at_bottom = ends
         if is_trailing(i, FACTOR, 0):
-            upper = add_scaled(upper, columns, tl.where(at_bottom, 1.0, 1.0 - second_weight(i, FACTOR)))
+            weight = tl.where(at_bottom, 1.0, 1.0 - second_weight(i, FACTOR))
+            upper = add_scaled(upper, columns, weight)
         else:
             upper = add_scaled(upper, columns, 1.0 - second_weight(i, FACTOR))
         if is_leading(i, FACTOR):
-            lower = add_scaled(lower, columns, tl.where(at_top, 1.0, second_weight(i, FACTOR)))
+            weight = tl.where(at_top, 1.0, second_weight(i, FACTOR))
+            lower = add_scaled(lower, columns, weight)
         else:
             lower = add_scaled(lower, columns, second_weight(i, FACTOR))
         if is_last_of_tap(i, FACTOR):
@@ -202,7 +208,7 @@ def open_result(
     ptr, strides, UNIT: tl.constexpr, cell, chain, FACTOR: tl.constexpr, BILINEAR: tl.constexpr,
     CELL_H: tl.constexpr, CELL_W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What writing a result takes (pointer, strides, rows of the chain), column weights and empty sums."""
+    """What storing a result takes: pointer, strides, rows of the chain; its weights; empty sums."""
     ptr = cell_pointer(ptr, strides, UNIT, cell, CELL_H // FACTOR, CELL_W // FACTOR)
     _, _, at_left, at_right = cell_borders(cell)
     result = (ptr, strides[2] * UNIT, strides[3], chain * (CELL_H // FACTOR))
@@ -220,8 +226,8 @@ def adjoint_cells(
 ):  # fmt: skip
     """ds_k = α·R_kᵀ(grad) for the source pixels of each lane's chain of cells.
 
-    Step g reads the CELL_H rows that start HALO above cell g: a source row is complete once the outputs
-    half a source pixel below it are in, so the chain takes one step more than it has cells.
+    Step g reads the CELL_H rows that start HALO above cell g: a source row is complete once the
+    outputs half a source pixel below it are in, so there is one step more than cells.
     """
     HALO: tl.constexpr = largest_halo(FACTORS, MODE)
     _, _, row, _, cells_h, _ = cell

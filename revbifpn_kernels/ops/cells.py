@@ -1,12 +1,12 @@
 """Triton building blocks of the fast path: maps cut into cells of CELL_H × CELL_W outputs.
 
-A lane owns one cell of one plane, so the source values around a cell are loaded once and shared by all its
-outputs. `CHANNELS_LAST` decides which neighbour lies in the next lane: the next cell of the row, whose
-values are then moved CELL_W at a time (16 bytes), or the next channel. Values of a cell are held as tuples
-of [BLOCK] tensors, one a column. All weights of the factors 2, 4 and 8 are dyadic, so exact.
+A lane owns one cell of one plane, so the source values around a cell are loaded once and shared by
+all its outputs. `CHANNELS_LAST` decides what the next lane holds: the next cell of the row, whose
+values then move CELL_W at a time (16 bytes), or the next channel. Values of a cell are tuples of
+[BLOCK] tensors, one a column. All weights of the factors 2, 4 and 8 are dyadic, so exact.
 
-The arithmetic is spelled out as `fma` and compiled without contraction: every kernel computes the same
-bits for the same element, which the lattice relies on.
+The arithmetic is spelled out as `fma` and compiled without contraction: every kernel computes the
+same bits for the same element, which the lattice relies on.
 """
 
 import triton
@@ -74,7 +74,7 @@ def cell_pointer(
 ):
     """Each lane's first element in a map whose cells are CELL_H × CELL_W.
 
-    Strides of n, c and h are in UNITs of elements: then the compiler knows what they are multiples of.
+    Strides of n, c and h are in UNITs of elements, so the compiler knows what divides them.
     """
     n, c, row, col, _, _ = cell
     plane = (n * strides[0] + c * strides[1]) * UNIT
@@ -126,13 +126,13 @@ def load_values(ptr, mask):
 
 @triton.jit
 def load_columns(ptr, stride_w, COUNT: tl.constexpr, CHANNELS_LAST: tl.constexpr, mask=None):
-    """COUNT neighbours of a row from each lane's pointer on, in float32; zeros where `mask` is false."""
+    """COUNT neighbours in a row from each lane's pointer on, as `load_values`."""
     columns = ()
     if COUNT == 1 or CHANNELS_LAST:
         for j in tl.static_range(COUNT):
             columns = columns + (load_values(ptr + j * stride_w, mask),)
     elif COUNT * ptr.dtype.element_ty.primitive_bitwidth > 128:
-        # At most 16 bytes a load: wider tiles would be spread over two lanes and not split in registers.
+        # At most 16 bytes a load: a wider tile would spread over two lanes and not split in place.
         columns = load_columns(ptr, 1, COUNT // 2, False, mask)
         columns = columns + load_columns(ptr + COUNT // 2, 1, COUNT // 2, False, mask)
     elif COUNT > 1:
@@ -158,8 +158,8 @@ def store_columns(ptr, columns, stride_w, mask, CHANNELS_LAST: tl.constexpr):
 def border_weights(at_border, FACTOR: tl.constexpr):
     """Weights of the two taps of a cell's first FACTOR // 2 outputs, whose first tap is the halo.
 
-    At the border PyTorch clamps the coordinate: taps 0 and 1 with weights 1 and 0. Here the halo holds
-    pixel 1 there, so its weight is 0.
+    At the border PyTorch clamps the coordinate: taps 0 and 1 with weights 1 and 0. There the halo
+    holds pixel 1, so its weight is 0.
     """
     weights = ()
     for j in tl.static_range(FACTOR // 2):

@@ -1,6 +1,6 @@
 """Triton building blocks of x + α·Σ_k R_k(s_k), on cells and on single elements.
 
-Both compute the same sequence of operations, so the same bits: source by source, `first` then `second` tap.
+Both do the same operations in the same order, source by source, so they compute the same bits.
 """
 
 import triton
@@ -77,7 +77,7 @@ def open_source(
     CELL_W: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """What reading a source of one cell needs: pointer, row stride, halo offsets, border weights, rows."""
+    """What reading a source takes (pointer, strides, halo, border weights), and its first rows."""
     at_top, at_bottom, at_left, at_right = cell_borders(cell)
     ptr = cell_pointer(ptr, strides, UNIT, cell, CELL_H // FACTOR, CELL_W // FACTOR)
     stride_h = strides[2] * UNIT
@@ -97,31 +97,31 @@ def add_row(
     sums,
     source,
     rows,
-    I: tl.constexpr,
+    i: tl.constexpr,
     FACTOR: tl.constexpr,
     MODE: tl.constexpr,
     CELL_H: tl.constexpr,
     CELL_W: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """Add row I of the resampled source to `sums`; `rows` are the source rows held, the new ones return."""
+    """sums + row i of the resampled source, and the source rows to hold for the next row."""
     ptr, stride_h, stride_w, below, sides, border = source
     if not is_bilinear(FACTOR, MODE):
-        if I % FACTOR == 0:
-            row_ptr = ptr + (I // FACTOR) * stride_h
+        if i % FACTOR == 0:
+            row_ptr = ptr + (i // FACTOR) * stride_h
             rows = load_columns(row_ptr, stride_w, CELL_W // FACTOR, CHANNELS_LAST)
         return add_nearest_row(sums, rows, FACTOR, CELL_W), rows
-    elif first_tap(I, FACTOR) == 0:
-        return add_bilinear_row(sums, rows[0], rows[1], border[I][0], border[I][1]), rows
+    elif first_tap(i, FACTOR) == 0:
+        return add_bilinear_row(sums, rows[0], rows[1], border[i][0], border[i][1]), rows
     else:
-        if first_tap(I, FACTOR) != first_tap(I - 1, FACTOR):
-            if first_tap(I, FACTOR) == CELL_H // FACTOR:
+        if first_tap(i, FACTOR) != first_tap(i - 1, FACTOR):
+            if first_tap(i, FACTOR) == CELL_H // FACTOR:
                 row_ptr = ptr + below * stride_h
             else:
-                row_ptr = ptr + first_tap(I, FACTOR) * stride_h
+                row_ptr = ptr + first_tap(i, FACTOR) * stride_h
             next_row = expand_row(row_ptr, stride_w, sides, FACTOR, CELL_W, CHANNELS_LAST)
             rows = (rows[1], next_row)
-        first, second = 1.0 - second_weight(I, FACTOR), second_weight(I, FACTOR)
+        first, second = 1.0 - second_weight(i, FACTOR), second_weight(i, FACTOR)
         return add_bilinear_row(sums, rows[0], rows[1], first, second), rows
 
 

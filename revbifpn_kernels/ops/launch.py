@@ -1,17 +1,32 @@
-"""A kernel launch as a value: it can run, or be compiled for a GPU that is not there."""
+"""A kernel launch as a value: planned once a geometry, run often, or compiled for an absent GPU."""
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 
+class Geometry(NamedTuple):
+    """All of a tensor that a launch's plan depends on; hashable, so that plans are cached."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    itemsize: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Geometry":
+        return cls(tensor.shape, tensor.stride(), tensor.itemsize)
+
+
 @dataclass(frozen=True)
 class Launch:
-    """A Triton kernel with its grid, run-time arguments and compile-time constants."""
+    """A Triton kernel with its grid, size arguments and compile-time constants.
+
+    Tensors and numbers that change from call to call, its operands, come with each run.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
@@ -24,18 +39,18 @@ class Launch:
         # Contraction is off: which products are fused is written in the kernels (see cells.py).
         return {"num_warps": self.num_warps, "enable_fp_fusion": False}
 
-    def run(self, device: torch.device) -> None:
+    def run(self, device: torch.device, operands: dict[str, Any]) -> None:
         """Enqueue the kernel on `device`'s current stream."""
         if 0 in self.grid:
             return
         is_current = device.type != "cuda" or device.index == torch.cuda.current_device()
         with contextlib.nullcontext() if is_current else torch.cuda.device(device):
-            self.kernel[self.grid](**self.args, **self.constants, **self.options)
+            self.kernel[self.grid](**operands, **self.args, **self.constants, **self.options)
 
-    def compile(self, target: "triton.backends.compiler.GPUTarget"):
+    def compile(self, target: "triton.backends.compiler.GPUTarget", operands: dict[str, Any]):
         """Compile for `target`, with the argument types and divisibilities a launch would find."""
         signature, constants, attributes = {}, {}, {}
-        values = {**self.args, **dict.fromkeys(self.constants, None)}
+        values = {**operands, **self.args}
         for position, name in enumerate(self.kernel.arg_names):
             path = (position,)
             if name in self.constants:

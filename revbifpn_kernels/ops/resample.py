@@ -1,8 +1,8 @@
 """The resampling R of one source to a target's size, and what every op on it checks.
 
 R keeps a source of the target's size, enlarges a smaller one (`bilinear` as
-`F.interpolate(size=..., align_corners=False)`, or `nearest`) and averages a larger one over whole blocks.
-It acts on each plane (n, c) alone and is linear, so it has an adjoint, written Rᵀ.
+`F.interpolate(size=..., align_corners=False)`, or `nearest`) and averages a larger one over whole
+blocks. It acts on each plane (n, c) alone and is linear, so it has an adjoint, written Rᵀ.
 """
 
 import math
@@ -32,7 +32,7 @@ def resample_reference(source: Tensor, size: tuple[int, int], mode: str) -> Tens
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether neighbours in memory are channels, as in channels_last tensors and channel slices of them."""
+    """Whether channels are neighbours in memory, as in channels_last maps and slices of them."""
     return tensor.stride(1) == 1 and tensor.stride(3) != 1
 
 

@@ -1,5 +1,9 @@
-"""ds_k = α·R_kᵀ(g): the gradients of all sources of a fusion, in one pass over g."""
+"""ds_k = α·R_kᵀ(g): the gradients of all sources of a fusion, in one pass over g.
 
+Reads g once and writes each result once: (1 + Σ 1/f_k²)·E elements.
+"""
+
+import functools
 import math
 from collections.abc import Sequence
 
@@ -10,7 +14,7 @@ from torch import Tensor
 
 from .adjoint import adjoint_cells, gather_outputs
 from .cells import locate_cells
-from .launch import Launch
+from .launch import Geometry, Launch
 from .resample import (
     DTYPES,
     check_count,
@@ -21,12 +25,18 @@ from .resample import (
     check_precision,
     check_size,
     empty_maps,
-    is_channels_last,
     library,
     resample_reference,
 )
 from .taps import element_pointer, locate_elements
-from .tiling import MAX_CHAIN, Cells, Elements, cut_into_cells, nearest_scales, strides_in_units
+from .tiling import (
+    MAX_CHAIN,
+    Elements,
+    cut_into_cells,
+    is_channels_last,
+    nearest_scales,
+    strides_in_units,
+)
 
 
 def resample_adjoint_reference(
@@ -95,31 +105,20 @@ def _resample_adjoint_elements_kernel(
                 tl.store(ptr, (total * alpha).to(ptr.dtype.element_ty), mask=mask)
 
 
-def plan_resample_adjoint(grad: Tensor, results: Sequence[Tensor], alpha, mode) -> Launch:
-    """The launch that computes every result."""
-    cells = cut_into_cells([grad], results, longest_chain=MAX_CHAIN)
-    if cells is None:
-        return _launch_elements(grad, results, alpha, mode)
-    return _launch_cells(grad, results, alpha, mode, cells)
-
-
-def _launch_elements(grad: Tensor, results: Sequence[Tensor], alpha, mode) -> Launch:
+def _plan_elements(grad: Geometry, results: tuple[Geometry, ...], mode: str) -> Launch:
     largest = max((result.shape for result in results), key=math.prod)
-    elements = Elements(tuple(largest), is_channels_last(grad))
+    elements = Elements(largest, is_channels_last(grad))
     N, C, H, W = grad.shape
-    sizes = tuple(tuple(result.shape[2:]) for result in results)
+    sizes = tuple(result.shape[2:] for result in results)
     return Launch(
         _resample_adjoint_elements_kernel,
         (*elements.grid, len(results)),
         {
-            "grad_ptr": grad,
-            "grad_strides": grad.stride(),
-            "result_ptrs": tuple(results),
-            "result_strides": tuple(result.stride() for result in results),
+            "grad_strides": grad.strides,
+            "result_strides": tuple(result.strides for result in results),
             "result_sizes": sizes,
             "result_scales": tuple(nearest_scales(size, (H, W)) for size in sizes),
             "supports": tuple(_supports(size, (H, W)) for size in sizes),
-            "alpha": float(alpha),
             "N": N,
             "C": C,
             "H": H,
@@ -136,18 +135,19 @@ def _supports(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]
     return rows, columns
 
 
-def _launch_cells(grad: Tensor, results: Sequence[Tensor], alpha, mode, cells: Cells) -> Launch:
+@functools.lru_cache(maxsize=4096)
+def _plan(grad: Geometry, results: tuple[Geometry, ...], mode: str) -> Launch:
+    cells = cut_into_cells([grad], results, longest_chain=MAX_CHAIN)
+    if cells is None:
+        return _plan_elements(grad, results, mode)
     unit, strides = strides_in_units(grad, cells.channels_last)
     units = [strides_in_units(result, cells.channels_last) for result in results]
     return Launch(
         _resample_adjoint_cells_kernel,
         cells.grid,
         {
-            "grad_ptr": grad,
             "grad_strides": strides,
-            "result_ptrs": tuple(results),
             "result_strides": tuple(strides for _, strides in units),
-            "alpha": float(alpha),
             **cells.args(grad.shape[1]),
         },
         {
@@ -159,15 +159,25 @@ def _launch_cells(grad: Tensor, results: Sequence[Tensor], alpha, mode, cells: C
     )
 
 
+def plan_resample_adjoint(
+    grad: Tensor, results: Sequence[Tensor], alpha, mode
+) -> tuple[Launch, dict]:
+    """The launch that computes every result, and its operands."""
+    launch = _plan(Geometry.of(grad), tuple(Geometry.of(result) for result in results), mode)
+    return launch, {"grad_ptr": grad, "result_ptrs": tuple(results), "alpha": float(alpha)}
+
+
 def _resample_adjoint_cuda(grad, sizes, alpha, mode, dtype) -> list[Tensor]:
     results = [empty_maps(grad, size, dtype) for size in _pairs(sizes)]
-    plan_resample_adjoint(grad, results, alpha, mode).run(grad.device)
+    launch, operands = plan_resample_adjoint(grad, results, alpha, mode)
+    launch.run(grad.device, operands)
     return results
 
 
 # Sizes are flat, h_0, w_0, h_1, w_1, …, because schemas have no lists of pairs.
 library.define(
-    "resample_adjoint(Tensor grad, SymInt[] sizes, float alpha, str mode, ScalarType dtype) -> Tensor[]"
+    "resample_adjoint(Tensor grad, SymInt[] sizes, float alpha, str mode, ScalarType dtype)"
+    " -> Tensor[]"
 )
 # Key CPU is implemented in csrc/resample_adjoint.cpp.
 library.impl("resample_adjoint", _resample_adjoint_cuda, "CUDA")
@@ -206,7 +216,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def fuse_cotangents(cotangents, shape, dtype, alpha, mode) -> Tensor:
-    """α·Σ_k R_k(cotangent_k), (N, C, H, W): what flows back through α·R_kᵀ, whose adjoint is α·R_k."""
+    """α·Σ_k R_k(cotangent_k), (N, C, H, W): the backward of α·R_kᵀ, whose adjoint is α·R_k."""
     zeros = cotangents[0].new_zeros(shape, dtype=dtype)
     return torch.ops.revbifpn.resample_add(zeros, cotangents, alpha, mode, None)
 
@@ -232,8 +242,8 @@ def resample_adjoint(
 ) -> list[Tensor]:
     """Return [α·R_kᵀ(grad)], each (N, C, h_k, w_k): the gradients of `resample_add`'s sources.
 
-    R_kᵀ is the transpose of the resampling from (h_k, w_k) to (H, W), the vector–Jacobian product of
-    `F.interpolate`. Every result gathers its terms in a fixed order: the same bits on every run.
+    R_kᵀ is the transpose of the resampling from (h_k, w_k) to (H, W): the vector–Jacobian product
+    of `F.interpolate`. Sums are gathered in a fixed order: the same bits on every run.
 
     Args:
         grad: float64 (CPU), float32, bfloat16 or float16, any strides.

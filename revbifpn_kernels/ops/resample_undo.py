@@ -1,8 +1,9 @@
 """x = y − α·Σ_k R_k(s_k) and ds_k = α·R_kᵀ(g), together: the heart of RevSilo's backward.
 
-Restoring the inputs and differentiating read the same tiles at the same time, so one launch does both.
+One launch does both: 2E elements read, E written, each source and its gradient moved once.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from .adjoint import adjoint_cells
 from .cells import cell_below, locate_cells
 from .fuse import fuse_cells
-from .launch import Launch
+from .launch import Geometry, Launch
 from .resample import (
     check_devices_have_kernels,
     check_lattice,
@@ -75,58 +76,81 @@ def _resample_undo_cells_kernel(
     )  # fmt: skip
 
 
-def plan_resample_undo(
-    x: Tensor, results: Sequence[Tensor], y: Tensor, grad: Tensor, sources, alpha, mode, lattice
-) -> list[Launch]:
-    """One launch that restores x and computes every result; two off the fast path."""
-    maps = [x, y, grad]
-    cells = cut_into_cells(maps, sources, results, longest_chain=MAX_CHAIN)
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    x: Geometry,
+    y: Geometry,
+    grad: Geometry,
+    sources: tuple[Geometry, ...],
+    results: tuple[Geometry, ...],
+    mode: str,
+    has_lattice: bool,
+) -> Launch | None:
+    """The fused launch, or None off the fast path."""
+    cells = cut_into_cells([x, y, grad], sources, results, longest_chain=MAX_CHAIN)
     if cells is None:
-        restore = plan_resample_add(x, y, sources, -alpha, mode, lattice)
-        return [restore, plan_resample_adjoint(grad, results, alpha, mode)]
-    units = {
-        name: strides_in_units(t, cells.channels_last)
-        for name, t in zip(("x", "y", "grad"), maps, strict=True)
-    }
+        return None
+    x_unit, x_strides = strides_in_units(x, cells.channels_last)
+    y_unit, y_strides = strides_in_units(y, cells.channels_last)
+    grad_unit, grad_strides = strides_in_units(grad, cells.channels_last)
     source_units = [strides_in_units(source, cells.channels_last) for source in sources]
     result_units = [strides_in_units(result, cells.channels_last) for result in results]
-    launch = Launch(
+    return Launch(
         _resample_undo_cells_kernel,
         cells.grid,
         {
-            "x_ptr": x,
-            "x_strides": units["x"][1],
-            "y_ptr": y,
-            "y_strides": units["y"][1],
-            "grad_ptr": grad,
-            "grad_strides": units["grad"][1],
-            "source_ptrs": tuple(sources),
+            "x_strides": x_strides,
+            "y_strides": y_strides,
+            "grad_strides": grad_strides,
             "source_strides": tuple(strides for _, strides in source_units),
-            "result_ptrs": tuple(results),
             "result_strides": tuple(strides for _, strides in result_units),
-            "alpha": float(alpha),
-            "lattice": lattice_and_inverse(lattice),
             **cells.args(y.shape[1]),
         },
         {
-            "X_UNIT": units["x"][0],
-            "Y_UNIT": units["y"][0],
-            "GRAD_UNIT": units["grad"][0],
+            "X_UNIT": x_unit,
+            "Y_UNIT": y_unit,
+            "GRAD_UNIT": grad_unit,
             "SOURCE_UNITS": tuple(unit for unit, _ in source_units),
             "RESULT_UNITS": tuple(unit for unit, _ in result_units),
-            "HAS_LATTICE": lattice is not None,
+            "HAS_LATTICE": has_lattice,
             **cells.constants(mode),
         },
         num_warps=4,
     )
-    return [launch]
+
+
+def plan_resample_undo(
+    x: Tensor, results: Sequence[Tensor], y: Tensor, grad: Tensor, sources, alpha, mode, lattice
+) -> list[tuple[Launch, dict]]:
+    """The launch that restores x and computes all results, and its operands; two if not fast."""
+    launch = _plan(
+        *(Geometry.of(tensor) for tensor in (x, y, grad)),
+        tuple(Geometry.of(source) for source in sources),
+        tuple(Geometry.of(result) for result in results),
+        mode,
+        lattice is not None,
+    )
+    if launch is None:
+        restore = plan_resample_add(x, y, sources, -alpha, mode, lattice)
+        return [restore, plan_resample_adjoint(grad, results, alpha, mode)]
+    operands = {
+        "x_ptr": x,
+        "y_ptr": y,
+        "grad_ptr": grad,
+        "source_ptrs": tuple(sources),
+        "result_ptrs": tuple(results),
+        "alpha": float(alpha),
+        "lattice": lattice_and_inverse(lattice),
+    }
+    return [(launch, operands)]
 
 
 def _resample_undo_cuda(y, grad, sources, alpha, mode, lattice) -> tuple[Tensor, list[Tensor]]:
     x = torch.empty_like(y)
     results = [torch.empty_like(source) for source in sources]
-    for launch in plan_resample_undo(x, results, y, grad, sources, alpha, mode, lattice):
-        launch.run(y.device)
+    planned = plan_resample_undo(x, results, y, grad, sources, alpha, mode, lattice)
+    for launch, operands in planned:
+        launch.run(y.device, operands)
     return x, results
 
 
@@ -142,10 +166,10 @@ def _check(y, grad, sources, alpha, mode, lattice) -> None:
     op = "resample_undo"
     check_sources(op, "y", y, sources)
     check_maps(op, "grad", grad)
-    if grad.shape != y.shape or grad.dtype != y.dtype or grad.device != y.device:
+    expected, got = ((tuple(t.shape), t.dtype, t.device) for t in (y, grad))
+    if got != expected:
         raise ValueError(
-            f"{op}: grad must have y's shape, dtype and device {tuple(y.shape)} {y.dtype} {y.device}, "
-            f"got {tuple(grad.shape)} {grad.dtype} {grad.device}"
+            f"{op}: grad must have y's shape, dtype and device, expected {expected}, got {got}"
         )
     check_number(op, "alpha", alpha)
     check_mode(op, mode)
@@ -191,10 +215,10 @@ def resample_undo(
     mode: str = "bilinear",
     lattice: float | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return x = y − α·Σ_k R_k(s_k) and [α·R_kᵀ(grad)]: inputs and source gradients of `resample_add`.
+    """Return x = y − α·Σ_k R_k(s_k) and [α·R_kᵀ(grad)]: what `resample_add` got, differentiated.
 
-    Equivalent to `resample_add(y, sources, alpha=-alpha)` and `resample_adjoint(grad, sizes, alpha=alpha)`
-    in one pass.
+    Equivalent to `resample_add(y, sources, alpha=-alpha)` beside
+    `resample_adjoint(grad, sizes, alpha=alpha)`, in one pass.
 
     Args:
         y: What `resample_add(x, sources, …)` returned.

@@ -1,4 +1,4 @@
-"""Triton building blocks for every pair of sizes: one element a lane, its taps computed where it needs them.
+"""Triton building blocks for every pair of sizes: one element a lane, which computes its own taps.
 
 Coordinates are exact: floor and remainder of whole numbers, rounded once when the weight is formed.
 """
@@ -11,7 +11,7 @@ import triton.language as tl
 def locate_elements(
     elements, C, H, W, BLOCK: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr
 ):
-    """Which lanes of this program are in range, and each lane's (n, c, i, j), clamped into range."""
+    """Which lanes are in range, and each lane's (n, c, i, j), clamped into range."""
     lane = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     rest = tl.minimum(lane, elements - 1)
     if CHANNELS_LAST:
@@ -53,7 +53,7 @@ def nearest_tap(i, size, target, scale):
 
 @triton.jit
 def first_output(r, size, target):
-    """An output at or before the first one that reaches source pixel r, by at most one, bilinear or nearest."""
+    """An output at most one before the first that reaches source pixel r, in either mode."""
     # Bilinear reaches from the coordinate r − 1 on: (2r − 1)·target/(2·size) − ½.
     return tl.maximum((2 * r - 1) * target - size, 0) // (2 * size)
 

@@ -8,24 +8,23 @@ from dataclasses import dataclass
 import numpy as np
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .resample import is_channels_last
+from .launch import Geometry
 
 FAST_FACTORS = (1, 2, 4, 8)
-# More rows of sources than this do not fit a lane's registers together; the element kernels take over.
+# The rows of more sources do not fit a lane's registers; the element kernels take over.
 MAX_FAST_SOURCES = 4
-# Lanes that keep an H200's 132 multiprocessors busy; below this, cells are made as small as they go.
+# Lanes that keep an H200's 132 multiprocessors busy; below, cells are as small as they go.
 LANES_TO_FILL = 132 * 512
 # Cells a lane walks down one after the other in the adjoint, which reads one cell's rows too many.
-MAX_CHAIN = 8
+MAX_CHAIN = 16
 VECTOR_BYTES = 16
 INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Cells:
-    """A cut of (N, C, H, W) into cells of height × width outputs; `chain` of them, a column, a lane."""
+    """A cut of (N, C, H, W) into cells of height × width; a lane owns a column of `chain` cells."""
 
     factors: tuple[int, ...]
     height: int
@@ -62,9 +61,9 @@ class Cells:
 
 
 def cut_into_cells(
-    maps: Sequence[Tensor], *small: Sequence[Tensor], block: int = 128, longest_chain: int = 1
+    maps: Sequence[Geometry], *small: Sequence[Geometry], block: int = 128, longest_chain: int = 1
 ) -> Cells | None:
-    """Cells for maps of (N, C, H, W) and lists of smaller ones; None where the fast path does not apply.
+    """Cells for (N, C, H, W) maps and lists of smaller ones, or None off the fast path.
 
     The lists (sources, their gradients) have the same sizes, entry by entry.
     """
@@ -89,12 +88,17 @@ def cut_into_cells(
     chain = next(
         length
         for length in range(min(longest_chain, rows), 0, -1)
-        if rows % length == 0 and (length == 1 or cells >= 4 * LANES_TO_FILL * length)
+        if rows % length == 0 and (length == 1 or cells >= 2 * LANES_TO_FILL * length)
     )
     lanes = cells // chain
     if lanes + block > INT32_MAX:
         return None
     return Cells(factors, height, width, rows, columns, chain, lanes, channels_last, block)
+
+
+def is_channels_last(tensor: Geometry) -> bool:
+    """As `resample.is_channels_last`."""
+    return tensor.strides[1] == 1 and tensor.strides[3] != 1
 
 
 def _factor(size: Sequence[int], target: Sequence[int]) -> int | None:
@@ -103,27 +107,29 @@ def _factor(size: Sequence[int], target: Sequence[int]) -> int | None:
     return H // h if H % h == 0 and W == w * (H // h) else None
 
 
-def _has_layout(tensor: Tensor, channels_last: bool) -> bool:
+def _has_layout(tensor: Geometry, channels_last: bool) -> bool:
     if channels_last:
-        return tensor.stride(1) == 1 or tensor.shape[1] == 1
-    return tensor.stride(3) == 1 or tensor.shape[3] == 1
+        return tensor.strides[1] == 1 or tensor.shape[1] == 1
+    return tensor.strides[3] == 1 or tensor.shape[3] == 1
 
 
-def _has_short_rows(tensor: Tensor) -> bool:
+def _has_short_rows(tensor: Geometry) -> bool:
     """Whether offsets inside a chain of cells and its halo fit 32 bits."""
-    return 8 * (MAX_CHAIN + 2) * max(tensor.stride(2), tensor.stride(3)) < INT32_MAX
+    return 8 * (MAX_CHAIN + 2) * max(tensor.strides[2], tensor.strides[3]) < INT32_MAX
 
 
-def strides_in_units(tensor: Tensor, channels_last: bool) -> tuple[int, tuple[int, int, int, int]]:
+def strides_in_units(
+    tensor: Geometry, channels_last: bool
+) -> tuple[int, tuple[int, int, int, int]]:
     """(UNIT, strides): strides of n, c and h as multiples of UNIT elements, at most 16 bytes.
 
     Rows of 56 elements are aligned to 16 bytes, which "divisible by 16", all that Triton sees in an
     argument, does not say; a constant factor does.
     """
-    n, c, h, w = tensor.stride()
+    n, c, h, w = tensor.strides
     if channels_last:
         return 1, (n, 1, h, w)
-    unit = VECTOR_BYTES // tensor.element_size()
+    unit = VECTOR_BYTES // tensor.itemsize
     moving = [s for s, size in zip((n, c, h), tensor.shape, strict=False) if size > 1]
     while any(stride % unit for stride in moving):
         unit //= 2

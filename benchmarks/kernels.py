@@ -1,0 +1,293 @@
+"""What the compiler made of every Triton kernel, for GPUs that need not be there.
+
+    python -m benchmarks.kernels [--targets sm_90 ...] [--output FILE]
+
+Registers, spills, shared memory, widest accesses and machine instructions per element of x, beside
+the budget: what a GPU can issue while it moves the op's compulsory bytes at its copy speed.
+"""
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+
+from revbifpn_kernels.ops.launch import Launch
+from revbifpn_kernels.ops.resample_add import plan_resample_add
+from revbifpn_kernels.ops.resample_adjoint import plan_resample_adjoint
+from revbifpn_kernels.ops.resample_undo import plan_resample_undo
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Lane instructions a byte of traffic: multiprocessors · lanes · clock / copy bandwidth. sm_90: an
+# H200's 132 · 128 at 1.5 GHz over 4.3 TB/s measured. The others from datasheets: A100 108 · 128 at
+# 1.41 GHz over 1.75 TB/s; B200 148 · 128 at 1.85 GHz over 7.2; MI300X 304 · 64 at 2.1 GHz over 4.2.
+INSTRUCTIONS_PER_BYTE = {"sm_80": 11.1, "sm_90": 5.9, "sm_100": 4.9, "gfx942": 9.7}
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp32+bf16": (torch.float32, torch.bfloat16),
+}
+# Levels 0 to 2 of S6 at 352 pixels, batch 64, from all coarser levels; sides no factor divides.
+FUSIONS = {
+    "2+4+8": ((64, 320, 88, 88), ((44, 44), (22, 22), (11, 11))),
+    "2+4": ((64, 416, 44, 44), ((22, 22), (11, 11))),
+    "2": ((64, 528, 22, 22), ((11, 11),)),
+    "any": ((64, 48, 57, 57), ((29, 29),)),
+}
+COLUMNS = (
+    "kernel target dtype layout scales registers spill_bytes shared_bytes instructions_per_element "
+    "budget load_bytes store_bytes"
+).split()
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    target: str
+    dtype: str
+    layout: str
+    scales: str
+
+
+def cases(targets: list[str]) -> Iterator[Case]:
+    """Every kernel for every target; mixed precision and the smaller fusions for sm_90 only."""
+    for target in targets:
+        for op in ("resample_add", "resample_adjoint", "resample_undo"):
+            for layout in ("nchw", "channels_last"):
+                for dtype in DTYPES:
+                    for scales in FUSIONS:
+                        is_common = scales in ("2+4+8", "any") and dtype != "fp32+bf16"
+                        if target == "sm_90" or is_common:
+                            yield Case(op, target, dtype, layout, scales)
+
+
+def plan_launches(case: Case) -> list[tuple[Launch, dict]]:
+    """The op's launches and operands, planned on tensors that own no memory of their size."""
+    shape, sizes = FUSIONS[case.scales]
+    x_dtype, source_dtype = DTYPES[case.dtype]
+    x = _unbacked(shape, x_dtype, case.layout)
+    sources = [_unbacked((*shape[:2], *size), source_dtype, case.layout) for size in sizes]
+    if case.op == "resample_add":
+        return [plan_resample_add(x, x, sources, 1.0, "bilinear", None)]
+    if case.op == "resample_adjoint":
+        return [plan_resample_adjoint(x, sources, 1.0, "bilinear")]
+    return plan_resample_undo(x, sources, x, x, sources, 1.0, "bilinear", None)
+
+
+def _unbacked(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> torch.Tensor:
+    fmt = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    # Planning reads shapes, strides and the pointer's alignment: a meta tensor's pointer is 0.
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=fmt)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One machine instruction: its opcode with modifiers, and the label it may jump to."""
+
+    opcode: str
+    label: str | None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A disassembly: instructions in order, and the position each label stands at."""
+
+    instructions: list[Instruction]
+    labels: dict[str, int]
+
+    def loops(self) -> list[tuple[int, int]]:
+        """(first, last) instruction of every loop: backward jumps, but for the trap at the end."""
+        return [
+            (self.labels[instruction.label], position)
+            for position, instruction in enumerate(self.instructions)
+            if instruction.label in self.labels and self.labels[instruction.label] < position
+        ]
+
+    def executed(self, trips: list[int]) -> int:
+        """Instructions a lane issues, both ways of a branch, if the loops run `trips` times.
+
+        Two trips or fewer may have been unrolled.
+        """
+        repeats = [1] * len(self.instructions)
+        loops = self.loops()
+        if not loops and max(trips, default=0) <= 2:
+            trips = []
+        if len(loops) != len(trips):
+            raise ValueError(f"expected {len(trips)} loops, found {len(loops)}")
+        for (first, last), count in zip(loops, trips, strict=True):
+            for position in range(first, last + 1):
+                repeats[position] *= count
+        return sum(
+            count
+            for count, instruction in zip(repeats, self.instructions, strict=True)
+            if not instruction.opcode.startswith(("NOP", "s_nop"))
+        )
+
+    def widest(self, *patterns: str) -> int:
+        """Bytes of the widest access whose opcode matches one of `patterns`."""
+        opcodes = {i.opcode for i in self.instructions}
+        return max(
+            (_access_bytes(o) for o in opcodes if any(re.match(p, o) for p in patterns)), default=0
+        )
+
+
+def _access_bytes(opcode: str) -> int:
+    if opcode.startswith(("LDG", "STG")):
+        bits = re.search(r"\.(128|64|U16|S16|U8|S8|16)\b", opcode)
+        return int(re.sub(r"\D", "", bits.group(1))) // 8 if bits else 4
+    for suffix, size in (("dwordx4", 16), ("dwordx3", 12), ("dwordx2", 8), ("dword", 4)):
+        if suffix in opcode:
+            return size
+    return 2
+
+
+def parse_sass(text: str) -> Listing:
+    """nvdisasm's listing."""
+    instructions, labels = [], {}
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label.group(1)] = len(instructions)
+        elif code := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
+            target = re.search(r"\.L_x_\d+", code.group(2))
+            instructions.append(Instruction(code.group(1), target.group(0) if target else None))
+    return Listing(instructions, labels)
+
+
+def parse_amdgcn(text: str) -> Listing:
+    """LLVM's assembly for AMD GPUs."""
+    instructions, labels = [], {}
+    for line in text.split("s_endpgm")[0].splitlines():
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label.group(1)] = len(instructions)
+        elif code := re.match(r"\t([svgbd][a-z]*_\w+)\s*(.*)", line):
+            target = re.search(r"\.LBB\w+", code.group(2))
+            instructions.append(Instruction(code.group(1), target.group(0) if target else None))
+    return Listing(instructions, labels)
+
+
+def inspect_cuda(kernel) -> tuple[Listing, dict]:
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        sass, usage = (
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            for command in (
+                [tools / "nvdisasm", "-c", file.name],
+                [tools / "cuobjdump", "--dump-resource-usage", file.name],
+            )
+        )
+    resources = {
+        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
+        "spill_bytes": int(re.search(r"STACK:(\d+)", usage).group(1)),
+    }
+    return parse_sass(sass), resources
+
+
+def inspect_hip(kernel) -> tuple[Listing, dict]:
+    text = kernel.asm["amdgcn"]
+    resources = {
+        "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1)),
+        "spill_bytes": 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text).group(1)),
+    }
+    return parse_amdgcn(text), resources
+
+
+def compulsory_bytes(case: Case) -> float:
+    """Bytes an op must move, for each element of x."""
+    shape, sizes = FUSIONS[case.scales]
+    x_bytes, source_bytes = (dtype.itemsize for dtype in DTYPES[case.dtype])
+    share = sum(h * w for h, w in sizes) / (shape[2] * shape[3])
+    maps = {"resample_add": (2, 1), "resample_adjoint": (1, 1), "resample_undo": (3, 2)}
+    full, small = maps[case.op]
+    return full * x_bytes + small * share * source_bytes
+
+
+def loop_trips(launch: Launch) -> list[int] | None:
+    """How often each loop of a kernel runs, in order; None where the sizes' ratio decides."""
+    name = launch.kernel.__name__
+    if "adjoint_elements" in name:
+        return None
+    chain = launch.args.get("chain", 1)
+    trips = {"add": [], "adjoint": [chain + 1], "undo": [chain, chain + 1]}
+    return [t for t in trips[name.split("_")[2]] if t > 1]
+
+
+def measure(case: Case) -> list[dict]:
+    """A row for each launch of the case."""
+    target = TARGETS[case.target]
+    rows = []
+    for launch, operands in plan_launches(case):
+        kernel = launch.compile(target, operands)
+        listing, resources = (inspect_cuda if target.backend == "cuda" else inspect_hip)(kernel)
+        constants = launch.constants
+        lanes_a_thread = constants["BLOCK"] / (launch.num_warps * target.warp_size)
+        cell = constants.get("CELL_H", 1) * constants.get("CELL_W", 1) * launch.args.get("chain", 1)
+        trips = loop_trips(launch)
+        budget = compulsory_bytes(case) * INSTRUCTIONS_PER_BYTE[case.target]
+        rows.append(
+            {
+                "kernel": launch.kernel.__name__,
+                "target": case.target,
+                "dtype": case.dtype,
+                "layout": case.layout,
+                "scales": case.scales,
+                **resources,
+                "shared_bytes": kernel.metadata.shared,
+                "instructions_per_element": ""
+                if trips is None
+                else round(listing.executed(trips) / (cell * lanes_a_thread), 1),
+                "budget": round(budget, 1),
+                "load_bytes": listing.widest("LDG", "global_load", "buffer_load"),
+                "store_bytes": listing.widest("STG", "global_store", "buffer_store"),
+            }
+        )
+    return rows
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kernels.csv"))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    chosen = list(cases(options.targets))
+    rows = []
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for case_rows in tqdm(pool.map(measure, chosen), total=len(chosen), unit="kernel"):
+            rows += case_rows
+    # Off the fast path, undo is the launches of the other two.
+    rows = list({tuple(row.values())[:5]: row for row in rows}.values())
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with options.output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    for row in rows:
+        print("  ".join(f"{str(row[name]):>{max(len(name), 6)}}" for name in COLUMNS))
+    spilling = [row for row in rows if row["spill_bytes"]]
+    print(f"{len(rows)} kernels, {len(spilling)} with spills, in {options.output}")
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
