@@ -1,6 +1,6 @@
 """What the compiler made of every Triton kernel, for GPUs that need not be there.
 
-    python -m benchmarks.kernels [--targets sm_90 ...] [--output FILE]
+    python -m benchmarks.kernels [--targets sm_90 ...] [--output FILE] (and more: --help)
 
 Registers, spills, shared memory, widest accesses and machine instructions per element of x, beside
 the budget: what a GPU can issue while it moves the op's compulsory bytes at its copy speed.
@@ -8,6 +8,7 @@ the budget: what a GPU can issue while it moves the op's compulsory bytes at its
 
 import argparse
 import csv
+import itertools
 import os
 import re
 import subprocess
@@ -65,16 +66,13 @@ class Case:
     scales: str
 
 
-def cases(targets: list[str]) -> Iterator[Case]:
+def cases(options: argparse.Namespace) -> Iterator[Case]:
     """Every kernel for every target; mixed precision and the smaller fusions for sm_90 only."""
-    for target in targets:
-        for op in ("resample_add", "resample_adjoint", "resample_undo"):
-            for layout in ("nchw", "channels_last"):
-                for dtype in DTYPES:
-                    for scales in FUSIONS:
-                        is_common = scales in ("2+4+8", "any") and dtype != "fp32+bf16"
-                        if target == "sm_90" or is_common:
-                            yield Case(op, target, dtype, layout, scales)
+    fields = (options.ops, options.targets, options.dtypes, options.layouts, options.scales)
+    for case in itertools.starmap(Case, itertools.product(*fields)):
+        is_common = case.scales in ("2+4+8", "any") and case.dtype != "fp32+bf16"
+        if case.target == "sm_90" or is_common:
+            yield case
 
 
 def plan_launches(case: Case) -> list[tuple[Launch, dict]]:
@@ -111,25 +109,27 @@ class Listing:
     instructions: list[Instruction]
     labels: dict[str, int]
 
-    def loops(self) -> list[tuple[int, int]]:
-        """(first, last) instruction of every loop: backward jumps, but for the trap at the end."""
-        return [
+    def loops(self, count: int) -> list[tuple[int, int]]:
+        """(first, last) instruction of the `count` longest disjoint backward jumps, in order.
+
+        Shorter ones are branches that rejoin, or the trap at the end.
+        """
+        jumps = [
             (self.labels[instruction.label], position)
             for position, instruction in enumerate(self.instructions)
-            if instruction.label in self.labels and self.labels[instruction.label] < position
+            if self.labels.get(instruction.label, position) < position
         ]
+        jumps.sort(key=lambda jump: jump[0] - jump[1])
+        chosen = []
+        for first, last in jumps:
+            if len(chosen) < count and all(last < a or first > b for a, b in chosen):
+                chosen.append((first, last))
+        return sorted(chosen)
 
     def executed(self, trips: list[int]) -> int:
-        """Instructions a lane issues, both ways of a branch, if the loops run `trips` times.
-
-        Two trips or fewer may have been unrolled.
-        """
+        """Instructions a lane issues, both ways of a branch, if the loops run `trips` times."""
         repeats = [1] * len(self.instructions)
-        loops = self.loops()
-        if not loops and max(trips, default=0) <= 2:
-            trips = []
-        if len(loops) != len(trips):
-            raise ValueError(f"expected {len(trips)} loops, found {len(loops)}")
+        loops = self.loops(len(trips))
         for (first, last), count in zip(loops, trips, strict=True):
             for position in range(first, last + 1):
                 repeats[position] *= count
@@ -172,10 +172,10 @@ def parse_sass(text: str) -> Listing:
 def parse_amdgcn(text: str) -> Listing:
     """LLVM's assembly for AMD GPUs."""
     instructions, labels = [], {}
-    for line in text.split("s_endpgm")[0].splitlines():
+    for line in text.split(".Lfunc_end")[0].splitlines():
         if label := re.match(r"(\.LBB\w+):", line):
             labels[label.group(1)] = len(instructions)
-        elif code := re.match(r"\t([svgbd][a-z]*_\w+)\s*(.*)", line):
+        elif code := re.match(r"\t([svgbdf][a-z]*_\w+)\s*(.*)", line):
             target = re.search(r"\.LBB\w+", code.group(2))
             instructions.append(Instruction(code.group(1), target.group(0) if target else None))
     return Listing(instructions, labels)
@@ -222,11 +222,15 @@ def compulsory_bytes(case: Case) -> float:
 def loop_trips(launch: Launch) -> list[int] | None:
     """How often each loop of a kernel runs, in order; None where the sizes' ratio decides."""
     name = launch.kernel.__name__
-    if "adjoint_elements" in name:
-        return None
+    if "elements" in name:
+        return None if "adjoint" in name else []
     chain = launch.args.get("chain", 1)
-    trips = {"add": [], "adjoint": [chain + 1], "undo": [chain, chain + 1]}
-    return [t for t in trips[name.split("_")[2]] if t > 1]
+    trips = {
+        "add": [chain] if chain > 1 else [],
+        "adjoint": [chain + 1],
+        "undo": [chain, chain + 1],
+    }
+    return trips[name.split("_")[2]]
 
 
 def measure(case: Case) -> list[dict]:
@@ -237,7 +241,6 @@ def measure(case: Case) -> list[dict]:
         kernel = launch.compile(target, operands)
         listing, resources = (inspect_cuda if target.backend == "cuda" else inspect_hip)(kernel)
         constants = launch.constants
-        lanes_a_thread = constants["BLOCK"] / (launch.num_warps * target.warp_size)
         cell = constants.get("CELL_H", 1) * constants.get("CELL_W", 1) * launch.args.get("chain", 1)
         trips = loop_trips(launch)
         budget = compulsory_bytes(case) * INSTRUCTIONS_PER_BYTE[case.target]
@@ -252,10 +255,10 @@ def measure(case: Case) -> list[dict]:
                 "shared_bytes": kernel.metadata.shared,
                 "instructions_per_element": ""
                 if trips is None
-                else round(listing.executed(trips) / (cell * lanes_a_thread), 1),
+                else round(listing.executed(trips) / cell, 1),
                 "budget": round(budget, 1),
-                "load_bytes": listing.widest("LDG", "global_load", "buffer_load"),
-                "store_bytes": listing.widest("STG", "global_store", "buffer_store"),
+                "load_bytes": listing.widest("LDG", "(global|buffer|flat)_load"),
+                "store_bytes": listing.widest("STG", "(global|buffer|flat)_store"),
             }
         )
     return rows
@@ -263,20 +266,28 @@ def measure(case: Case) -> list[dict]:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    choices = {
+        "ops": ("resample_add", "resample_adjoint", "resample_undo"),
+        "targets": tuple(TARGETS),
+        "dtypes": tuple(DTYPES),
+        "layouts": ("nchw", "channels_last"),
+        "scales": tuple(FUSIONS),
+    }
+    for name, values in choices.items():
+        parser.add_argument(f"--{name}", nargs="+", choices=values, default=values)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kernels.csv"))
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    chosen = list(cases(options.targets))
+    chosen = list(cases(options))
     rows = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for case_rows in tqdm(pool.map(measure, chosen), total=len(chosen), unit="kernel"):
             rows += case_rows
     # Off the fast path, undo is the launches of the other two.
-    rows = list({tuple(row.values())[:5]: row for row in rows}.values())
+    rows = list({tuple(row.values())[:5]: row for row in reversed(rows)}.values())[::-1]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with options.output.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)

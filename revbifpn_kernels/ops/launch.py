@@ -8,6 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
+WARP_SIZE = 64 if torch.version.hip else 32
+
 
 class Geometry(NamedTuple):
     """All of a tensor that a launch's plan depends on; hashable, so that plans are cached."""
@@ -32,12 +34,10 @@ class Launch:
     grid: tuple[int, ...]
     args: dict[str, Any]
     constants: dict[str, Any]
-    num_warps: int
 
-    @property
-    def options(self) -> dict[str, Any]:
-        # Contraction is off: which products are fused is written in the kernels (see cells.py).
-        return {"num_warps": self.num_warps, "enable_fp_fusion": False}
+    def options(self, warp_size: int) -> dict[str, Any]:
+        """One thread a lane. Contraction is off: the kernels write out what is fused (cells.py)."""
+        return {"num_warps": self.constants["BLOCK"] // warp_size, "enable_fp_fusion": False}
 
     def run(self, device: torch.device, operands: dict[str, Any]) -> None:
         """Enqueue the kernel on `device`'s current stream."""
@@ -45,7 +45,8 @@ class Launch:
             return
         is_current = device.type != "cuda" or device.index == torch.cuda.current_device()
         with contextlib.nullcontext() if is_current else torch.cuda.device(device):
-            self.kernel[self.grid](**operands, **self.args, **self.constants, **self.options)
+            options = self.options(WARP_SIZE)
+            self.kernel[self.grid](**operands, **self.args, **self.constants, **options)
 
     def compile(self, target: "triton.backends.compiler.GPUTarget", operands: dict[str, Any]):
         """Compile for `target`, with the argument types and divisibilities a launch would find."""
@@ -56,10 +57,12 @@ class Launch:
             if name in self.constants:
                 signature[name] = "constexpr"
                 constants[path] = self.constants[name]
+            elif name in self.kernel.do_not_specialize:
+                signature[name] = _integer_type(values[name])
             else:
                 signature[name] = _argument_type(values[name], path, constants, attributes)
         source = triton.compiler.ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=target, options=self.options)
+        return triton.compile(source, target=target, options=self.options(target.warp_size))
 
 
 def _argument_type(value, path, constants, attributes):
@@ -80,6 +83,10 @@ def _argument_type(value, path, constants, attributes):
         return "constexpr"
     if value % 16 == 0:
         attributes[path] = [["tt.divisibility", 16]]
+    return _integer_type(value)
+
+
+def _integer_type(value: int) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 

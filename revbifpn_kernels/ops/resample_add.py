@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cells import locate_cells
+from .cells import cell_below, locate_cells
 from .fuse import add_resampled, add_update, fuse_cells
 from .launch import Geometry, Launch
 from .resample import (
@@ -26,6 +26,8 @@ from .resample import (
 )
 from .taps import element_pointer, locate_elements
 from .tiling import (
+    CELL_COUNTS,
+    ELEMENT_COUNTS,
     Elements,
     cut_into_cells,
     is_channels_last,
@@ -55,23 +57,26 @@ def resample_add_reference(
     return x + update
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CELL_COUNTS)
 def _resample_add_cells_kernel(
     y_ptr, y_strides, x_ptr, x_strides, source_ptrs, source_strides, alpha, lattice,
     lanes, C, cells_h, cells_w, chain,
     Y_UNIT: tl.constexpr, X_UNIT: tl.constexpr, SOURCE_UNITS: tl.constexpr,
     FACTORS: tl.constexpr, MODE: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr,
-    HAS_LATTICE: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr, HAS_LATTICE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     mask, cell = locate_cells(lanes, C, cells_h, cells_w, chain, BLOCK, CHANNELS_LAST)
-    fuse_cells(
-        y_ptr, y_strides, Y_UNIT, x_ptr, x_strides, X_UNIT,
-        source_ptrs, source_strides, SOURCE_UNITS, alpha, lattice, mask, cell,
-        FACTORS, MODE, CELL_H, CELL_W, HAS_LATTICE, CHANNELS_LAST,
-    )  # fmt: skip
+    # A loop that runs once would still cost registers.
+    for step in range(chain if CHAINED else 1):
+        fuse_cells(
+            y_ptr, y_strides, Y_UNIT, x_ptr, x_strides, X_UNIT,
+            source_ptrs, source_strides, SOURCE_UNITS, alpha, lattice, mask,
+            cell_below(cell, step), FACTORS, MODE, CELL_H, CELL_W, HAS_LATTICE, CHANNELS_LAST,
+        )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ELEMENT_COUNTS)
 def _resample_add_elements_kernel(
     y_ptr, y_strides, x_ptr, x_strides, source_ptrs, source_strides, source_sizes, source_scales,
     alpha, lattice, elements, C, H, W,
@@ -107,7 +112,6 @@ def _plan_elements(y: Geometry, x: Geometry, sources, mode: str, has_lattice: bo
             **elements.args(),
         },
         {"HAS_LATTICE": has_lattice, **elements.constants(sizes, mode)},
-        num_warps=4,
     )
 
 
@@ -116,7 +120,7 @@ def _plan(
     y: Geometry, x: Geometry, sources: tuple[Geometry, ...], mode: str, has_lattice: bool
 ) -> Launch:
     """Eight times cheaper from the cache: the host's share of small launches."""
-    cells = cut_into_cells([x, y], sources)
+    cells = cut_into_cells([x, y], sources, chain_large_cells=False)
     if cells is None:
         return _plan_elements(y, x, sources, mode, has_lattice)
     y_unit, y_strides = strides_in_units(y, cells.channels_last)
@@ -135,10 +139,10 @@ def _plan(
             "Y_UNIT": y_unit,
             "X_UNIT": x_unit,
             "SOURCE_UNITS": tuple(unit for unit, _ in units),
+            "CHAINED": cells.chain > 1,
             "HAS_LATTICE": has_lattice,
             **cells.constants(mode),
         },
-        num_warps=4,
     )
 
 

@@ -30,7 +30,8 @@ from .resample import (
 )
 from .taps import element_pointer, locate_elements
 from .tiling import (
-    MAX_CHAIN,
+    CELL_COUNTS,
+    ELEMENT_COUNTS,
     Elements,
     cut_into_cells,
     is_channels_last,
@@ -58,7 +59,7 @@ def resample_adjoint_reference(
     return results
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CELL_COUNTS)
 def _resample_adjoint_cells_kernel(
     grad_ptr, grad_strides, result_ptrs, result_strides, alpha,
     lanes, C, cells_h, cells_w, chain,
@@ -73,7 +74,7 @@ def _resample_adjoint_cells_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ELEMENT_COUNTS)
 def _resample_adjoint_elements_kernel(
     grad_ptr, grad_strides, result_ptrs, result_strides, result_sizes, result_scales,
     supports, alpha, N, C, H, W,
@@ -125,7 +126,6 @@ def _plan_elements(grad: Geometry, results: tuple[Geometry, ...], mode: str) -> 
             "W": W,
         },
         elements.constants(sizes, mode, (H, W)),
-        num_warps=4,
     )
 
 
@@ -137,7 +137,7 @@ def _supports(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]
 
 @functools.lru_cache(maxsize=4096)
 def _plan(grad: Geometry, results: tuple[Geometry, ...], mode: str) -> Launch:
-    cells = cut_into_cells([grad], results, longest_chain=MAX_CHAIN)
+    cells = cut_into_cells([grad], results, chain_large_cells=True)
     if cells is None:
         return _plan_elements(grad, results, mode)
     unit, strides = strides_in_units(grad, cells.channels_last)
@@ -155,7 +155,6 @@ def _plan(grad: Geometry, results: tuple[Geometry, ...], mode: str) -> Launch:
             "RESULT_UNITS": tuple(unit for unit, _ in units),
             **cells.constants(mode),
         },
-        num_warps=4,
     )
 
 

@@ -35,7 +35,7 @@ from .resample_adjoint import (
     plan_resample_adjoint,
     resample_adjoint_reference,
 )
-from .tiling import MAX_CHAIN, cut_into_cells, strides_in_units
+from .tiling import CELL_COUNTS, cut_into_cells, strides_in_units
 
 
 def resample_undo_reference(
@@ -54,7 +54,7 @@ def resample_undo_reference(
     return x, [g.to(source.dtype) for g, source in zip(grads, sources, strict=True)]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CELL_COUNTS)
 def _resample_undo_cells_kernel(
     x_ptr, x_strides, y_ptr, y_strides, grad_ptr, grad_strides, source_ptrs, source_strides,
     result_ptrs, result_strides, alpha, lattice, lanes, C, cells_h, cells_w, chain,
@@ -87,7 +87,7 @@ def _plan(
     has_lattice: bool,
 ) -> Launch | None:
     """The fused launch, or None off the fast path."""
-    cells = cut_into_cells([x, y, grad], sources, results, longest_chain=MAX_CHAIN)
+    cells = cut_into_cells([x, y, grad], sources, results, chain_large_cells=True)
     if cells is None:
         return None
     x_unit, x_strides = strides_in_units(x, cells.channels_last)
@@ -115,7 +115,6 @@ def _plan(
             "HAS_LATTICE": has_lattice,
             **cells.constants(mode),
         },
-        num_warps=4,
     )
 
 

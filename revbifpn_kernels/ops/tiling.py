@@ -16,10 +16,15 @@ FAST_FACTORS = (1, 2, 4, 8)
 MAX_FAST_SOURCES = 4
 # Lanes that keep an H200's 132 multiprocessors busy; below, cells are as small as they go.
 LANES_TO_FILL = 132 * 512
-# Cells a lane walks down one after the other in the adjoint, which reads one cell's rows too many.
+# Cells a lane walks down, one after the other: it locates itself once.
 MAX_CHAIN = 16
+# Outputs that pay for locating a cell; chained, the fusion of such cells takes more registers.
+LARGE_CELL = 64
 VECTOR_BYTES = 16
 INT32_MAX = 2**31 - 1
+# Arguments that vary with the batch: compiled for any value, so a new batch is no new kernel.
+CELL_COUNTS = ("lanes", "C", "cells_h", "cells_w", "chain")
+ELEMENT_COUNTS = ("elements", "N", "C", "H", "W")
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,12 @@ class Cells:
 
 
 def cut_into_cells(
-    maps: Sequence[Geometry], *small: Sequence[Geometry], block: int = 128, longest_chain: int = 1
+    maps: Sequence[Geometry], *small: Sequence[Geometry], chain_large_cells: bool, block: int = 128
 ) -> Cells | None:
     """Cells for (N, C, H, W) maps and lists of smaller ones, or None off the fast path.
 
-    The lists (sources, their gradients) have the same sizes, entry by entry.
+    The lists (sources, their gradients) have the same sizes, entry by entry. Small cells are
+    chained, large ones if `chain_large_cells`, as far as enough lanes remain.
     """
     N, C, H, W = maps[0].shape
     factors = tuple(_factor(source.shape[2:], (H, W)) for source in small[0])
@@ -85,9 +91,10 @@ def cut_into_cells(
     )
     rows, columns = H // height, W // width
     cells = N * C * rows * columns
+    longest = MAX_CHAIN if chain_large_cells or height * width < LARGE_CELL else 1
     chain = next(
         length
-        for length in range(min(longest_chain, rows), 0, -1)
+        for length in range(min(longest, rows), 0, -1)
         if rows % length == 0 and (length == 1 or cells >= 2 * LANES_TO_FILL * length)
     )
     lanes = cells // chain

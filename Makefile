@@ -1,0 +1,50 @@
+# Each target sets up what it needs: `make bench` and `make test` run on a machine with Python and g++.
+PYTHON ?= python3
+TORCH ?= torch==2.12.0
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/installed
+SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+PYTEST_ARGS ?=
+ASAN := build/asan
+
+.PHONY: $(VENV) bench test test-asan lint wheel kernels clean
+
+$(VENV): $(INSTALLED)
+
+$(INSTALLED): $(SOURCES)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja
+	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[test,bench]"
+	touch $@
+
+bench: $(INSTALLED)
+	$(RUN) -m benchmarks.bench_ops
+	$(RUN) -m benchmarks.plot
+	$(RUN) -m benchmarks.round_trip
+
+test: $(INSTALLED)
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+# A copy, so that the instrumented extension never lies beside the sources.
+test-asan: $(INSTALLED)
+	rm -rf $(ASAN) && mkdir -p $(ASAN)
+	cp -r setup.py pyproject.toml LICENSE csrc revbifpn_kernels tests $(ASAN)
+	rm -f $(ASAN)/revbifpn_kernels/*.so
+	cd $(ASAN) && SANITIZE=address,undefined $(abspath $(RUN)) setup.py --quiet build_ext --inplace
+	cd $(ASAN) && env ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		$(abspath $(RUN)) -m pytest -k "not triton" $(PYTEST_ARGS) $(wildcard tests/test_resample*.py)
+
+lint: $(INSTALLED)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+wheel: $(INSTALLED)
+	$(RUN) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+kernels: $(INSTALLED)
+	$(RUN) -m benchmarks.kernels
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info revbifpn_kernels/*.so

@@ -1,0 +1,49 @@
+"""What every test runs under: the interpreter switch, fixed seeds, NaN in unwritten elements."""
+
+import os
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Triton reads the variable when it is imported, so it is set before the library imports Triton.
+if not torch.cuda.is_available():
+    assert "triton" not in sys.modules, "triton was imported before TRITON_INTERPRET could be set"
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# An installed library comes first; without one, the tests take the sources that lie beside them.
+sys.path.append(str(ROOT))
+
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("fixed")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: long or large; runs when asked for by -m or node id")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out slow tests unless they are asked for."""
+    if config.getoption("-m") or any("::" in argument for argument in config.args):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nan_fill():
+    """Fill every `empty` with NaN, so that an output element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

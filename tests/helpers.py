@@ -1,0 +1,111 @@
+"""The judges: as accurate as the reference, the same bits, no input written to."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map, tree_map_only
+
+
+def as_dtype(values, dtype: torch.dtype):
+    """`values` with every tensor, and every dtype among the options, turned into `dtype`."""
+
+    def turn(leaf):
+        if isinstance(leaf, Tensor):
+            return leaf.detach().to(dtype)
+        return dtype if isinstance(leaf, torch.dtype) else leaf
+
+    return tree_map(turn, values)
+
+
+def _largest(values: Tensor) -> float:
+    return values.abs().max().item() if values.numel() else 0.0
+
+
+def _errors(results, exact) -> list[float]:
+    pairs = zip(tree_leaves(results), tree_leaves(exact), strict=True)
+    return [_largest(result.double() - truth) for result, truth in pairs]
+
+
+def _allowances(reference, inputs, options, plain, exact) -> list[float]:
+    """For each output twice the error of the reference in the working dtype."""
+    if inputs[0].dtype != torch.float64:
+        return [2 * error for error in _errors(plain, exact)]
+    # float64 is the truth itself, and errs as float32 does, in float64's smaller steps. Chance may
+    # have spared float32, so that one more step of the magnitudes that are summed is granted.
+    rough = reference(*as_dtype(inputs, torch.float32), **as_dtype(options, torch.float32))
+    inputs, options = tree_map_only(
+        (Tensor, float), abs, as_dtype((inputs, options), torch.float64)
+    )
+    sums = tree_leaves(reference(*inputs, **options))
+    fine, coarse = (torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32))
+    errors = zip(_errors(rough, exact), sums, strict=True)
+    return [2 * error * fine / coarse + fine * _largest(sum_) for error, sum_ in errors]
+
+
+def assert_as_accurate(ours, reference: Callable, *inputs, **options) -> None:
+    """Assert that `ours` is as near to the float64 reference as the reference in the working dtype.
+
+    Largest errors are compared, output by output: ours may be twice the reference's plus one
+    rounding step of the output's dtype at the output's largest magnitude. Shapes and dtypes must
+    agree.
+    """
+    exact = reference(*as_dtype(inputs, torch.float64), **as_dtype(options, torch.float64))
+    plain = reference(*inputs, **options)
+    allowances = _allowances(reference, inputs, options, plain, exact)
+    named, _ = tree_flatten_with_path(ours)
+    outputs = zip(
+        named, tree_leaves(plain), tree_leaves(exact), _errors(ours, exact), allowances, strict=True
+    )
+    for (path, our), wanted, truth, error, allowance in outputs:
+        name = keystr(path)
+        assert our.shape == wanted.shape, f"{name}: shape {our.shape}, expected {wanted.shape}"
+        assert our.dtype == wanted.dtype, f"{name}: dtype {our.dtype}, expected {wanted.dtype}"
+        allowed = allowance + torch.finfo(our.dtype).eps * _largest(truth)
+        # A NaN error compares false, and an infinite allowance would forgive everything.
+        assert error <= allowed < float("inf"), f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def same_bits(left, right) -> bool:
+    """Whether all tensors agree bit for bit, signs of zeros and NaNs included."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+    def bits(tensor):
+        return tensor.detach().contiguous().view(integers[tensor.dtype.itemsize])
+
+    pairs = list(zip(tree_leaves(left), tree_leaves(right), strict=True))
+    assert pairs, "nothing to compare"
+    return all(a.dtype == b.dtype and torch.equal(bits(a), bits(b)) for a, b in pairs)
+
+
+def on_lattice(x, lattice):
+    """x rounded to the lattice; + 0 turns the negative zero, which no sum restores, into zero."""
+    return x.copy_((x.double() / lattice).round() * lattice + 0.0)
+
+
+def gradients(function: Callable, x, sources, grad_y, **options) -> dict:
+    """The gradients of x and of all sources of `function(x, sources, **options)`."""
+    x, *sources = (maps.detach().requires_grad_() for maps in (x, *sources))
+    grad_x, *grad_sources = torch.autograd.grad(
+        function(x, sources, **options), [x, *sources], grad_y
+    )
+    return {"grad_x": grad_x, "grad_sources": grad_sources}
+
+
+def whole_storage(tensor: Tensor) -> Tensor:
+    """All bytes that `tensor` is a part of."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def leaves_alone(function: Callable, outputs: int = 0) -> Callable:
+    """`function`, which may not write to arguments after the first `outputs`, nor around them."""
+
+    def guarded(*args):
+        inputs = [leaf for leaf in tree_leaves(args[outputs:]) if isinstance(leaf, Tensor)]
+        before = [whole_storage(tensor).clone() for tensor in inputs]
+        result = function(*args)
+        for k, (tensor, kept) in enumerate(zip(inputs, before, strict=True)):
+            assert torch.equal(whole_storage(tensor), kept), f"input {k} was written to"
+        return result
+
+    return guarded

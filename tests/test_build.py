@@ -1,0 +1,99 @@
+"""The package as it is installed: imports, messages of a broken installation, the README's code."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import revbifpn_kernels
+from revbifpn_kernels._extension import OLDEST_TORCH, require_supported_torch
+
+PACKAGE = Path(revbifpn_kernels.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+
+
+def run_python(code, path=PACKAGE.parent, cwd=None, check=True):
+    """The finished process of `python -c code`, which sees the package in `path`."""
+    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | {"PYTHONPATH": str(path)},
+        cwd=cwd or path,
+        check=check,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_import_has_no_side_effects():
+    code = """
+import os, threading, time, warnings
+import torch
+before = dict(os.environ), torch.get_num_threads(), torch.get_rng_state(), threading.active_count()
+warnings.simplefilter("error")
+start = time.process_time()
+import revbifpn_kernels
+print(time.process_time() - start)
+assert dict(os.environ) == before[0], "the environment changed"
+assert torch.get_num_threads() == before[1]
+assert torch.equal(torch.get_rng_state(), before[2])
+assert threading.active_count() == before[3]
+assert not torch.cuda.is_initialized()
+"""
+    result = run_python(code)
+    assert result.stderr == ""
+    assert float(result.stdout) < 1, "importing takes more than a second of processor time"
+
+
+def test_missing_extension_gives_the_command(tmp_path):
+    copy = tmp_path / "revbifpn_kernels"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    result = run_python("import revbifpn_kernels", path=tmp_path, check=False)
+    last_lines = result.stderr.partition("ImportError: revbifpn_kernels: the compiled")[2]
+    assert "extension revbifpn_kernels._C cannot be loaded" in last_lines
+    assert "\n    pip install --no-build-isolation .\n" in last_lines
+
+
+@pytest.mark.parametrize("version", ["1.13.1", "2.9.1+cu128", "2.10.0"])
+def test_an_old_torch_is_refused(version):
+    with pytest.raises(ImportError, match=rf"torch >= 2.11, found torch {re.escape(version)}"):
+        require_supported_torch(version)
+
+
+@pytest.mark.parametrize(
+    "version", ["2.11.0", "2.11.0a0+git1234", "2.12.0+cu130", "2.100.0", "3.0.0.dev20300101"]
+)
+def test_new_torches_are_accepted(version):
+    assert require_supported_torch(version) is None
+    assert OLDEST_TORCH == (2, 11)
+
+
+def test_public_names():
+    for name in revbifpn_kernels.__all__:
+        assert callable(getattr(revbifpn_kernels, name)), name
+        assert getattr(revbifpn_kernels, name).__doc__, f"{name} has no docstring"
+    assert {"resample_add", "resample_add_", "resample_adjoint", "resample_undo"} <= set(
+        revbifpn_kernels.__all__
+    )
+    assert re.fullmatch(r"\d+\.\d+\.\d+", revbifpn_kernels.__version__)
+
+
+def test_type_hints_are_announced():
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def readme_blocks():
+    text = README.read_text() if README.exists() else ""
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.skipif(not README.exists(), reason="there is no README.md yet")
+def test_readme_code_runs(tmp_path):
+    """The blocks run in order in one process, as a reader would paste them."""
+    assert readme_blocks(), "the README shows no Python"
+    run_python("\n".join(readme_blocks()), cwd=tmp_path)

@@ -1,0 +1,49 @@
+"""Every kernel, compiled for GPUs that need not be there: catches what the interpreter forgives."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = {
+    "_resample_add_cells_kernel",
+    "_resample_add_elements_kernel",
+    "_resample_adjoint_cells_kernel",
+    "_resample_adjoint_elements_kernel",
+    "_resample_undo_cells_kernel",
+}
+
+
+def compile_kernels(tmp_path, *options):
+    """The rows of `benchmarks.kernels` for contiguous fp32 and bf16 maps."""
+    output = tmp_path / "kernels.csv"
+    command = [sys.executable, "-m", "benchmarks.kernels", "--output", str(output)]
+    command += ["--layouts", "nchw", "--dtypes", "fp32", "bf16", "--scales", "2+4+8", "any"]
+    # A process of its own: interpreted kernels cannot be compiled.
+    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    result = subprocess.run(
+        [*command, *options], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert output.exists(), result.stderr
+    with output.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_kernels_compile_without_spills(tmp_path, target):
+    rows = compile_kernels(tmp_path, "--targets", target)
+    assert {row["kernel"] for row in rows} == KERNELS
+    assert {row["kernel"]: row["spill_bytes"] for row in rows} == dict.fromkeys(KERNELS, "0")
+
+
+def test_aligned_rows_move_16_bytes_within_the_instruction_budget(tmp_path):
+    rows = compile_kernels(tmp_path, "--targets", "sm_90", "--scales", "2+4+8")
+    assert len(rows) == 6
+    for row in rows:
+        assert row["load_bytes"] == "16", row
+        assert float(row["instructions_per_element"]) <= 1.25 * float(row["budget"]), row
