@@ -5,6 +5,7 @@ limits the compilers that run at once.
 """
 
 import os
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -36,7 +37,7 @@ def build_flags() -> tuple[list[str], list[str]]:
         compile_flags += ["-O0", "-g"]
     else:
         compile_flags += ["-O3"]
-        pass
+        link_flags += ["-Wl,-s"] if sys.platform == "linux" else []
     if sanitizers := os.environ.get("SANITIZE"):
         compile_flags += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g"]
         link_flags = ["-fopenmp", f"-fsanitize={sanitizers}"]

@@ -1,5 +1,5 @@
-// What the operators (which know tensors) and the kernels (which know rows) share: maps in memory, the
-// taps of a resampling, and the jobs handed to the kernels. Plain C++, no PyTorch.
+// What the operators (which know tensors) and the kernels (which know rows) share: maps in memory,
+// the taps of a resampling, and the jobs handed to the kernels. Plain C++, no PyTorch.
 
 #pragma once
 
@@ -11,11 +11,11 @@ namespace revbifpn {
 
 constexpr int MAX_SOURCES = 8;
 
-// Elements behind a row of the workspace that a loop over whole vectors of 16 may touch: enlarging by
-// 8 writes 8 rows of them.
+// Elements behind a row of the workspace that a loop over whole vectors of 16 may touch: enlarging
+// by 8 writes 8 rows of them.
 constexpr int64_t PADDING = 16 * 8;
 
-// Elements of rows that are collected before they are written in one run.
+// Elements of a run: narrow rows go through the steps of a kernel together.
 constexpr int64_t RUN_SIZE = 1024;
 
 struct BFloat16 {
@@ -53,8 +53,8 @@ template <class Acc> struct Taps {
   std::vector<Acc> weight_first, weight_second;
 };
 
-/// The transpose of Taps: input i gathers `weights[offset[i]], ...` times the outputs from begin[i] on,
-/// offset[i + 1] - offset[i] of them.
+/// The transpose of Taps: input i gathers `weights[offset[i]], ...` times the outputs from begin[i]
+/// on, offset[i + 1] - offset[i] of them.
 template <class Acc> struct Gather {
   std::vector<int32_t> begin;
   std::vector<int64_t> offset;
@@ -65,8 +65,8 @@ template <class Acc> struct Gather {
   const Acc *weights_of(int64_t i) const { return weights.data() + offset[i]; }
 };
 
-/// How the planes (n, c) are grouped: `lane_block` channels that sit side by side in memory are handled
-/// together (channels_last), or one plane at a time (every other layout: lane_block is 1).
+/// How the planes (n, c) are grouped: `lane_block` channels that sit side by side in memory are
+/// handled together (channels_last), or one plane at a time (every other layout: lane_block is 1).
 struct Lanes {
   int64_t channels, lane_block;
 
@@ -79,10 +79,11 @@ template <class Acc> struct Source {
   int64_t block_h, block_w; // area: the sides of the block that is averaged
   int64_t enlarge_w;        // bilinear: width of the target / width, where whole; else 0
   Taps<Acc> rows, columns;
+  int64_t ring_rows; // resampled rows that are kept: a power of two
 };
 
-/// y = x + alpha * sum of the resampled sources. A unit of work is one (group of planes, chunk of rows,
-/// strip of columns); strips keep the rows in use in the caches near the core.
+/// y = x + alpha * sum of the resampled sources. A unit of work is one (group of planes, chunk of
+/// rows, strip of columns); strips keep the rows in use in the caches near the core.
 template <class Acc> struct AddJob {
   Maps x, y;
   std::vector<Source<Acc>> sources;
@@ -90,8 +91,10 @@ template <class Acc> struct AddJob {
   Acc snap; // 2^(digits - 1) * lattice, or 0: see `snap_to_lattice`
   Lanes lanes;
   int64_t chunk_rows, row_chunks, strip_columns, strips;
-  // Elements in the workspace, PADDING included: of a resampled row, a run of sums, a source's row.
-  int64_t strip_size, sums_size, scratch_size;
+  int64_t run_rows;
+  // Elements in the workspace, PADDING included: of a resampled row, a run of them, a run of a
+  // source.
+  int64_t strip_size, run_size, scratch_size;
 };
 
 template <class Acc> struct Result {
@@ -101,26 +104,30 @@ template <class Acc> struct Result {
   Gather<Acc> rows, columns;
 };
 
-/// result_k = scale_k * transpose(R_k)(grad). A unit of work is one (group of planes, chunk of rows) of all
-/// results together, so that grad comes from memory once.
+/// result_k = scale_k * transpose(R_k)(grad). A unit of work is one (group of planes, chunk of
+/// rows) of all results together, so that grad comes from memory once.
 template <class Acc> struct AdjointJob {
   Maps grad;
   std::vector<Result<Acc>> results;
   Lanes lanes;
   int64_t row_chunks;
+  int64_t run_rows;  // a power of two
   int64_t ring_rows; // rows of grad that are kept: a power of two
-  // Elements in the workspace, PADDING included: of a row of grad, of a run of finished rows.
-  int64_t row_size, finished_size;
+  // Elements in the workspace, PADDING included: of all kept rows, a run of them, a run of a
+  // result.
+  int64_t ring_size, run_size, finished_size;
 };
 
 template <class Acc> int64_t workspace_size(const AddJob<Acc> &job) {
-  const int64_t sources = static_cast<int64_t>(job.sources.size());
-  return 2 * sources * job.strip_size + 2 * job.sums_size + job.scratch_size;
+  int64_t size = 2 * job.run_size + job.scratch_size;
+  for (const auto &source : job.sources)
+    size += source.ring_rows * job.strip_size;
+  return size;
 }
 
 template <class Acc> int64_t workspace_size(const AdjointJob<Acc> &job) {
   const int64_t results = static_cast<int64_t>(job.results.size());
-  return (job.ring_rows + 1) * job.row_size + results * job.finished_size;
+  return job.ring_size + job.run_size + results * job.finished_size;
 }
 
 // The kernels, compiled from kernels/*.h once for each instruction set. They do the units

@@ -1,5 +1,7 @@
-// y = x + alpha * sum_k R_k(s_k) on CPUs: checks, plan of the work, registration. Kernel: kernels/add.h.
+// y = x + alpha * sum_k R_k(s_k) on CPUs: checks, plan of the work, registration. Kernel:
+// kernels/add.h.
 
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -10,7 +12,9 @@ namespace revbifpn {
 namespace {
 
 // Elements of a row of a strip. Three sources keep 8 rows in use: 64 KiB of float32.
-constexpr int64_t STRIP_SIZE = 2048;
+constexpr int64_t STRIP_SIZE = 1024;
+// Elements of a step between which pages are mapped: what the second-level cache holds.
+constexpr int64_t STEP_SIZE = int64_t{1} << 17;
 
 template <class Acc> Acc snap_of(const char *op, std::optional<double> lattice) {
   if (!lattice.has_value())
@@ -23,7 +27,8 @@ template <class Acc> Acc snap_of(const char *op, std::optional<double> lattice) 
 }
 
 template <class Acc>
-Source<Acc> source_of(const char *op, const Tensor &tensor, const Maps &y, const std::string &mode) {
+Source<Acc> source_of(const char *op, const Tensor &tensor, const Maps &y,
+                      const std::string &mode) {
   Source<Acc> source;
   source.maps = maps_of(op, tensor);
   const int64_t h = source.maps.height, w = source.maps.width;
@@ -36,31 +41,51 @@ Source<Acc> source_of(const char *op, const Tensor &tensor, const Maps &y, const
   return source;
 }
 
-/// Cuts the maps into units: strips first, and chunks of rows where there are few planes for the threads.
+/// Resampled rows that one run of the target's rows reads at most, as a power of two.
+template <class Acc> int64_t ring_rows_of(const Source<Acc> &source, int64_t run_rows) {
+  const std::vector<int32_t> &first = source.rows.first;
+  const std::vector<int32_t> &last = source.kind == Kind::bilinear ? source.rows.second : first;
+  const int64_t height = static_cast<int64_t>(first.size());
+  int64_t most = 1;
+  for (int64_t row = 0; row < height; ++row)
+    most = std::max<int64_t>(most, last[std::min(row + run_rows, height) - 1] - first[row] + 1);
+  return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(most)));
+}
+
+template <class Acc> void plan_workspace(AddJob<Acc> &job) {
+  const int64_t lanes = job.lanes.lane_block, size = job.strip_columns * lanes;
+  job.run_rows = std::clamp<int64_t>(RUN_SIZE / size, 1, job.chunk_rows);
+  job.strip_size = size + PADDING;
+  job.run_size = job.run_rows * size + PADDING;
+  int64_t scratch = 0;
+  for (Source<Acc> &source : job.sources) {
+    source.ring_rows = ring_rows_of(source, job.run_rows);
+    const int64_t width = std::min(source.maps.width, job.strip_columns + 2);
+    scratch = std::max(scratch, source.kind == Kind::area ? job.strip_columns * source.block_w
+                                                          : source.ring_rows * width);
+  }
+  job.scratch_size = scratch * lanes + PADDING;
+}
+
+/// Cuts the maps into units: strips first, and chunks of rows where there are few planes for the
+/// threads.
 template <class Acc> void plan_units(AddJob<Acc> &job, int64_t images, int64_t channels) {
   const Maps &y = job.y;
   const bool lanes_are_channels = y.stride_c == 1 && y.stride_w != 1;
   job.lanes = {channels, lanes_are_channels ? std::clamp<int64_t>(channels, 1, STRIP_SIZE) : 1};
-  const int64_t lanes = job.lanes.lane_block;
-  job.strips = ceil_div(y.width, std::max<int64_t>(1, STRIP_SIZE / lanes));
+  job.strips = ceil_div(y.width, STRIP_SIZE / job.lanes.lane_block);
   job.strip_columns = ceil_div(y.width, job.strips);
   job.strips = ceil_div(y.width, job.strip_columns);
-  job.strip_size = job.strip_columns * lanes + PADDING;
-  job.sums_size = std::max(job.strip_columns * lanes, RUN_SIZE) + PADDING;
 
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t units = std::max<int64_t>(1, images * job.lanes.blocks() * job.strips);
-  const int64_t wanted_chunks = threads == 1 ? 1 : ceil_div(4 * threads, units);
+  int64_t wanted_chunks = threads == 1 ? 1 : ceil_div(4 * threads, units);
+  // The strips of a chunk fill its memory together, so that a step is a chunk or more.
+  if (job.strips > 1)
+    wanted_chunks = std::max(wanted_chunks, y.height * y.width * job.lanes.lane_block / STEP_SIZE);
   job.row_chunks = std::clamp<int64_t>(wanted_chunks, 1, ceil_div(y.height, 16));
   job.chunk_rows = ceil_div(y.height, job.row_chunks);
   job.row_chunks = ceil_div(y.height, job.chunk_rows);
-
-  int64_t source_columns = 0;
-  for (const Source<Acc> &source : job.sources)
-    source_columns = std::max(source_columns, source.kind == Kind::area
-                                                  ? job.strip_columns * source.block_w
-                                                  : std::min(source.maps.width, job.strip_columns + 2));
-  job.scratch_size = source_columns * lanes + PADDING;
 }
 
 template <class T>
@@ -76,8 +101,15 @@ void run_add(const char *op, const Maps &x, const Maps &y, int64_t images, int64
   for (const Tensor &source : sources)
     job.sources.push_back(source_of<Acc>(op, source, y, mode));
   plan_units(job, images, channels);
-  run_units(job, images * job.lanes.blocks() * job.strips * job.row_chunks,
-            images * channels * y.height * y.width, REVBIFPN_BEST_KERNEL(add_units, T));
+  plan_workspace(job);
+  const int64_t units = images * job.lanes.blocks() * job.strips * job.row_chunks;
+  const int64_t elements = images * channels * y.height * y.width;
+  std::vector<FreshMemory> fresh;
+  if (x.data != y.data)
+    fresh.emplace_back(y, elements, sizeof(T));
+  const int64_t elements_per_unit = elements / std::max<int64_t>(1, units);
+  const int64_t chunks = ceil_div(STEP_SIZE, std::max<int64_t>(1, elements_per_unit * job.strips));
+  run_units(job, units, chunks * job.strips, elements, fresh, REVBIFPN_BEST_KERNEL(add_units, T));
 }
 
 Tensor resample_add_cpu(const Tensor &x, const std::vector<Tensor> &sources, double alpha,
@@ -105,7 +137,8 @@ void resample_add_into(const char *op, const Tensor &x, const Tensor &y,
     check_precision(op, maps.dtype, x_maps.dtype);
   }
   dispatch_dtype(x_maps.dtype, [&](auto element) {
-    run_add<decltype(element)>(op, x_maps, y_maps, x.size(0), x.size(1), sources, alpha, mode, lattice);
+    run_add<decltype(element)>(op, x_maps, y_maps, x.size(0), x.size(1), sources, alpha, mode,
+                               lattice);
   });
 }
 

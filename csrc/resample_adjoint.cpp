@@ -1,4 +1,5 @@
-// [alpha * transpose(R_k)(grad)] on CPUs: checks, plan of the work, registration. Kernel: kernels/adjoint.h.
+// [alpha * transpose(R_k)(grad)] on CPUs: checks, plan of the work, registration. Kernel:
+// kernels/adjoint.h.
 
 #include <bit>
 
@@ -8,11 +9,14 @@
 namespace revbifpn {
 namespace {
 
-// Elements of a row of grad in channels_last: 16 rows, what a source 8 times as coarse gathers from, take
-// half a MiB.
-constexpr int64_t ROW_SIZE = 8192;
+// Elements of a row of grad in channels_last at most: the rows of sums, and some rows of grad, stay
+// in a core's second-level cache.
+constexpr int64_t ROW_SIZE = 16384;
 // Channels that are read together at least, a cache line of half precision.
 constexpr int64_t MIN_LANES = 32;
+
+// Elements of grad between which pages of the results are mapped.
+constexpr int64_t STEP_SIZE = int64_t{1} << 18;
 
 template <class Acc>
 Result<Acc> result_of(const char *op, const Tensor &tensor, const Maps &grad, double alpha,
@@ -21,7 +25,8 @@ Result<Acc> result_of(const char *op, const Tensor &tensor, const Maps &grad, do
   result.maps = maps_of(op, tensor);
   const int64_t h = result.maps.height, w = result.maps.width;
   const Kind kind = kind_of(op, h, w, grad.height, grad.width, mode);
-  const double block = kind == Kind::area ? static_cast<double>(h / grad.height * (w / grad.width)) : 1;
+  const double block =
+      kind == Kind::area ? static_cast<double>(h / grad.height * (w / grad.width)) : 1;
   result.scale = static_cast<Acc>(alpha / block);
   result.enlarge_w = whole_factor(kind, w, grad.width);
   result.rows = gather_of<Acc>(kind, h, grad.height);
@@ -35,33 +40,48 @@ template <class Acc> void plan_units(AdjointJob<Acc> &job, int64_t images, int64
   const bool lanes_are_channels = grad.stride_c == 1 && grad.stride_w != 1;
   const int64_t lane_block = std::max(MIN_LANES, ROW_SIZE / grad.width / MIN_LANES * MIN_LANES);
   job.lanes = {channels, lanes_are_channels ? std::clamp<int64_t>(channels, 1, lane_block) : 1};
-  const int64_t lanes = job.lanes.lane_block;
 
   const int64_t groups = std::max<int64_t>(1, images * job.lanes.blocks());
   const int64_t threads = torch::stable::get_num_threads();
-  job.row_chunks = threads == 1 ? 1 : std::clamp<int64_t>(ceil_div(4 * threads, groups), 1,
-                                                          ceil_div(grad.height, 16));
+  job.row_chunks = threads == 1 ? 1
+                                : std::clamp<int64_t>(ceil_div(4 * threads, groups), 1,
+                                                      ceil_div(grad.height, 16));
+}
+
+template <class Acc> void plan_workspace(AdjointJob<Acc> &job) {
+  const int64_t lanes = job.lanes.lane_block, size = job.grad.width * lanes;
   int64_t most_terms = 1, width = 0;
-  for (const auto &result : job.results) {
+  for (const Result<Acc> &result : job.results) {
     width = std::max(width, result.maps.width);
     for (int64_t r = 0; r < result.maps.height; ++r)
       most_terms = std::max(most_terms, result.rows.terms(r));
   }
-  job.ring_rows = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(most_terms)));
-  job.row_size = grad.width * lanes + PADDING;
+  const auto run_rows =
+      static_cast<uint64_t>(std::clamp<int64_t>(RUN_SIZE / size, 1, job.grad.height));
+  job.run_rows = static_cast<int64_t>(std::bit_floor(run_rows));
+  // A run is loaded while the rows before it are still wanted, all but the oldest.
+  job.ring_rows =
+      static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(most_terms + job.run_rows - 1)));
+  job.ring_size = job.ring_rows * size + PADDING;
+  job.run_size = job.run_rows * size + PADDING;
   job.finished_size = std::max(width * lanes, RUN_SIZE) + PADDING;
 }
 
 template <class T>
-void run_adjoint(const char *op, const Tensor &grad, const std::vector<Tensor> &results, double alpha,
-                 const std::string &mode) {
+void run_adjoint(const char *op, const Tensor &grad, const std::vector<Tensor> &results,
+                 double alpha, const std::string &mode) {
   AdjointJob<accumulator_t<T>> job;
   job.grad = maps_of(op, grad);
   for (const Tensor &result : results)
     job.results.push_back(result_of<accumulator_t<T>>(op, result, job.grad, alpha, mode));
   plan_units(job, grad.size(0), grad.size(1));
-  run_units(job, grad.size(0) * job.lanes.blocks() * job.row_chunks, grad.numel(),
-            REVBIFPN_BEST_KERNEL(adjoint_units, T));
+  plan_workspace(job);
+  const int64_t units = grad.size(0) * job.lanes.blocks() * job.row_chunks;
+  std::vector<FreshMemory> fresh;
+  for (const Tensor &result : results)
+    fresh.emplace_back(maps_of(op, result), result.numel(), result.element_size());
+  const int64_t step = std::max<int64_t>(1, units * STEP_SIZE / std::max<int64_t>(1, grad.numel()));
+  run_units(job, units, step, grad.numel(), fresh, REVBIFPN_BEST_KERNEL(adjoint_units, T));
 }
 
 Tensor empty_maps(const Tensor &like, int64_t h, int64_t w, ScalarType dtype) {
@@ -75,7 +95,8 @@ std::vector<Tensor> resample_adjoint_cpu(const Tensor &grad, const std::vector<i
                                          double alpha, const std::string &mode, ScalarType dtype) {
   const char *op = "resample_adjoint";
   const Maps maps = maps_of(op, grad);
-  STD_TORCH_CHECK(sizes.size() % 2 == 0, op, ": sizes must be pairs, got ", sizes.size(), " numbers");
+  STD_TORCH_CHECK(sizes.size() % 2 == 0, op, ": sizes must be pairs, got ", sizes.size(),
+                  " numbers");
   std::vector<Tensor> results;
   for (size_t k = 0; k < sizes.size(); k += 2) {
     kind_of(op, sizes[k], sizes[k + 1], maps.height, maps.width, mode);
@@ -95,9 +116,8 @@ void resample_adjoint_into(const char *op, const Tensor &grad, const std::vector
     check_same_planes(op, grad, result);
     check_precision(op, maps_of(op, result).dtype, dtype);
   }
-  dispatch_dtype(dtype, [&](auto element) {
-    run_adjoint<decltype(element)>(op, grad, results, alpha, mode);
-  });
+  dispatch_dtype(
+      dtype, [&](auto element) { run_adjoint<decltype(element)>(op, grad, results, alpha, mode); });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(revbifpn, CPU, m) {

@@ -1,5 +1,5 @@
-// x = y - alpha * sum_k R_k(s_k) and [alpha * transpose(R_k)(grad)] on CPUs. The halves share no large map
-// (y and x; grad and the results), so they run one after the other.
+// x = y - alpha * sum_k R_k(s_k) and [alpha * transpose(R_k)(grad)] on CPUs. The halves share no
+// large map (y and x; grad and the results), so they run one after the other.
 
 #include <tuple>
 
@@ -8,9 +8,10 @@
 namespace revbifpn {
 namespace {
 
-std::tuple<Tensor, std::vector<Tensor>>
-resample_undo_cpu(const Tensor &y, const Tensor &grad, const std::vector<Tensor> &sources, double alpha,
-                  const std::string &mode, std::optional<double> lattice) {
+std::tuple<Tensor, std::vector<Tensor>> resample_undo_cpu(const Tensor &y, const Tensor &grad,
+                                                          const std::vector<Tensor> &sources,
+                                                          double alpha, const std::string &mode,
+                                                          std::optional<double> lattice) {
   const char *op = "resample_undo";
   const Maps y_maps = maps_of(op, y), grad_maps = maps_of(op, grad);
   check_same_planes(op, y, grad);

@@ -10,9 +10,10 @@
 
 namespace revbifpn {
 
-/// As PyTorch with align_corners=False: output i lies at (2i + 1) * in / (2 * out) - 1/2 in the source, not
-/// below 0. Exact in integers, which step by 2 * in, and rounded once, in the quotient. An equal side takes
-/// input i twice, as PyTorch does on CPUs, so that an infinity does not reach its neighbour as NaN.
+/// As PyTorch with align_corners=False: output i lies at (2i + 1) * in / (2 * out) - 1/2 in the
+/// source, not below 0. Exact in integers, which step by 2 * in, and rounded once, in the quotient.
+/// An equal side takes input i twice, as PyTorch does on CPUs, so that an infinity does not reach
+/// its neighbour as NaN.
 template <class Acc> Taps<Acc> bilinear_taps(int64_t in, int64_t out) {
   Taps<Acc> taps;
   taps.first.resize(out), taps.second.resize(out);
@@ -22,7 +23,8 @@ template <class Acc> Taps<Acc> bilinear_taps(int64_t in, int64_t out) {
   for (int64_t i = 0; i < out; ++i, rest += 2 * in) {
     for (; rest >= whole; rest -= whole)
       ++first;
-    const double fraction = static_cast<double>(std::max<int64_t>(rest, 0)) / static_cast<double>(whole);
+    const double fraction =
+        static_cast<double>(std::max<int64_t>(rest, 0)) / static_cast<double>(whole);
     taps.first[i] = static_cast<int32_t>(first);
     taps.second[i] = static_cast<int32_t>(in == out ? first : std::min(first + 1, in - 1));
     taps.weight_second[i] = static_cast<Acc>(fraction);
@@ -37,7 +39,8 @@ template <class Acc> Taps<Acc> nearest_taps(int64_t in, int64_t out) {
   taps.first.resize(out);
   const float scale = static_cast<float>(in) / static_cast<float>(out);
   for (int64_t i = 0; i < out; ++i) {
-    int64_t index = std::min(static_cast<int64_t>(std::floor(static_cast<float>(i) * scale)), in - 1);
+    int64_t index =
+        std::min(static_cast<int64_t>(std::floor(static_cast<float>(i) * scale)), in - 1);
     if (out == in || out == 2 * in)
       index = i * in / out;
     taps.first[i] = static_cast<int32_t>(index);
@@ -56,8 +59,8 @@ inline int64_t whole_factor(Kind kind, int64_t in, int64_t out) {
   return kind == Kind::bilinear && out % in == 0 ? out / in : 0;
 }
 
-/// The transpose of `taps`. Terms of weight 0 are left out; the outputs that an input gathers from are
-/// neighbours, because `first` and `second` never decrease.
+/// The transpose of `taps`. Terms of weight 0 are left out; the outputs that an input gathers from
+/// are neighbours, because `first` and `second` never decrease.
 template <class Acc> Gather<Acc> transpose(const Taps<Acc> &taps, int64_t in, int64_t out) {
   Gather<Acc> gather;
   gather.begin.assign(in, 0);

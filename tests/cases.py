@@ -155,35 +155,55 @@ BACKENDS = {
     ),
 }
 
-# Interpreted Triton is slow: by default it is tried on every case in float32, on these in others.
-_TRITON_CASES = ("even", "odd", "channels-last", "x2-x4-x8")
-_TRITON_DTYPES = ("bf16", "fp32-mixed")
+MODES = ("bilinear", "nearest")
 INTERPRETED = pytest.mark.slow if not HAS_GPU else ()
+# Interpreted Triton is slow: by default it is tried on a selection, in these dtypes.
+_TRITON_DTYPES = ("fp32", "bf16", "fp32-mixed")
+_TRITON_CASES = ("even", "odd", "channels-last", "x2-x4-x8")
 
 
-def _grid():
+def _is_quick(case, dtypes, mode, triton_cases) -> bool:
+    if case in _TRITON_CASES:
+        return dtypes in _TRITON_DTYPES and (mode == "bilinear" or dtypes == "fp32")
+    return case in triton_cases and (dtypes, mode) == ("fp32", "bilinear")
+
+
+def _grid(triton_cases):
     for backend in BACKENDS:
-        for case in CASES:
-            for dtypes in DTYPES:
+        for case, dtypes in _cases_and_dtypes():
+            for mode in MODES:
                 if backend == "triton" and dtypes == "fp64":
                     continue
-                is_few = dtypes in _TRITON_DTYPES and case in _TRITON_CASES
-                is_quick = case != "revbifpn" and (dtypes == "fp32" or is_few)
-                marks = INTERPRETED if backend == "triton" and not is_quick else ()
-                values = (BACKENDS[backend], CASES[case], dtypes)
-                yield pytest.param(*values, id=f"{backend}-{case}-{dtypes}", marks=marks)
+                is_quick = backend == "cpp" or _is_quick(case, dtypes, mode, triton_cases)
+                yield pytest.param(
+                    *(BACKENDS[backend], CASES[case], dtypes, mode),
+                    id=f"{backend}-{case}-{dtypes}-{mode}",
+                    marks=() if is_quick else INTERPRETED,
+                )
+
+
+def _cases_and_dtypes():
+    for case in CASES:
+        for dtypes in DTYPES:
+            # The real shape is large, and its dtypes are the ones it has in training.
+            if case != "revbifpn" or dtypes in ("fp32", "fp32-bf16"):
+                yield case, dtypes
 
 
 def _device_grid():
     """The public functions are tried on every device that has kernels here."""
     for device in ("cpu", "cuda") if HAS_GPU else ("cpu",):
-        for case in CASES:
-            for dtypes in DTYPES:
-                if device == "cpu" or dtypes != "fp64":
-                    yield pytest.param(device, CASES[case], dtypes, id=f"{device}-{case}-{dtypes}")
+        for case, dtypes in _cases_and_dtypes():
+            if device == "cpu" or dtypes != "fp64":
+                yield pytest.param(device, CASES[case], dtypes, id=f"{device}-{case}-{dtypes}")
 
 
-over_grid = pytest.mark.parametrize(("backend", "case", "dtypes"), list(_grid()))
+def _over(triton_cases):
+    return pytest.mark.parametrize(("backend", "case", "dtypes", "mode"), list(_grid(triton_cases)))
+
+
+# Triton's undo is put together from the parts of the other two, and is tried on fewer cases.
+over_grid, over_grid_of_undo = _over([name for name in CASES if name != "revbifpn"]), _over([])
 over_device_grid = pytest.mark.parametrize(("device", "case", "dtypes"), list(_device_grid()))
 over_backends = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 # For products of many cases, which take the interpreter minutes.
@@ -192,7 +212,7 @@ over_backends_in_depth = pytest.mark.parametrize(
     [BACKENDS["cpp"], pytest.param(BACKENDS["triton"], marks=INTERPRETED)],
     ids=BACKENDS,
 )
-over_modes = pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+over_modes = pytest.mark.parametrize("mode", MODES)
 
 # A few cases that hold every kind of resampling, for what needs no grid.
 SPREADS = ("even", "odd", "mixed-kinds", "x2-x4-x8", "eight-sources", "area")

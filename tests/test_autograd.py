@@ -110,3 +110,14 @@ def test_resample_undo_gradcheck(mode):
 
     assert torch.autograd.gradcheck(function, [y, grad, *sources])
     assert torch.autograd.gradgradcheck(function, [y, grad, *sources])
+
+
+def test_forward_mode_is_refused():
+    """Its tangents would be dropped in silence."""
+    x, (source,) = CASES["even"].tensors()
+    with pytest.raises(NotImplementedError, match="^resample_add: forward-mode"):
+        torch.func.jvp(lambda source: resample_add(x, [source]), (source,), (source,))
+    with torch.autograd.forward_ad.dual_level():
+        grad = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(NotImplementedError, match="^resample_adjoint: forward-mode"):
+            resample_adjoint(grad, [(4, 6)])

@@ -18,17 +18,20 @@ KERNELS = {
 }
 
 
+def run_apart(*command):
+    """The finished process: one of its own, because interpreted kernels cannot be compiled."""
+    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, *command]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
 def compile_kernels(tmp_path, *options):
     """The rows of `benchmarks.kernels` for contiguous fp32 and bf16 maps."""
     output = tmp_path / "kernels.csv"
-    command = [sys.executable, "-m", "benchmarks.kernels", "--output", str(output)]
-    command += ["--layouts", "nchw", "--dtypes", "fp32", "bf16", "--scales", "2+4+8", "any"]
-    # A process of its own: interpreted kernels cannot be compiled.
-    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
-    result = subprocess.run(
-        [*command, *options], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
+    command = ["-m", "benchmarks.kernels", "--output", str(output), "--layouts", "nchw"]
+    command += ["--dtypes", "fp32", "bf16", "--scales", "2+4+8", "any"]
+    result = run_apart(*command, *options)
     assert output.exists(), result.stderr
     with output.open() as file:
         return list(csv.DictReader(file))
@@ -47,3 +50,11 @@ def test_aligned_rows_move_16_bytes_within_the_instruction_budget(tmp_path):
     for row in rows:
         assert row["load_bytes"] == "16", row
         assert float(row["instructions_per_element"]) <= 1.25 * float(row["budget"]), row
+
+
+def test_sizes_of_1_compile():
+    """Triton turns arguments of 1 into constants, which the interpreter does not."""
+    result = run_apart("tests/compile_corners.py")
+    assert result.returncode == 0, result.stderr
+    kernels = [line.rsplit(maxsplit=1)[-1] for line in result.stdout.splitlines()]
+    assert {kernel for kernel in KERNELS if "elements" in kernel} <= set(kernels)

@@ -187,6 +187,8 @@ def test_a_lattice_must_be_a_number(op):
 BAD_ADJOINTS = {
     "no-sizes": ({"sizes": []}, ValueError, "sizes must hold 1 to 8 entries, got 0"),
     "nine-sizes": ({"sizes": [(4, 6)] * 9}, ValueError, "sizes must hold 1 to 8 entries, got 9"),
+    "flat": ({"sizes": (4, 6)}, ValueError, r"sizes\[0\] must be \(h, w\), got 4"),
+    "no-list": ({"sizes": None}, TypeError, r"sizes must be a sequence of \(h, w\), got NoneType"),
     "triple": ({"sizes": [(4, 6, 1)]}, ValueError, r"sizes\[0\] must be \(h, w\), got \(4, 6, 1\)"),
     "side-0": (
         {"sizes": [(4, 6), (0, 6)]},
@@ -234,6 +236,12 @@ def test_bad_adjoints(bad):
 def test_undo_wants_a_gradient_like_y(grad):
     with pytest.raises(ValueError, match="^resample_undo: grad must have y's shape, dtype and dev"):
         resample_undo(maps(*X), grad, [maps(2, 3, 4, 6)])
+
+
+@pytest.mark.parametrize("lattice", [2.0**-130, 2.0**105])
+def test_a_lattice_must_suit_the_sums(lattice):
+    with pytest.raises(ValueError, match="^resample_add: lattice must lie in .* float32, got"):
+        resample_add(maps(*X), [maps(2, 3, 4, 6)], lattice=lattice)
 
 
 @pytest.mark.parametrize(

@@ -100,3 +100,31 @@ def test_accepts_x_itself_as_a_source():
     x = torch.randn(2, 3, 8, 12)
     doubled = 2 * x
     assert torch.equal(resample_add_(x, [x]), doubled)
+
+
+@pytest.mark.parametrize("view", ["leaf", "chunk"])
+def test_refuses_before_it_writes(view):
+    """PyTorch notices such views only when it records the write, after it happened."""
+    leaf = torch.ones(2, 6, 8, 12).requires_grad_()
+    x = leaf[:, :3] if view == "leaf" else (leaf * 1.0).chunk(2, 1)[0]
+    with pytest.raises(RuntimeError, match="^resample_add_: x must"):
+        resample_add_(x, [torch.ones(2, 3, 4, 6)])
+    assert torch.equal(x, torch.ones(X))
+
+
+def test_inference_mode_bumps_the_version():
+    x, sources = CASES["even"].tensors()
+    saved = x.requires_grad_().exp()
+    y = saved.square()
+    with torch.inference_mode():
+        resample_add_(saved, sources)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+def test_accepts_the_other_half_of_the_channels(layout):
+    whole = random_maps((2, 6, 8, 12), layout=layout)
+    expected = whole[:, :3] + whole[:, 3:]
+    resample_add_(whole[:, :3], [whole[:, 3:]])
+    assert torch.equal(whole[:, :3], expected)

@@ -83,7 +83,7 @@ over_checks = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check._
 
 
 @over_checks
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(cpp_fusions, ALPHAS, MODES)
 def test_cpp(check, fusion, alpha, mode):
     check(BACKENDS["cpp"], fusion, alpha, mode)
@@ -112,7 +112,7 @@ def test_triton_at_length(check, fusion, alpha, mode):
     check(BACKENDS["triton"], fusion, alpha, mode)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(fusions("cpu", ["fp64"], largest=70), MODES)
 def test_adjoint_identity(fusion, mode):
     """<R s, g> = <s, Rᵀ g>, up to the rounding of the sums."""
@@ -128,7 +128,7 @@ def test_adjoint_identity(fusion, mode):
         assert (left - right).abs() <= terms * torch.finfo(torch.float64).eps * magnitude
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(fusions("cpu", ["fp32", "fp32-mixed"], largest=70), ALPHAS, MODES)
 def test_lattice_restores_every_bit(fusion, alpha, mode):
     x, sources, _ = fusion

@@ -20,7 +20,6 @@ from revbifpn_kernels.ops.resample_adjoint import resample_adjoint_reference
 SIZES = [(8, 12), (4, 6), (2, 3), (1, 1), (5, 7), (16, 24), (8, 5)]
 
 
-@over_modes
 @over_grid
 def test_adjoint(backend, case, dtypes, mode):
     grad, sources = case.tensors(dtypes, backend.device)
@@ -76,7 +75,7 @@ def test_results_are_new_tensors(backend):
 
 @over_modes
 @pytest.mark.parametrize("name", ["even", "x2-x4-x8", "mixed-powers"])
-@over_backends
+@over_backends_in_depth
 def test_identity_with_resample_add_is_exact(backend, name, mode):
     """<R s, g> = <s, Rᵀ g>: with few bits and dyadic weights both sides are exact in float64."""
     case = CASES[name]
@@ -100,7 +99,7 @@ def test_a_constant_gradient_is_shared_out_whole(backend, mode):
 
 
 @over_modes
-@over_backends
+@over_backends_in_depth
 def test_nan_and_inf_reach_what_they_have_weight_in(backend, mode):
     grad = random_maps((1, 1, 8, 12), device=backend.device)
     grad[0, 0, 3, 4], grad[0, 0, 6, 9] = torch.nan, torch.inf

@@ -8,7 +8,7 @@ from cases import (
     LAYOUTS,
     over_backends,
     over_backends_in_depth,
-    over_grid,
+    over_grid_of_undo,
     over_lattices,
     over_modes,
     over_spreads,
@@ -20,8 +20,7 @@ from helpers import assert_as_accurate, on_lattice, same_bits
 from revbifpn_kernels.ops.resample_undo import resample_undo_reference
 
 
-@over_modes
-@over_grid
+@over_grid_of_undo
 def test_undo(backend, case, dtypes, mode):
     y, sources = case.tensors(dtypes, backend.device)
     grad = LAYOUTS[case.x_layout](random_like(y))
@@ -73,9 +72,9 @@ def test_layouts_do_not_change_a_bit(backend, source_layout, grad_layout):
 
 
 @over_lattices
-@over_spreads
-def test_lattice_undo_restores_every_bit(backend, case, dtypes, lattice):
-    x, sources = case.tensors(dtypes, backend.device)
+@pytest.mark.parametrize("name", ["odd", "mixed-powers"])
+def test_lattice_undo_restores_every_bit(backend, name, dtypes, lattice):
+    x, sources = CASES[name].tensors(dtypes, backend.device)
     on_lattice(x, lattice)
     y = backend.add(x, sources, 0.7, "bilinear", lattice)
     restored, _ = backend.undo(y, random_like(y), sources, 0.7, "bilinear", lattice)

@@ -34,34 +34,41 @@ template <class T> class StripAdder {
 
 public:
   StripAdder(const AddJob<Acc> &job, Acc *workspace)
-      : job(job), sources(static_cast<int>(job.sources.size())), resampled(workspace),
-        sums(resampled + 2 * sources * job.strip_size), staged(sums + job.sums_size),
-        scratch(staged + job.sums_size), update{job.alpha, job.snap} {}
+      : job(job), sources(static_cast<int>(job.sources.size())), update{job.alpha, job.snap} {
+    sums = workspace;
+    staged = sums + job.run_size;
+    scratch = staged + job.run_size;
+    Acc *place = scratch + job.scratch_size;
+    for (int k = 0; k < sources; ++k) {
+      resampled[k] = {place, job.strip_size, job.sources[k].ring_rows - 1};
+      place += job.sources[k].ring_rows * job.strip_size;
+    }
+  }
 
+  /// A run of rows goes through each step together: what a step wrote just now is slow to read.
   void add(const Tile &tile) {
     for (int k = 0; k < sources; ++k)
-      cached[k][0].row = cached[k][1].row = -1;
+      next_row[k] = job.sources[k].rows.first[tile.row_begin];
     const int64_t size = tile.columns() * tile.lanes;
-    const int64_t run = std::min(rows_of_run(job.x, tile), rows_of_run(job.y, tile));
-    for (int64_t row = tile.row_begin; row < tile.row_end; row += run) {
-      const int64_t rows = std::min(run, tile.row_end - row);
-      for (int64_t i = 0; i < rows; ++i)
-        sum_sources(tile, row + i, sums + i * size);
-      update_rows(tile, row, rows * tile.columns());
+    for (int64_t row = tile.row_begin; row < tile.row_end; row += job.run_rows) {
+      const int64_t row_end = std::min(row + job.run_rows, tile.row_end);
+      for (int64_t next = row_end; next < row_end + job.run_rows; ++next)
+        prefetch_row<T>(job.x, tile, next, tile.column_begin, tile.columns());
+      for (int k = 0; k < sources; ++k)
+        resample_rows(k, tile, row_end);
+      for (int64_t i = row; i < row_end; ++i)
+        sum_sources(tile, i, sums + (i - row) * size);
+      update_rows(tile, row, row_end);
     }
   }
 
 private:
-  struct CachedRow {
-    int64_t row;
-    const Acc *data;
-  };
-
   /// One row of the sum of the resampled sources; up to four bilinear ones in one loop.
   void sum_sources(const Tile &tile, int64_t row, Acc *out) {
     for (int k = 0; k < sources;) {
       int bilinear = 0;
-      while (bilinear < 4 && k + bilinear < sources && job.sources[k + bilinear].kind == Kind::bilinear)
+      while (bilinear < 4 && k + bilinear < sources &&
+             job.sources[k + bilinear].kind == Kind::bilinear)
         ++bilinear;
       if (bilinear == 0)
         add_row(tile, row, k, out);
@@ -92,9 +99,8 @@ private:
     Blend<Acc> blends[SOURCES];
     for (int i = 0; i < SOURCES; ++i) {
       const Taps<Acc> &rows = job.sources[k + i].rows;
-      blends[i] = {resampled_row(k + i, tile, rows.first[row]),
-                   resampled_row(k + i, tile, rows.second[row]), rows.weight_first[row],
-                   rows.weight_second[row]};
+      blends[i] = {resampled[k + i][rows.first[row]], resampled[k + i][rows.second[row]],
+                   rows.weight_first[row], rows.weight_second[row]};
     }
     const int64_t count = whole_vectors(tile.columns() * tile.lanes);
     REVBIFPN_INDEPENDENT
@@ -109,55 +115,53 @@ private:
   }
 
   void add_row(const Tile &tile, int64_t row, int k, Acc *out) {
-    const Acc *values = resampled_row(k, tile, job.sources[k].rows.first[row]);
+    const Acc *values = resampled[k][job.sources[k].rows.first[row]];
     const int64_t count = whole_vectors(tile.columns() * tile.lanes);
     REVBIFPN_INDEPENDENT
     for (int64_t j = 0; j < count; ++j)
       out[j] = k == 0 ? values[j] : out[j] + values[j];
   }
 
-  /// Row `row` of source k, resampled horizontally; neighbours are kept in two alternating places.
-  const Acc *resampled_row(int k, const Tile &tile, int64_t row) {
-    CachedRow &place = cached[k][row & 1];
-    if (place.row != row) {
-      Acc *out = resampled + (2 * k + (row & 1)) * job.strip_size;
-      resample_row(job.sources[k], tile, row, out);
-      place = {row, out};
-    }
-    return place.data;
-  }
-
-  void resample_row(const Source<Acc> &source, const Tile &tile, int64_t row, Acc *out) {
-    if (source.kind == Kind::identity)
-      return load_row(source.maps, tile, row, tile.column_begin, tile.columns(), out);
-    if (source.kind == Kind::area)
-      return average_blocks(source, tile, row, scratch, out);
+  /// Resamples the rows of source k that target rows before `row_end` need, horizontally.
+  void resample_rows(int k, const Tile &tile, int64_t row_end) {
+    const Source<Acc> &source = job.sources[k];
+    const Taps<Acc> &columns = source.columns;
     const bool is_bilinear = source.kind == Kind::bilinear;
-    const int64_t begin = source.columns.first[tile.column_begin];
-    const int64_t last =
-        (is_bilinear ? source.columns.second : source.columns.first)[tile.column_end - 1];
-    load_row(source.maps, tile, row, begin, last - begin + 1, scratch);
-    if (is_bilinear)
-      enlarge_columns(source, tile, scratch, begin, out);
-    else
-      pick_columns(source.columns, tile, scratch, begin, out);
+    const int64_t end = (is_bilinear ? source.rows.second : source.rows.first)[row_end - 1] + 1;
+    const int64_t column = columns.first[tile.column_begin];
+    const int64_t pixels =
+        (is_bilinear ? columns.second : columns.first)[tile.column_end - 1] + 1 - column;
+    const Acc *row = scratch;
+    if (source.kind != Kind::area && next_row[k] < end)
+      load_rows(source.maps, tile, next_row[k], end, column, pixels, scratch);
+    for (; next_row[k] < end; ++next_row[k], row += pixels * tile.lanes) {
+      Acc *out = resampled[k][next_row[k]];
+      if (source.kind == Kind::area)
+        average_blocks(source, tile, next_row[k], scratch, out);
+      else if (is_bilinear)
+        enlarge_columns(source, tile, row, column, out);
+      else
+        pick_columns(columns, tile, row, column, out);
+    }
   }
 
-  /// y = x + update for `pixels` pixels from `row` on, whose sums lie ready.
-  void update_rows(const Tile &tile, int64_t row, int64_t pixels) {
-    const int64_t column = tile.column_begin;
-    const T *x = job.x.template at<const T>(tile.n, tile.c, row, column);
-    T *y = job.y.template at<T>(tile.n, tile.c, row, column);
+  /// y = x + update for rows whose sums lie ready.
+  void update_rows(const Tile &tile, int64_t begin, int64_t end) {
+    const int64_t columns = tile.columns(), column = tile.column_begin, size = columns * tile.lanes;
     if (std::is_same_v<T, Half> || !has_adjacent_lanes(job.x, tile) ||
         !has_adjacent_lanes(job.y, tile)) {
-      load_row_as<T>(job.x, tile, row, column, pixels, staged);
-      add_update(staged, staged, sums, pixels * tile.lanes);
-      store_row_as<T>(job.y, tile, row, column, pixels, staged);
-    } else if (has_dense_rows(job.x, tile) && has_dense_rows(job.y, tile)) {
-      add_update(x, y, sums, pixels * tile.lanes);
-    } else {
-      for (int64_t j = 0; j < pixels; ++j)
-        add_update(x + j * job.x.stride_w, y + j * job.y.stride_w, sums + j * tile.lanes, tile.lanes);
+      load_rows_as<T>(job.x, tile, begin, end, column, columns, staged);
+      add_update(staged, staged, sums, (end - begin) * size);
+      return store_rows_as<T>(job.y, tile, begin, end, column, columns, staged);
+    }
+    const bool is_dense = has_dense_rows(job.x, tile) && has_dense_rows(job.y, tile);
+    const bool is_one_run =
+        has_dense_planes(job.x, tile, columns) && has_dense_planes(job.y, tile, columns);
+    const int64_t run = is_one_run ? (end - begin) * size : is_dense ? size : tile.lanes;
+    for (int64_t i = 0; i < (end - begin) * size; i += run) {
+      const int64_t row = begin + i / size, pixel = column + i % size / tile.lanes;
+      add_update(job.x.template at<const T>(tile.n, tile.c, row, pixel),
+                 job.y.template at<T>(tile.n, tile.c, row, pixel), sums + i, run);
     }
   }
 
@@ -171,9 +175,10 @@ private:
 
   const AddJob<Acc> &job;
   int sources;
-  Acc *resampled, *sums, *staged, *scratch;
   Update<Acc> update;
-  CachedRow cached[MAX_SOURCES][2];
+  Acc *sums, *staged, *scratch;
+  Rows<Acc> resampled[MAX_SOURCES]; // rings of the rows in use
+  int64_t next_row[MAX_SOURCES];    // of a source: not yet resampled
 };
 
 template <class T>

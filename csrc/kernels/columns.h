@@ -64,7 +64,8 @@ void enlarge_columns(const Source<Acc> &source, const Tile &tile, const Acc *row
 }
 
 template <class Acc>
-void pick_columns(const Taps<Acc> &taps, const Tile &tile, const Acc *row, int64_t origin, Acc *out) {
+void pick_columns(const Taps<Acc> &taps, const Tile &tile, const Acc *row, int64_t origin,
+                  Acc *out) {
   if (tile.lanes == 1) {
     for (int64_t j = tile.column_begin; j < tile.column_end; ++j)
       *out++ = row[taps.first[j] - origin];
@@ -90,10 +91,12 @@ void add_column_blocks(const Acc *row, const Tile &tile, int64_t block, bool is_
 
 /// Row `i` of the means over blocks of block_h x block_w pixels.
 template <class Acc>
-void average_blocks(const Source<Acc> &source, const Tile &tile, int64_t i, Acc *scratch, Acc *out) {
+void average_blocks(const Source<Acc> &source, const Tile &tile, int64_t i, Acc *scratch,
+                    Acc *out) {
   for (int64_t h = 0; h < source.block_h; ++h) {
-    load_row(source.maps, tile, i * source.block_h + h, tile.column_begin * source.block_w,
-             tile.columns() * source.block_w, scratch);
+    const int64_t row = i * source.block_h + h;
+    load_rows(source.maps, tile, row, row + 1, tile.column_begin * source.block_w,
+              tile.columns() * source.block_w, scratch);
     add_column_blocks(scratch, tile, source.block_w, h == 0, out);
   }
   const Acc count = static_cast<Acc>(source.block_h * source.block_w);

@@ -1,5 +1,5 @@
-// Conversions and rounding of one element. Integer operations and selects only, so that the compiler
-// vectorises the loops around them for every instruction set, with the same bits.
+// Conversions and rounding of one element. Integer operations and selects only, so that the
+// compiler vectorises the loops around them for every instruction set, with the same bits.
 
 // Asserts that no iteration of the next loop depends on another: x and y may be the same memory.
 #if defined(__clang__)
@@ -48,16 +48,18 @@ template <> inline Half narrow<Half>(float value) {
       std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   const uint32_t finite = magnitude < 0x38800000u ? subnormal : rounded;
   const uint32_t overflowed = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  return {static_cast<uint16_t>((magnitude < 0x47800000u ? finite : overflowed) | (bits >> 16 & 0x8000u))};
+  return {static_cast<uint16_t>((magnitude < 0x47800000u ? finite : overflowed) |
+                                (bits >> 16 & 0x8000u))};
 }
 
-/// `value` rounded to a multiple of the lattice, ties to even. Above `snap` = 2^(digits - 1) * lattice
-/// every number is a multiple already; the last place of snap itself is the lattice, so adding snap to
-/// a smaller number rounds it.
+/// `value` rounded to a multiple of the lattice, ties to even. Above `snap` = 2^(digits - 1) *
+/// lattice every number is a multiple already; the last place of snap itself is the lattice, so
+/// adding snap to a smaller number rounds it.
 inline float snap_to_lattice(float value, float snap) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const float magnitude = std::bit_cast<float>(bits & 0x7fffffffu);
-  const uint32_t snapped = std::bit_cast<uint32_t>((magnitude + snap) - snap) | (bits & 0x80000000u);
+  const uint32_t snapped =
+      std::bit_cast<uint32_t>((magnitude + snap) - snap) | (bits & 0x80000000u);
   return std::bit_cast<float>(magnitude < snap ? snapped : bits);
 }
 

@@ -1,6 +1,6 @@
-// All kernels for the instruction set REVBIFPN_ISA (a namespace), included once by each isa_*.cpp, which
-// has included every library header before: an inline function of the standard library that is compiled
-// here could replace its copy elsewhere and stop programs on older machines.
+// All kernels for the instruction set REVBIFPN_ISA (a namespace), included once by each isa_*.cpp,
+// which has included every library header before: an inline function of the standard library that
+// is compiled here could replace its copy elsewhere and stop programs on older machines.
 
 namespace revbifpn::REVBIFPN_ISA {
 

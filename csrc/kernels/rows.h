@@ -1,8 +1,8 @@
 // Rows of pixels: reading and writing them in any layout, and the weighted sums of rows.
 //
-// A row in the workspace is dense: `lanes` values for each pixel, pixel after pixel. Behind it lies room
-// (PADDING), so that loops may run on to a whole vector instead of finishing one by one, which matters
-// for narrow maps; what they write there is overwritten or never read.
+// A row in the workspace is dense: `lanes` values for each pixel, pixel after pixel. Behind it lies
+// room (PADDING), so that loops may run on to a whole vector instead of finishing one by one, which
+// matters for narrow maps; what they write there is overwritten or never read.
 
 constexpr int64_t whole_vectors(int64_t count) { return (count + 15) & ~int64_t{15}; }
 
@@ -30,11 +30,20 @@ inline bool has_dense_rows(const Maps &maps, const Tile &tile) {
   return has_adjacent_lanes(maps, tile) && maps.stride_w == tile.lanes;
 }
 
-/// How many rows to collect before maps are read or written in one run: narrow rows gain by it.
-inline int64_t rows_of_run(const Maps &maps, const Tile &tile) {
-  const bool is_dense = has_dense_rows(maps, tile) && tile.columns() == maps.width &&
-                        maps.stride_h == maps.width * tile.lanes;
-  return is_dense ? std::max<int64_t>(1, RUN_SIZE / (maps.width * tile.lanes)) : 1;
+/// Whether `count` pixels of one row after another are one dense run.
+inline bool has_dense_planes(const Maps &maps, const Tile &tile, int64_t count) {
+  return has_dense_rows(maps, tile) && maps.stride_h == count * tile.lanes;
+}
+
+/// Asks for the `count` pixels of row `row`, which are used next. It may lie behind the last row:
+/// in a contiguous tensor the next plane does.
+template <class T>
+void prefetch_row(const Maps &maps, const Tile &tile, int64_t row, int64_t column, int64_t count) {
+  if (!has_dense_rows(maps, tile))
+    return;
+  const auto begin = reinterpret_cast<uintptr_t>(maps.at<const T>(tile.n, tile.c, row, column));
+  for (uintptr_t line = begin; line < begin + count * tile.lanes * sizeof(T); line += 64)
+    __builtin_prefetch(reinterpret_cast<const void *>(line));
 }
 
 template <class T>
@@ -50,15 +59,18 @@ void store_dense(const accumulator_t<T> *__restrict values, int64_t count, T *__
 }
 
 #ifdef __F16C__
-template <> inline void load_dense(const Half *__restrict values, int64_t count, float *__restrict out) {
+template <>
+inline void load_dense(const Half *__restrict values, int64_t count, float *__restrict out) {
   int64_t i = 0;
   for (; i + 8 <= count; i += 8)
-    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(values + i))));
+    _mm256_storeu_ps(
+        out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(values + i))));
   for (; i < count; ++i)
     out[i] = _cvtsh_ss(values[i].bits);
 }
 
-template <> inline void store_dense(const float *__restrict values, int64_t count, Half *__restrict out) {
+template <>
+inline void store_dense(const float *__restrict values, int64_t count, Half *__restrict out) {
   int64_t i = 0;
   for (; i + 8 <= count; i += 8)
     _mm_storeu_si128(reinterpret_cast<__m128i *>(out + i),
@@ -86,7 +98,17 @@ void load_row_as(const Maps &maps, const Tile &tile, int64_t row, int64_t column
       out[pixel * lanes + lane] = widen(pixels[pixel * stride_w + lane * stride_c]);
 }
 
-/// Rounds `count` pixels at `values` into a row, from `column` on; the rows of a run are one long row.
+/// The same for rows [begin, end), one behind the other. Narrow rows gain by being one run.
+template <class T>
+void load_rows_as(const Maps &maps, const Tile &tile, int64_t begin, int64_t end, int64_t column,
+                  int64_t count, accumulator_t<T> *out) {
+  if (has_dense_planes(maps, tile, count))
+    return load_row_as<T>(maps, tile, begin, column, (end - begin) * count, out);
+  for (int64_t row = begin; row < end; ++row, out += count * tile.lanes)
+    load_row_as<T>(maps, tile, row, column, count, out);
+}
+
+/// Rounds `count` pixels at `values` into a row, from `column` on.
 template <class T>
 void store_row_as(const Maps &maps, const Tile &tile, int64_t row, int64_t column, int64_t count,
                   const accumulator_t<T> *__restrict values) {
@@ -104,6 +126,16 @@ void store_row_as(const Maps &maps, const Tile &tile, int64_t row, int64_t colum
       pixels[pixel * stride_w + lane * stride_c] = narrow<T>(values[pixel * lanes + lane]);
 }
 
+/// The same for rows [begin, end).
+template <class T>
+void store_rows_as(const Maps &maps, const Tile &tile, int64_t begin, int64_t end, int64_t column,
+                   int64_t count, const accumulator_t<T> *values) {
+  if (has_dense_planes(maps, tile, count))
+    return store_row_as<T>(maps, tile, begin, column, (end - begin) * count, values);
+  for (int64_t row = begin; row < end; ++row, values += count * tile.lanes)
+    store_row_as<T>(maps, tile, row, column, count, values);
+}
+
 // The dtype of x or grad is known when the kernel is compiled, that of a source or result is not.
 #define REVBIFPN_FOR_DTYPE(dtype, function, ...)                                                   \
   if constexpr (std::is_same_v<Acc, double>)                                                       \
@@ -116,29 +148,30 @@ void store_row_as(const Maps &maps, const Tile &tile, int64_t row, int64_t colum
     function<Half>(__VA_ARGS__);
 
 template <class Acc>
-void load_row(const Maps &maps, const Tile &tile, int64_t row, int64_t column, int64_t count, Acc *out) {
-  REVBIFPN_FOR_DTYPE(maps.dtype, load_row_as, maps, tile, row, column, count, out)
+void load_rows(const Maps &maps, const Tile &tile, int64_t begin, int64_t end, int64_t column,
+               int64_t count, Acc *out) {
+  REVBIFPN_FOR_DTYPE(maps.dtype, load_rows_as, maps, tile, begin, end, column, count, out)
 }
 
 template <class Acc>
-void store_row(const Maps &maps, const Tile &tile, int64_t row, int64_t column, int64_t count,
-               const Acc *values) {
-  REVBIFPN_FOR_DTYPE(maps.dtype, store_row_as, maps, tile, row, column, count, values)
+void store_rows(const Maps &maps, const Tile &tile, int64_t begin, int64_t end, int64_t column,
+                int64_t count, const Acc *values) {
+  REVBIFPN_FOR_DTYPE(maps.dtype, store_rows_as, maps, tile, begin, end, column, count, values)
 }
 
 /// Rows `stride` apart; with a mask, rows of a ring.
-template <class Acc> struct Rows {
-  Acc *data;
+template <class T> struct Rows {
+  T *data;
   int64_t stride, mask = -1;
 
-  Acc *operator[](int64_t i) const { return data + (i & mask) * stride; }
+  T *operator[](int64_t i) const { return data + (i & mask) * stride; }
 };
 
 /// out (= or +=) TERMS weighted rows from `begin` on, added in order.
-template <int TERMS, bool IS_FIRST, class Acc>
-REVBIFPN_INLINE void add_weighted_rows(Acc *out, const Rows<const Acc> &rows, int64_t begin,
+template <int TERMS, bool IS_FIRST, class T, class Acc>
+REVBIFPN_INLINE void add_weighted_rows(Acc *out, const Rows<const T> &rows, int64_t begin,
                                        const Acc *weights, int64_t count) {
-  const Acc *row[TERMS];
+  const T *row[TERMS];
   Acc weight[TERMS];
   for (int term = 0; term < TERMS; ++term) {
     row[term] = rows[begin + term];
@@ -146,21 +179,19 @@ REVBIFPN_INLINE void add_weighted_rows(Acc *out, const Rows<const Acc> &rows, in
   }
   REVBIFPN_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) {
-    Acc sum = weight[0] * row[0][i];
+    Acc sum = weight[0] * widen(row[0][i]);
     if (!IS_FIRST)
       sum = out[i] + sum;
     for (int term = 1; term < TERMS; ++term)
-      sum = sum + weight[term] * row[term][i];
+      sum = sum + weight[term] * widen(row[term][i]);
     out[i] = sum;
   }
 }
 
-/// out = the sum of `terms` weighted rows from `begin` on, added in order whatever the grouping. It
-/// computes whole vectors.
-template <class Acc>
-void sum_weighted_rows(Acc *out, const Rows<const Acc> &rows, int64_t begin, const Acc *weights,
-                       int64_t terms, int64_t elements) {
-  const int64_t count = whole_vectors(elements);
+/// out = the sum of `terms` weighted rows from `begin` on, added in order whatever the grouping.
+template <class T, class Acc>
+void sum_weighted_rows(Acc *out, const Rows<const T> &rows, int64_t begin, const Acc *weights,
+                       int64_t terms, int64_t count) {
   int64_t term = std::min<int64_t>(terms, 4);
   switch (term) {
   case 0:

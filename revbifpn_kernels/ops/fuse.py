@@ -52,7 +52,7 @@ def round_to_multiple(value, lattice):
     # Adding 2²³ leaves no fraction bits; from 2²³ on float32 has none, and NaN and infinity stay.
     whole = (tl.abs(steps) + 8388608.0) - 8388608.0
     whole = tl.where(steps < 0, -whole, whole)
-    return tl.where(tl.abs(steps) < 8388608.0, whole, steps) * lattice[0]
+    return tl.where(tl.abs(steps) < 8388608.0, whole * lattice[0], value)
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """A kernel launch as a value: planned once a geometry, run often, or compiled for an absent GPU."""
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -8,7 +9,13 @@ import torch
 import triton
 from torch import Tensor
 
-WARP_SIZE = 64 if torch.version.hip else 32
+
+@functools.cache
+def _warp_size() -> int:
+    """Of the GPU there is; without one (the interpreter) any will do."""
+    if not torch.cuda.is_available():
+        return 32
+    return triton.runtime.driver.active.get_current_target().warp_size
 
 
 class Geometry(NamedTuple):
@@ -45,7 +52,7 @@ class Launch:
             return
         is_current = device.type != "cuda" or device.index == torch.cuda.current_device()
         with contextlib.nullcontext() if is_current else torch.cuda.device(device):
-            options = self.options(WARP_SIZE)
+            options = self.options(_warp_size())
             self.kernel[self.grid](**operands, **self.args, **self.constants, **options)
 
     def compile(self, target: "triton.backends.compiler.GPUTarget", operands: dict[str, Any]):

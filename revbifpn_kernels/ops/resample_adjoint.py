@@ -14,20 +14,19 @@ from torch import Tensor
 
 from .adjoint import adjoint_cells, gather_outputs
 from .cells import locate_cells
-from .launch import Geometry, Launch
-from .resample import (
+from .checks import (
     DTYPES,
-    check_count,
-    check_devices_have_kernels,
+    check_float64_is_on_cpu,
     check_maps,
     check_mode,
+    check_no_tangents,
     check_number,
     check_precision,
     check_size,
-    empty_maps,
-    library,
-    resample_reference,
+    check_sizes,
 )
+from .launch import Geometry, Launch
+from .resample import empty_maps, library, resample_reference
 from .taps import element_pointer, locate_elements
 from .tiling import (
     CELL_COUNTS,
@@ -83,7 +82,7 @@ def _resample_adjoint_elements_kernel(
     for k in tl.static_range(len(KINDS)):
         if tl.program_id(1) == k:
             h, w = result_sizes[k]
-            elements = N.to(tl.int64) * C * h * w
+            elements = tl.cast(N, tl.int64) * C * h * w
             if tl.program_id(0).to(tl.int64) * BLOCK < elements:
                 mask, place = locate_elements(
                     elements.to(INDEX), C, h, w, BLOCK, CHANNELS_LAST, INDEX
@@ -100,7 +99,7 @@ def _resample_adjoint_elements_kernel(
                 else:
                     total = gather_outputs(
                         grad_ptr, grad_strides, n, c, r, q, (h, w), result_scales[k], H, W,
-                        supports[k][0], supports[k][1], KINDS[k],
+                        supports[k][0], supports[k][1], tl.constexpr(KINDS[k]),
                     )  # fmt: skip
                 ptr = element_pointer(result_ptrs[k], result_strides[k], n, c, r, q)
                 tl.store(ptr, (total * alpha).to(ptr.dtype.element_ty), mask=mask)
@@ -131,7 +130,7 @@ def _plan_elements(grad: Geometry, results: tuple[Geometry, ...], mode: str) -> 
 
 def _supports(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
     """How many outputs in a row and a column can reach one source pixel, from `first_output` on."""
-    rows, columns = (2 * triton.cdiv(b, a) + 2 for a, b in zip(size, target, strict=True))
+    rows, columns = (min(2 * triton.cdiv(b, a) + 2, b) for a, b in zip(size, target, strict=True))
     return rows, columns
 
 
@@ -175,8 +174,8 @@ def _resample_adjoint_cuda(grad, sizes, alpha, mode, dtype) -> list[Tensor]:
 
 # Sizes are flat, h_0, w_0, h_1, w_1, …, because schemas have no lists of pairs.
 library.define(
-    "resample_adjoint(Tensor grad, SymInt[] sizes, float alpha, str mode, ScalarType dtype)"
-    " -> Tensor[]"
+    "resample_adjoint(Tensor grad, SymInt[] sizes, float alpha, str interpolation, "
+    "ScalarType dtype) -> Tensor[]"
 )
 # Key CPU is implemented in csrc/resample_adjoint.cpp.
 library.impl("resample_adjoint", _resample_adjoint_cuda, "CUDA")
@@ -189,17 +188,15 @@ def _pairs(sizes: Sequence[int]) -> list[tuple[int, int]]:
 def _check(grad, sizes, alpha, mode, dtype) -> None:
     op = "resample_adjoint"
     check_maps(op, "grad", grad)
-    check_count(op, "sizes", len(sizes))
+    check_sizes(op, sizes)
     for k, size in enumerate(sizes):
-        if len(size) != 2:
-            raise ValueError(f"{op}: sizes[{k}] must be (h, w), got {tuple(size)}")
         check_size(op, f"sizes[{k}]", size, grad.shape[2:])
     check_number(op, "alpha", alpha)
     check_mode(op, mode)
     if dtype not in DTYPES:
         raise TypeError(f"{op}: dtype must be a floating-point torch.dtype, got {dtype}")
     check_precision(op, "dtype", dtype, "grad", grad.dtype)
-    check_devices_have_kernels(op, grad)
+    check_float64_is_on_cpu(op, grad)
 
 
 @torch.library.register_fake("revbifpn::resample_adjoint", lib=library)
@@ -216,7 +213,7 @@ def _setup_context(ctx, inputs, output):
 
 def fuse_cotangents(cotangents, shape, dtype, alpha, mode) -> Tensor:
     """α·Σ_k R_k(cotangent_k), (N, C, H, W): the backward of α·R_kᵀ, whose adjoint is α·R_k."""
-    zeros = cotangents[0].new_zeros(shape, dtype=dtype)
+    zeros = empty_maps(cotangents[0], shape[2:], dtype).zero_()
     return torch.ops.revbifpn.resample_add(zeros, cotangents, alpha, mode, None)
 
 
@@ -254,7 +251,9 @@ def resample_adjoint(
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it.
     """
-    dtype = dtype or grad.dtype
+    check_maps("resample_adjoint", "grad", grad)
+    dtype = grad.dtype if dtype is None else dtype
     _check(grad, sizes, alpha, mode, dtype)
+    check_no_tangents("resample_adjoint", [grad])
     flat = [side for size in sizes for side in size]
     return torch.ops.revbifpn.resample_adjoint(grad, flat, alpha, mode, dtype)

@@ -13,17 +13,18 @@ from torch import Tensor
 
 from .adjoint import adjoint_cells
 from .cells import cell_below, locate_cells
-from .fuse import fuse_cells
-from .launch import Geometry, Launch
-from .resample import (
-    check_devices_have_kernels,
+from .checks import (
+    check_float64_is_on_cpu,
     check_lattice,
     check_maps,
     check_mode,
+    check_no_tangents,
     check_number,
     check_sources,
-    library,
 )
+from .fuse import fuse_cells
+from .launch import Geometry, Launch
+from .resample import library
 from .resample_add import (
     lattice_and_inverse,
     plan_resample_add,
@@ -154,8 +155,8 @@ def _resample_undo_cuda(y, grad, sources, alpha, mode, lattice) -> tuple[Tensor,
 
 
 library.define(
-    "resample_undo(Tensor y, Tensor grad, Tensor[] sources, float alpha, str mode, float? lattice)"
-    " -> (Tensor, Tensor[])"
+    "resample_undo(Tensor y, Tensor grad, Tensor[] sources, float alpha, str interpolation, "
+    "float? lattice) -> (Tensor, Tensor[])"
 )
 # Key CPU is implemented in csrc/resample_undo.cpp.
 library.impl("resample_undo", _resample_undo_cuda, "CUDA")
@@ -172,8 +173,8 @@ def _check(y, grad, sources, alpha, mode, lattice) -> None:
         )
     check_number(op, "alpha", alpha)
     check_mode(op, mode)
-    check_lattice(op, lattice)
-    check_devices_have_kernels(op, y)
+    check_lattice(op, lattice, y.dtype)
+    check_float64_is_on_cpu(op, y)
 
 
 @torch.library.register_fake("revbifpn::resample_undo", lib=library)
@@ -225,10 +226,11 @@ def resample_undo(
         sources: As given to `resample_add`; each result has its source's dtype and memory format.
         alpha: As given to `resample_add`.
         mode: As given to `resample_add`.
-        lattice: As given to `resample_add`; then x comes back bit for bit.
+        lattice: As given to `resample_add`; then x comes back bit for bit (−0 as 0).
 
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it.
     """
     _check(y, grad, sources, alpha, mode, lattice)
+    check_no_tangents("resample_undo", [y, grad, *sources])
     return torch.ops.revbifpn.resample_undo(y, grad, list(sources), alpha, mode, lattice)

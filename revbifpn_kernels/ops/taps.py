@@ -1,6 +1,7 @@
 """Triton building blocks for every pair of sizes: one element a lane, which computes its own taps.
 
-Coordinates are exact: floor and remainder of whole numbers, rounded once when the weight is formed.
+Coordinates are exact: floor and remainder of whole numbers (float32's for sides up to 2²²), rounded
+once when the weight is formed.
 """
 
 import triton
@@ -39,8 +40,11 @@ def bilinear_taps(i, size, target):
     # Coordinate (i + ½)·size/target − ½ as a fraction over 2·target.
     numerator = tl.maximum((2 * i + 1) * size - target, 0)
     first = numerator // (2 * target)
-    weight = tl.div_rn((numerator % (2 * target)).to(tl.float32), (2.0 * target).to(tl.float32))
-    return first, tl.minimum(first + 1, size - 1), weight
+    remainder = (numerator % (2 * target)).to(tl.float32)
+    weight = tl.div_rn(remainder, tl.zeros_like(remainder) + 2 * target)
+    # A side of the target's size is not resampled: its second tap must not spread a NaN.
+    second = tl.where(size == target, first, tl.minimum(first + 1, size - 1))
+    return first, second, weight
 
 
 @triton.jit

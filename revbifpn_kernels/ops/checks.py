@@ -1,0 +1,137 @@
+"""What the ops demand. Messages name the op, the argument, what was expected and what came."""
+
+import math
+import numbers
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+MODES = ("bilinear", "nearest")
+MAX_SOURCES = 8
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_maps(op: str, name: str, maps: Tensor) -> None:
+    """Raise unless `maps` is a floating-point (N, C, H, W) whose planes are not empty."""
+    if not isinstance(maps, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(maps).__name__}")
+    if maps.dim() != 4:
+        raise ValueError(f"{op}: {name} must have shape (N, C, H, W), got {tuple(maps.shape)}")
+    if maps.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: {name} must be float64, float32, bfloat16 or float16, got {maps.dtype}"
+        )
+    if maps.shape[2] == 0 or maps.shape[3] == 0:
+        raise ValueError(f"{op}: {name} must have sides of at least 1, got {tuple(maps.shape)}")
+
+
+def check_mode(op: str, mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f"{op}: mode must be 'bilinear' or 'nearest', got {mode!r}")
+
+
+def check_number(op: str, name: str, value: float) -> None:
+    """Raise unless `value` is a real number that a float holds; symbolic ones are traced."""
+    if isinstance(value, (float, torch.SymFloat, torch.SymInt)):
+        return
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: {name} must be a Python number, got {type(value).__name__}")
+    if abs(value) > sys.float_info.max:
+        raise ValueError(f"{op}: {name} must fit a float, got {value}")
+
+
+def check_lattice(op: str, lattice: float | None, dtype: torch.dtype) -> None:
+    """Raise unless `lattice` is None or a power of two that sums for a `dtype` x can round to."""
+    if lattice is None:
+        return
+    check_number(op, "lattice", lattice)
+    if not (0.0 < lattice < math.inf) or math.frexp(lattice)[0] != 0.5:
+        raise ValueError(f"{op}: lattice must be a positive power of two or None, got {lattice}")
+    # Its inverse and 2²³ (2⁵²) times it must be normal numbers.
+    smallest, largest = (2.0**-1022, 2.0**971) if dtype == torch.float64 else (2.0**-126, 2.0**104)
+    if not smallest <= lattice <= largest:
+        raise ValueError(
+            f"{op}: lattice must lie in {smallest} … {largest} for sums in "
+            f"{'float64' if dtype == torch.float64 else 'float32'}, got {lattice}"
+        )
+
+
+def check_sizes(op: str, sizes: Sequence[Sequence[int]]) -> None:
+    """Raise unless `sizes` are 1 to 8 pairs of whole numbers."""
+    if not isinstance(sizes, Sequence):
+        raise TypeError(f"{op}: sizes must be a sequence of (h, w), got {type(sizes).__name__}")
+    check_count(op, "sizes", len(sizes))
+    for k, size in enumerate(sizes):
+        is_pair = isinstance(size, Sequence) and len(size) == 2
+        if not is_pair or not all(isinstance(side, (int, torch.SymInt)) for side in size):
+            raise ValueError(f"{op}: sizes[{k}] must be (h, w), got {size!r}")
+
+
+def check_size(op: str, name: str, size: Sequence[int], target: Sequence[int]) -> None:
+    """Raise unless R maps sides `size` to sides `target`: no larger, or larger by whole factors."""
+    (h, w), (H, W) = size, target
+    if h < 1 or w < 1:
+        raise ValueError(f"{op}: {name} must have sides of at least 1, got {(h, w)}")
+    if (h > H or w > W) and (h % H != 0 or w % W != 0):
+        raise ValueError(
+            f"{op}: {name} must be no larger than {(H, W)} or larger by whole factors "
+            f"in both sides, got {(h, w)}"
+        )
+
+
+def check_count(op: str, name: str, count: int) -> None:
+    if not 1 <= count <= MAX_SOURCES:
+        raise ValueError(f"{op}: {name} must hold 1 to {MAX_SOURCES} entries, got {count}")
+
+
+def check_sources(op: str, x_name: str, x: Tensor, sources: Sequence[Tensor]) -> None:
+    """Raise unless every source can be resampled and added to x."""
+    check_maps(op, x_name, x)
+    if isinstance(sources, Tensor) or not isinstance(sources, Sequence):
+        raise TypeError(
+            f"{op}: sources must be a sequence of tensors, got {type(sources).__name__}"
+        )
+    check_count(op, "sources", len(sources))
+    for k, source in enumerate(sources):
+        name = f"sources[{k}]"
+        check_maps(op, name, source)
+        if source.shape[:2] != x.shape[:2]:
+            raise ValueError(
+                f"{op}: {name} must share (N, C) = {tuple(x.shape[:2])} with {x_name}, "
+                f"got {tuple(source.shape)}"
+            )
+        if source.device != x.device:
+            raise ValueError(
+                f"{op}: {name} must be on {x_name}'s device {x.device}, got {source.device}"
+            )
+        check_precision(op, name, source.dtype, x_name, x.dtype)
+        check_size(op, name, source.shape[2:], x.shape[2:])
+
+
+def check_precision(
+    op: str, name: str, dtype: torch.dtype, x_name: str, x_dtype: torch.dtype
+) -> None:
+    """Raise unless `dtype` is x's own, or a half precision beside a float32 x."""
+    if dtype != x_dtype and not (x_dtype == torch.float32 and dtype.itemsize == 2):
+        allowed = "float32, bfloat16 or float16" if x_dtype == torch.float32 else str(x_dtype)
+        raise TypeError(f"{op}: {name} must be {allowed} beside a {x_dtype} {x_name}, got {dtype}")
+
+
+def check_float64_is_on_cpu(op: str, x: Tensor) -> None:
+    """Raise for a float64 x on a GPU: there is no kernel for it."""
+    if x.dtype == torch.float64 and x.device.type == "cuda":
+        raise TypeError(f"{op}: float64 is supported on CPU only, got a tensor on {x.device}")
+
+
+def check_no_tangents(op: str, tensors: Sequence[Tensor]) -> None:
+    """Raise under forward-mode differentiation, whose tangents would be dropped in silence."""
+    if forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            f"{op}: forward-mode differentiation is not supported, got a tensor with a tangent; "
+            "the op is linear, so apply it to the tangents themselves"
+        )

@@ -1,0 +1,83 @@
+"""When a map may be overwritten. Refusals come before the kernel runs, so nothing is lost."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._C._autograd import CreationMeta, _get_creation_meta
+
+
+def check_memory(op: str, x: Tensor, sources: Sequence[Tensor]) -> None:
+    """Raise if elements of x share memory with each other or with a source that is not x itself."""
+    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(
+            f"{op}: x must not share memory between its elements, got strides {x.stride()}"
+        )
+    for k, source in enumerate(sources):
+        if _overlap(x, source):
+            raise ValueError(
+                f"{op}: sources[{k}] must not share memory with x, which changes while it is read; "
+                f"got views of one tensor, offsets {source.storage_offset()} and "
+                f"{x.storage_offset()}"
+            )
+
+
+def _overlap(x: Tensor, source: Tensor) -> bool:
+    """Whether the two share an element, but for x itself; in doubt, yes."""
+    if x.numel() == 0 or source.numel() == 0 or not _same_storage(x, source):
+        return False
+    if _is_same_view(x, source):
+        return False
+    first, second = sorted((x, source), key=lambda tensor: tensor.storage_offset())
+    distance = second.storage_offset() - first.storage_offset()
+    extent = sum((n - 1) * s for n, s in zip(first.shape, first.stride(), strict=True))
+    return distance <= extent and not _are_channel_slices(first, second, distance)
+
+
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def _is_same_view(a: Tensor, b: Tensor) -> bool:
+    return (a.storage_offset(), a.shape, a.stride(), a.dtype) == (
+        (b.storage_offset(), b.shape, b.stride(), b.dtype)
+    )
+
+
+def _are_channel_slices(first: Tensor, second: Tensor, distance: int) -> bool:
+    """Whether both are slices of one tensor's channels, `second`'s after `first`'s."""
+    if first.stride() != second.stride() or first.dtype != second.dtype:
+        return False
+    channel = first.stride(1)
+    period = min((s for s in first.stride() if s > channel), default=0)
+    begin = distance // channel if channel else 0
+    return (
+        begin * channel == distance
+        and begin >= first.shape[1]
+        and (begin + second.shape[1]) * channel <= period
+    )
+
+
+def check_autograd_allows(op: str, x: Tensor, sources: Sequence[Tensor]) -> None:
+    """Raise where autograd could not record the write, which it says only after it happened."""
+    if not torch.is_grad_enabled():
+        return
+    if not (x.requires_grad or any(source.requires_grad for source in sources)):
+        return
+    if x.requires_grad and x.is_leaf:
+        raise RuntimeError(
+            f"{op}: x must not be a leaf that requires grad, because its value would be lost; "
+            "got one; call resample_add, or detach x"
+        )
+    if not x._is_view():
+        return
+    if x._base.requires_grad and x._base.is_leaf:
+        raise RuntimeError(
+            f"{op}: x must not be a view of a leaf that requires grad, because the leaf's value "
+            "would be lost; got one; call resample_add"
+        )
+    if _get_creation_meta(x) != CreationMeta.DEFAULT:
+        raise RuntimeError(
+            f"{op}: x must be a view that autograd can write through, such as a slice x[:, :C]; "
+            "got one made by chunk, split or unbind, under no_grad or in a custom Function"
+        )
