@@ -9,6 +9,8 @@ from torch._C._autograd import CreationMeta, _get_creation_meta
 
 def check_memory(op: str, x: Tensor, sources: Sequence[Tensor]) -> None:
     """Raise if elements of x share memory with each other or with a source that is not x itself."""
+    if x.numel() == 0:
+        return
     if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
         raise ValueError(
             f"{op}: x must not share memory between its elements, got strides {x.stride()}"
@@ -24,7 +26,7 @@ def check_memory(op: str, x: Tensor, sources: Sequence[Tensor]) -> None:
 
 def _overlap(x: Tensor, source: Tensor) -> bool:
     """Whether the two share an element, but for x itself; in doubt, yes."""
-    if x.numel() == 0 or source.numel() == 0 or not _same_storage(x, source):
+    if source.numel() == 0 or not _same_storage(x, source):
         return False
     if _is_same_view(x, source):
         return False
