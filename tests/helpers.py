@@ -32,7 +32,7 @@ def _allowances(reference, inputs, options, plain, exact) -> list[float]:
     if inputs[0].dtype != torch.float64:
         return [2 * error for error in _errors(plain, exact)]
     # float64 is the truth itself, and errs as float32 does, in float64's smaller steps. Chance may
-    # have spared float32, so that one more step of the magnitudes that are summed is granted.
+    # have spared float32, so both sides are granted one more step of the magnitudes they sum.
     rough = reference(*as_dtype(inputs, torch.float32), **as_dtype(options, torch.float32))
     inputs, options = tree_map_only(
         (Tensor, float), abs, as_dtype((inputs, options), torch.float64)
@@ -40,7 +40,7 @@ def _allowances(reference, inputs, options, plain, exact) -> list[float]:
     sums = tree_leaves(reference(*inputs, **options))
     fine, coarse = (torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32))
     errors = zip(_errors(rough, exact), sums, strict=True)
-    return [2 * error * fine / coarse + fine * _largest(sum_) for error, sum_ in errors]
+    return [2 * (error * fine / coarse + fine * _largest(sum_)) for error, sum_ in errors]
 
 
 def assert_as_accurate(ours, reference: Callable, *inputs, **options) -> None:

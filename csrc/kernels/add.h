@@ -131,6 +131,12 @@ private:
     const int64_t column = columns.first[tile.column_begin];
     const int64_t pixels =
         (is_bilinear ? columns.second : columns.first)[tile.column_end - 1] + 1 - column;
+    if (source.kind == Kind::identity) {
+      for (; next_row[k] < end; ++next_row[k])
+        load_rows(source.maps, tile, next_row[k], next_row[k] + 1, column, pixels,
+                  resampled[k][next_row[k]]);
+      return;
+    }
     const Acc *row = scratch;
     if (source.kind != Kind::area && next_row[k] < end)
       load_rows(source.maps, tile, next_row[k], end, column, pixels, scratch);
