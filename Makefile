@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto
 ASAN := build/asan
 
 .PHONY: $(VENV) bench test test-asan lint wheel kernels clean

@@ -53,7 +53,13 @@ assert not torch.cuda.is_initialized()
 def test_missing_extension_gives_the_command(tmp_path):
     copy = tmp_path / "revbifpn_kernels"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    result = run_python("import revbifpn_kernels", path=tmp_path, check=False)
+    # An editable installation would find its own extension for the copy.
+    code = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in str(finder)]
+import revbifpn_kernels
+"""
+    result = run_python(code, path=tmp_path, check=False)
     last_lines = result.stderr.partition("ImportError: revbifpn_kernels: the compiled")[2]
     assert "extension revbifpn_kernels._C cannot be loaded" in last_lines
     assert "\n    pip install --no-build-isolation .\n" in last_lines
