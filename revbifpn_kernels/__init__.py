@@ -1,4 +1,4 @@
-"""Reversible bidirectional feature pyramids (RevSilo, RevBiFPN), fused in Triton and C++."""
+"""Fused cross-scale resample-add for reversible multi-scale networks, in Triton and C++."""
 
 from . import _extension  # noqa: F401  (before all else: registers the C++ kernels)
 from .ops import resample_add, resample_add_, resample_adjoint, resample_undo

@@ -1,5 +1,7 @@
 """Loads the C++ kernels, or stops with the exact command that repairs the installation."""
 
+from pathlib import Path
+
 import torch
 
 OLDEST_TORCH = (2, 11)
@@ -21,10 +23,12 @@ require_supported_torch(torch.__version__)
 try:
     from . import _C  # noqa: F401  (importing it registers the C++ kernels)
 except ImportError as error:
+    folder = Path(__file__).parent
     raise ImportError(
-        f"revbifpn_kernels: the compiled extension revbifpn_kernels._C cannot be loaded ({error}). "
-        "Build it from the repository's root:\n"
-        "    pip install --no-build-isolation .\n"
-        "or, to work on the sources in place:\n"
-        "    pip install --no-build-isolation --editable ."
+        "revbifpn_kernels: the compiled extension revbifpn_kernels._C cannot be loaded from "
+        f"{folder} ({error}).\n"
+        "Build it in place, from the repository's root, so that it can be imported there:\n"
+        "    pip install --no-build-isolation --editable .\n"
+        "or install a copy and leave the repository, whose sources hide it:\n"
+        "    pip install --no-build-isolation ."
     ) from error

@@ -62,7 +62,8 @@ import revbifpn_kernels
     result = run_python(code, path=tmp_path, check=False)
     last_lines = result.stderr.partition("ImportError: revbifpn_kernels: the compiled")[2]
     assert "extension revbifpn_kernels._C cannot be loaded" in last_lines
-    assert "\n    pip install --no-build-isolation .\n" in last_lines
+    for command in (".", "--editable ."):
+        assert f"\n    pip install --no-build-isolation {command}\n" in last_lines
 
 
 @pytest.mark.parametrize("version", ["1.13.1", "2.9.1+cu128", "2.10.0"])

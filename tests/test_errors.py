@@ -47,7 +47,7 @@ BAD_MAPS = {
         maps(*X),
         maps(*X),
         TypeError,
-        "sources must be a sequence of tensors, got Tensor",
+        "sources must be a list or tuple of tensors, got Tensor",
     ),
     "source-not-a-tensor": (
         maps(*X),
@@ -187,9 +187,13 @@ def test_a_lattice_must_be_a_number(op):
 BAD_ADJOINTS = {
     "no-sizes": ({"sizes": []}, ValueError, "sizes must hold 1 to 8 entries, got 0"),
     "nine-sizes": ({"sizes": [(4, 6)] * 9}, ValueError, "sizes must hold 1 to 8 entries, got 9"),
-    "flat": ({"sizes": (4, 6)}, ValueError, r"sizes\[0\] must be \(h, w\), got 4"),
+    "flat": ({"sizes": (4, 6)}, ValueError, r"sizes\[0\] must be \(h, w\), such as .*, got 4"),
     "no-list": ({"sizes": None}, TypeError, r"sizes must be a sequence of \(h, w\), got NoneType"),
-    "triple": ({"sizes": [(4, 6, 1)]}, ValueError, r"sizes\[0\] must be \(h, w\), got \(4, 6, 1\)"),
+    "triple": (
+        {"sizes": [(4, 6, 1)]},
+        ValueError,
+        r"sizes\[0\] must be \(h, w\), such as .*, got \(4, 6, 1\)",
+    ),
     "side-0": (
         {"sizes": [(4, 6), (0, 6)]},
         ValueError,

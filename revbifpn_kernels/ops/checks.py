@@ -47,6 +47,8 @@ def check_lattice(op: str, lattice: float | None, dtype: torch.dtype) -> None:
     """Raise unless `lattice` is None or a power of two that sums for a `dtype` x can round to."""
     if lattice is None:
         return
+    if isinstance(lattice, bool):
+        raise TypeError(f"{op}: lattice must be a power of two or None, got {lattice}")
     check_number(op, "lattice", lattice)
     if not (0.0 < lattice < math.inf) or math.frexp(lattice)[0] != 0.5:
         raise ValueError(f"{op}: lattice must be a positive power of two or None, got {lattice}")
@@ -67,7 +69,8 @@ def check_sizes(op: str, sizes: Sequence[Sequence[int]]) -> None:
     for k, size in enumerate(sizes):
         is_pair = isinstance(size, Sequence) and len(size) == 2
         if not is_pair or not all(isinstance(side, (int, torch.SymInt)) for side in size):
-            raise ValueError(f"{op}: sizes[{k}] must be (h, w), got {size!r}")
+            got = f"a tensor of {tuple(size.shape)}" if isinstance(size, Tensor) else repr(size)
+            raise ValueError(f"{op}: sizes[{k}] must be (h, w), such as s.shape[2:], got {got}")
 
 
 def check_size(op: str, name: str, size: Sequence[int], target: Sequence[int]) -> None:
@@ -92,7 +95,7 @@ def check_sources(op: str, x_name: str, x: Tensor, sources: Sequence[Tensor]) ->
     check_maps(op, x_name, x)
     if isinstance(sources, Tensor) or not isinstance(sources, Sequence):
         raise TypeError(
-            f"{op}: sources must be a sequence of tensors, got {type(sources).__name__}"
+            f"{op}: sources must be a list or tuple of tensors, got {type(sources).__name__}"
         )
     check_count(op, "sources", len(sources))
     for k, source in enumerate(sources):
@@ -117,7 +120,10 @@ def check_precision(
     """Raise unless `dtype` is x's own, or a half precision beside a float32 x."""
     if dtype != x_dtype and not (x_dtype == torch.float32 and dtype.itemsize == 2):
         allowed = "float32, bfloat16 or float16" if x_dtype == torch.float32 else str(x_dtype)
-        raise TypeError(f"{op}: {name} must be {allowed} beside a {x_dtype} {x_name}, got {dtype}")
+        raise TypeError(
+            f"{op}: {name} must be {allowed} beside a {x_dtype} {x_name}, got {dtype}; "
+            f"cast it, or make {x_name} float32"
+        )
 
 
 def check_float64_is_on_cpu(op: str, x: Tensor) -> None:

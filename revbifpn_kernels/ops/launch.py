@@ -29,6 +29,11 @@ class Geometry(NamedTuple):
     def of(cls, tensor: Tensor) -> "Geometry":
         return cls(tensor.shape, tensor.stride(), tensor.itemsize)
 
+    @property
+    def channels_last(self) -> bool:
+        """Whether neighbours in memory are channels, as in channels_last and slices of it."""
+        return self.strides[1] == 1 and self.strides[3] != 1
+
 
 @dataclass(frozen=True)
 class Launch:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .launch import Geometry
+
 library = torch.library.Library("revbifpn", "DEF")
 
 
@@ -24,13 +26,8 @@ def resample_reference(source: Tensor, size: tuple[int, int], mode: str) -> Tens
     return F.interpolate(source, size=size, mode="bilinear", align_corners=False)
 
 
-def is_channels_last(tensor: Tensor) -> bool:
-    """Whether channels are neighbours in memory, as in channels_last maps and slices of them."""
-    return tensor.stride(1) == 1 and tensor.stride(3) != 1
-
-
 def empty_maps(like: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """An uninitialised (N, C, *size) on `like`'s device and in its memory format."""
-    layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+    layout = torch.channels_last if Geometry.of(like).channels_last else torch.contiguous_format
     shape = (*like.shape[:2], *size)
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)

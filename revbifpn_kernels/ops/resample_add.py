@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cells import cell_below, locate_cells
 from .checks import (
     check_float64_is_on_cpu,
     check_lattice,
@@ -21,17 +20,17 @@ from .checks import (
     check_number,
     check_sources,
 )
-from .fuse import add_resampled, add_update, fuse_cells
 from .in_place import check_autograd_allows, check_memory
+from .kernels.cells import cell_below, locate_cells
+from .kernels.fuse import add_resampled, add_update, fuse_cells
+from .kernels.taps import element_pointer, locate_elements
 from .launch import Geometry, Launch
 from .resample import library, resample_reference
-from .taps import element_pointer, locate_elements
 from .tiling import (
     CELL_COUNTS,
     ELEMENT_COUNTS,
     Elements,
     cut_into_cells,
-    is_channels_last,
     nearest_scales,
     strides_in_units,
 )
@@ -99,7 +98,7 @@ def _resample_add_elements_kernel(
 
 
 def _plan_elements(y: Geometry, x: Geometry, sources, mode: str, has_lattice: bool) -> Launch:
-    elements = Elements(x.shape, is_channels_last(x))
+    elements = Elements(x.shape, x.channels_last)
     sizes = tuple(source.shape[2:] for source in sources)
     return Launch(
         _resample_add_elements_kernel,
@@ -279,18 +278,21 @@ def resample_add(
 ) -> Tensor:
     """Return y = x + α·Σ_k R_k(s_k), (N, C, H, W), in x's dtype and memory format.
 
-    The fusion of both halves of RevSilo (arXiv 2206.14098); −α gives its inverse. Equivalent to
-    `x + alpha * sum(F.interpolate(s, x.shape[2:], mode=mode) for s in sources)`, rounded once.
+    The fusion of both halves of RevSilo (arXiv 2206.14098); −α gives its inverse. For sources
+    no larger than x equivalent to `x + alpha * sum(F.interpolate(s, x.shape[2:], mode=mode) …)`,
+    but accumulated in float32 and rounded once.
 
     Args:
         x: float64 (CPU), float32, bfloat16 or float16. Contiguous, channels_last and channel slices
             of either move at full speed, other strides slower.
-        sources: Smaller maps are enlarged (`mode`), maps of x's size are added as they are, maps
-            larger by whole factors are averaged. Of x's dtype, or half precision beside float32.
+        sources: 1 to 8 maps (N, C, h_k, w_k). Smaller ones are enlarged (`mode`), those of x's size
+            added as they are, those larger by whole factors averaged. Of x's dtype, or half
+            precision beside float32.
         alpha: Factor of the sum.
         mode: "bilinear" (`align_corners=False`) or "nearest".
         lattice: A power of two; α·Σ R is rounded to a multiple of it. If x lies on the lattice and
-            |y| < 2²⁴·lattice, float32 adds exactly and −α restores x bit for bit (−0 as 0).
+            |y| < 2²⁴·lattice, a float32 x adds exactly and −α restores it bit for bit (−0 as 0).
+            Not checked. A half-precision x has too few bits for the promise.
 
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it. Nothing is written.
@@ -309,6 +311,8 @@ def resample_add_(
     lattice: float | None = None,
 ) -> Tensor:
     """Add α·Σ_k R_k(s_k) into x and return x: `resample_add` without an allocation.
+
+    Args: As those of `resample_add`; x may share memory with no source but itself.
 
     Raises:
         RuntimeError: Autograd cannot record the write: x is a leaf that requires grad, or a view of

@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adjoint import adjoint_cells, gather_outputs
-from .cells import locate_cells
 from .checks import (
     DTYPES,
     check_float64_is_on_cpu,
@@ -25,15 +23,16 @@ from .checks import (
     check_size,
     check_sizes,
 )
+from .kernels.adjoint import adjoint_cells, gather_outputs
+from .kernels.cells import locate_cells
+from .kernels.taps import element_pointer, locate_elements
 from .launch import Geometry, Launch
 from .resample import empty_maps, library, resample_reference
-from .taps import element_pointer, locate_elements
 from .tiling import (
     CELL_COUNTS,
     ELEMENT_COUNTS,
     Elements,
     cut_into_cells,
-    is_channels_last,
     nearest_scales,
     strides_in_units,
 )
@@ -107,7 +106,7 @@ def _resample_adjoint_elements_kernel(
 
 def _plan_elements(grad: Geometry, results: tuple[Geometry, ...], mode: str) -> Launch:
     largest = max((result.shape for result in results), key=math.prod)
-    elements = Elements(largest, is_channels_last(grad))
+    elements = Elements(largest, grad.channels_last)
     N, C, H, W = grad.shape
     sizes = tuple(result.shape[2:] for result in results)
     return Launch(

@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adjoint import adjoint_cells
-from .cells import cell_below, locate_cells
 from .checks import (
     check_float64_is_on_cpu,
     check_lattice,
@@ -22,7 +20,9 @@ from .checks import (
     check_number,
     check_sources,
 )
-from .fuse import fuse_cells
+from .kernels.adjoint import adjoint_cells
+from .kernels.cells import cell_below, locate_cells
+from .kernels.fuse import fuse_cells
 from .launch import Geometry, Launch
 from .resample import library
 from .resample_add import (

@@ -78,7 +78,7 @@ def cut_into_cells(
     factors = tuple(_factor(source.shape[2:], (H, W)) for source in small[0])
     if len(factors) > MAX_FAST_SOURCES or any(f not in FAST_FACTORS for f in factors):
         return None
-    channels_last = is_channels_last(maps[0])
+    channels_last = maps[0].channels_last
     tensors = [*maps, *itertools.chain(*small)]
     if not all(_has_layout(t, channels_last) and _has_short_rows(t) for t in tensors):
         return None
@@ -102,11 +102,6 @@ def cut_into_cells(
     if lanes + block > INT32_MAX:
         return None
     return Cells(factors, height, width, rows, columns, chain, lanes, channels_last, block)
-
-
-def is_channels_last(tensor: Geometry) -> bool:
-    """As `resample.is_channels_last`."""
-    return tensor.strides[1] == 1 and tensor.strides[3] != 1
 
 
 def _factor(size: Sequence[int], target: Sequence[int]) -> int | None:
