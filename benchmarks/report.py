@@ -51,6 +51,8 @@ def _print_aligned(header: Sequence[str], lines: Sequence[Sequence[str]], texts:
 def _line(providers: dict[str, Row]) -> list[str]:
     ours = providers["ours"]
     time = f"{_ms(ours):.3f}" if _ms(ours) is not None else ours["note"].split(":")[0]
+    if _relative(providers) is not None and not _is_steady(providers):
+        time = "~" + time
     gbps = f"{float(ours['gbps']):.1f}" if ours.get("gbps") else ""
     peaks = [
         f"{float(row['peak_mib']):.0f}" if row and row.get("peak_mib") else ""
@@ -70,6 +72,10 @@ def print_table(rows: Sequence[Row]) -> None:
     ).split(",")
     timed = [row for row in rows if row["mode"] != "host"]
     _print_aligned(header, [_line(p) for p in _by_case(timed).values() if "ours" in p], 5)
+    print(
+        "of copy, of clone: our GB/s over theirs; x torch, x compile: how many times faster than "
+        "they; MiB: peak;\n~ marks times that varied within the run: a busy machine, or a tiny case"
+    )
     host = _by_case([row for row in rows if row["mode"] == "host"])
     for providers in host.values():
         for name, row in providers.items():

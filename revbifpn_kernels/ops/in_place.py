@@ -11,7 +11,7 @@ def check_memory(op: str, x: Tensor, sources: Sequence[Tensor]) -> None:
     """Raise if elements of x share memory with each other or with a source that is not x itself."""
     if x.numel() == 0:
         return
-    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+    if _overlaps_itself(x):
         raise ValueError(
             f"{op}: x must not share memory between its elements, got strides {x.stride()}"
         )
@@ -22,6 +22,17 @@ def check_memory(op: str, x: Tensor, sources: Sequence[Tensor]) -> None:
                 f"got views of one tensor, offsets {source.storage_offset()} and "
                 f"{x.storage_offset()}"
             )
+
+
+def _overlaps_itself(x: Tensor) -> bool:
+    """Whether two indices may reach one element: a stride no longer than all shorter ones span."""
+    span = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= span:
+                return True
+            span += (size - 1) * stride
+    return False
 
 
 def _overlap(x: Tensor, source: Tensor) -> bool:
