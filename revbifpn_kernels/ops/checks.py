@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 MODES = ("bilinear", "nearest")
 MAX_SOURCES = 8
+SOURCE_NAMES = tuple(f"sources[{k}]" for k in range(MAX_SOURCES))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -18,14 +19,15 @@ def check_maps(op: str, name: str, maps: Tensor) -> None:
     """Raise unless `maps` is a floating-point (N, C, H, W) whose planes are not empty."""
     if not isinstance(maps, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(maps).__name__}")
-    if maps.dim() != 4:
-        raise ValueError(f"{op}: {name} must have shape (N, C, H, W), got {tuple(maps.shape)}")
+    shape = maps.shape
+    if len(shape) != 4:
+        raise ValueError(f"{op}: {name} must have shape (N, C, H, W), got {tuple(shape)}")
     if maps.dtype not in DTYPES:
         raise TypeError(
             f"{op}: {name} must be float64, float32, bfloat16 or float16, got {maps.dtype}"
         )
-    if maps.shape[2] == 0 or maps.shape[3] == 0:
-        raise ValueError(f"{op}: {name} must have sides of at least 1, got {tuple(maps.shape)}")
+    if shape[2] == 0 or shape[3] == 0:
+        raise ValueError(f"{op}: {name} must have sides of at least 1, got {tuple(shape)}")
 
 
 def check_mode(op: str, mode: str) -> None:
@@ -98,20 +100,22 @@ def check_sources(op: str, x_name: str, x: Tensor, sources: Sequence[Tensor]) ->
             f"{op}: sources must be a list or tuple of tensors, got {type(sources).__name__}"
         )
     check_count(op, "sources", len(sources))
-    for k, source in enumerate(sources):
-        name = f"sources[{k}]"
+    N, C, H, W = x.shape
+    dtype, device, target = x.dtype, x.device, (H, W)
+    for name, source in zip(SOURCE_NAMES, sources, strict=False):
         check_maps(op, name, source)
-        if source.shape[:2] != x.shape[:2]:
+        n, c, h, w = source.shape
+        if n != N or c != C:
             raise ValueError(
-                f"{op}: {name} must share (N, C) = {tuple(x.shape[:2])} with {x_name}, "
-                f"got {tuple(source.shape)}"
+                f"{op}: {name} must share (N, C) = {(N, C)} with {x_name}, got {(n, c, h, w)}"
             )
-        if source.device != x.device:
+        if source.device != device:
             raise ValueError(
-                f"{op}: {name} must be on {x_name}'s device {x.device}, got {source.device}"
+                f"{op}: {name} must be on {x_name}'s device {device}, got {source.device}"
             )
-        check_precision(op, name, source.dtype, x_name, x.dtype)
-        check_size(op, name, source.shape[2:], x.shape[2:])
+        if source.dtype != dtype:
+            check_precision(op, name, source.dtype, x_name, dtype)
+        check_size(op, name, (h, w), target)
 
 
 def check_precision(
