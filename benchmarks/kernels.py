@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,7 @@ FUSIONS = {
     "2": ((64, 528, 22, 22), ((11, 11),)),
     "any": ((64, 48, 57, 57), ((29, 29),)),
 }
+OPS = ("resample_add", "resample_adjoint", "resample_undo")
 COLUMNS = (
     "kernel target dtype layout scales registers spill_bytes shared_bytes instructions_per_element "
     "budget load_bytes store_bytes"
@@ -75,20 +76,21 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
             yield case
 
 
-def plan_launches(case: Case) -> list[tuple[Launch, dict]]:
+def plan_launches(
+    op: str, shape: Sequence[int], sizes: Sequence[tuple[int, int]], dtype: str, layout: str
+) -> list[tuple[Launch, dict]]:
     """The op's launches and operands, planned on tensors that own no memory of their size."""
-    shape, sizes = FUSIONS[case.scales]
-    x_dtype, source_dtype = DTYPES[case.dtype]
-    x = _unbacked(shape, x_dtype, case.layout)
-    sources = [_unbacked((*shape[:2], *size), source_dtype, case.layout) for size in sizes]
-    if case.op == "resample_add":
+    x_dtype, source_dtype = DTYPES[dtype]
+    x = _unbacked(shape, x_dtype, layout)
+    sources = [_unbacked((*shape[:2], *size), source_dtype, layout) for size in sizes]
+    if op == "resample_add":
         return [plan_resample_add(x, x, sources, 1.0, "bilinear", None)]
-    if case.op == "resample_adjoint":
+    if op == "resample_adjoint":
         return [plan_resample_adjoint(x, sources, 1.0, "bilinear")]
     return plan_resample_undo(x, sources, x, x, sources, 1.0, "bilinear", None)
 
 
-def _unbacked(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> torch.Tensor:
+def _unbacked(shape: Sequence[int], dtype: torch.dtype, layout: str) -> torch.Tensor:
     fmt = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     # Planning reads shapes, strides and the pointer's alignment: a meta tensor's pointer is 0.
     return torch.empty(shape, dtype=dtype, device="meta", memory_format=fmt)
@@ -237,7 +239,8 @@ def measure(case: Case) -> list[dict]:
     """A row for each launch of the case."""
     target = TARGETS[case.target]
     rows = []
-    for launch, operands in plan_launches(case):
+    fusion = FUSIONS[case.scales]
+    for launch, operands in plan_launches(case.op, *fusion, case.dtype, case.layout):
         kernel = launch.compile(target, operands)
         listing, resources = (inspect_cuda if target.backend == "cuda" else inspect_hip)(kernel)
         constants = launch.constants
@@ -267,7 +270,7 @@ def measure(case: Case) -> list[dict]:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     choices = {
-        "ops": ("resample_add", "resample_adjoint", "resample_undo"),
+        "ops": OPS,
         "targets": tuple(TARGETS),
         "dtypes": tuple(DTYPES),
         "layouts": ("nchw", "channels_last"),

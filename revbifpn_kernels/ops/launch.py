@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 
 @functools.cache
@@ -61,45 +63,12 @@ class Launch:
             self.kernel[self.grid](**operands, **self.args, **self.constants, **options)
 
     def compile(self, target: "triton.backends.compiler.GPUTarget", operands: dict[str, Any]):
-        """Compile for `target`, with the argument types and divisibilities a launch would find."""
-        signature, constants, attributes = {}, {}, {}
-        values = {**operands, **self.args}
-        for position, name in enumerate(self.kernel.arg_names):
-            path = (position,)
-            if name in self.constants:
-                signature[name] = "constexpr"
-                constants[path] = self.constants[name]
-            elif name in self.kernel.do_not_specialize:
-                signature[name] = _integer_type(values[name])
-            else:
-                signature[name] = _argument_type(values[name], path, constants, attributes)
-        source = triton.compiler.ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=target, options=self.options(target.warp_size))
-
-
-def _argument_type(value, path, constants, attributes):
-    """The type Triton's launcher derives for `value`; notes what it specialises on."""
-    if isinstance(value, tuple):
-        return tuple(
-            _argument_type(entry, (*path, i), constants, attributes)
-            for i, entry in enumerate(value)
+        """Compile for `target` what Triton's launcher would compile there for these operands."""
+        backend = make_backend(target)
+        bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        given = {**operands, **self.args, **self.constants, **self.options(target.warp_size)}
+        options, signature, constants, attributes = self.kernel._pack_args(
+            backend, given, *bind(**given)
         )
-    if isinstance(value, Tensor):
-        if value.data_ptr() % 16 == 0:
-            attributes[path] = [["tt.divisibility", 16]]
-        return "*" + _POINTER_TYPES[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    if value == 1:
-        constants[path] = 1
-        return "constexpr"
-    if value % 16 == 0:
-        attributes[path] = [["tt.divisibility", 16]]
-    return _integer_type(value)
-
-
-def _integer_type(value: int) -> str:
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
-_POINTER_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        return triton.compile(source, target=target, options=options.__dict__)
