@@ -159,28 +159,27 @@ def _access_bytes(opcode: str) -> int:
     return 2
 
 
-def parse_sass(text: str) -> Listing:
-    """nvdisasm's listing."""
+def _parse(text: str, label_pattern: str, code_pattern: str) -> Listing:
+    """Labels are what `label_pattern` finds, at a line's start or in an instruction's operands."""
     instructions, labels = [], {}
     for line in text.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
+        if label := re.match(rf"\s*({label_pattern}):", line):
             labels[label.group(1)] = len(instructions)
-        elif code := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
-            target = re.search(r"\.L_x_\d+", code.group(2))
+        elif code := re.match(code_pattern, line):
+            target = re.search(label_pattern, code.group(2))
             instructions.append(Instruction(code.group(1), target.group(0) if target else None))
     return Listing(instructions, labels)
+
+
+def parse_sass(text: str) -> Listing:
+    """nvdisasm's listing."""
+    code = r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)"
+    return _parse(text, r"\.L_x_\d+", code)
 
 
 def parse_amdgcn(text: str) -> Listing:
     """LLVM's assembly for AMD GPUs."""
-    instructions, labels = [], {}
-    for line in text.split(".Lfunc_end")[0].splitlines():
-        if label := re.match(r"(\.LBB\w+):", line):
-            labels[label.group(1)] = len(instructions)
-        elif code := re.match(r"\t([svgbdf][a-z]*_\w+)\s*(.*)", line):
-            target = re.search(r"\.LBB\w+", code.group(2))
-            instructions.append(Instruction(code.group(1), target.group(0) if target else None))
-    return Listing(instructions, labels)
+    return _parse(text.split(".Lfunc_end")[0], r"\.LBB\w+", r"\t([svgbdf][a-z]*_\w+)\s*(.*)")
 
 
 def inspect_cuda(kernel) -> tuple[Listing, dict]:

@@ -30,6 +30,7 @@ from .tiling import (
     CELL_COUNTS,
     ELEMENT_COUNTS,
     Elements,
+    all_strides_in_units,
     cut_into_cells,
     nearest_scales,
     strides_in_units,
@@ -125,20 +126,20 @@ def _plan(
         return _plan_elements(y, x, sources, mode, has_lattice)
     y_unit, y_strides = strides_in_units(y, cells.channels_last)
     x_unit, x_strides = strides_in_units(x, cells.channels_last)
-    units = [strides_in_units(source, cells.channels_last) for source in sources]
+    source_units, source_strides = all_strides_in_units(sources, cells.channels_last)
     return Launch(
         _resample_add_cells_kernel,
         cells.grid,
         {
             "y_strides": y_strides,
             "x_strides": x_strides,
-            "source_strides": tuple(strides for _, strides in units),
+            "source_strides": source_strides,
             **cells.args(x.shape[1]),
         },
         {
             "Y_UNIT": y_unit,
             "X_UNIT": x_unit,
-            "SOURCE_UNITS": tuple(unit for unit, _ in units),
+            "SOURCE_UNITS": source_units,
             "CHAINED": cells.chain > 1,
             "HAS_LATTICE": has_lattice,
             **cells.constants(mode),

@@ -32,6 +32,7 @@ from .tiling import (
     CELL_COUNTS,
     ELEMENT_COUNTS,
     Elements,
+    all_strides_in_units,
     cut_into_cells,
     nearest_scales,
     strides_in_units,
@@ -139,18 +140,18 @@ def _plan(grad: Geometry, results: tuple[Geometry, ...], mode: str) -> Launch:
     if cells is None:
         return _plan_elements(grad, results, mode)
     unit, strides = strides_in_units(grad, cells.channels_last)
-    units = [strides_in_units(result, cells.channels_last) for result in results]
+    result_units, result_strides = all_strides_in_units(results, cells.channels_last)
     return Launch(
         _resample_adjoint_cells_kernel,
         cells.grid,
         {
             "grad_strides": strides,
-            "result_strides": tuple(strides for _, strides in units),
+            "result_strides": result_strides,
             **cells.args(grad.shape[1]),
         },
         {
             "GRAD_UNIT": unit,
-            "RESULT_UNITS": tuple(unit for unit, _ in units),
+            "RESULT_UNITS": result_units,
             **cells.constants(mode),
         },
     )
@@ -192,9 +193,10 @@ def _check(grad, sizes, alpha, mode, dtype) -> None:
         check_size(op, f"sizes[{k}]", size, grad.shape[2:])
     check_number(op, "alpha", alpha)
     check_mode(op, mode)
-    if dtype not in DTYPES:
-        raise TypeError(f"{op}: dtype must be a floating-point torch.dtype, got {dtype}")
-    check_precision(op, "dtype", dtype, "grad", grad.dtype)
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise TypeError(f"{op}: dtype must be a floating-point torch.dtype, got {dtype}")
+        check_precision(op, "dtype", dtype, "grad", grad.dtype)
     check_float64_is_on_cpu(op, grad)
 
 
@@ -250,9 +252,8 @@ def resample_adjoint(
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it.
     """
-    check_maps("resample_adjoint", "grad", grad)
-    dtype = grad.dtype if dtype is None else dtype
     _check(grad, sizes, alpha, mode, dtype)
     check_no_tangents("resample_adjoint", [grad])
+    dtype = grad.dtype if dtype is None else dtype
     flat = [side for size in sizes for side in size]
     return torch.ops.revbifpn.resample_adjoint(grad, flat, alpha, mode, dtype)

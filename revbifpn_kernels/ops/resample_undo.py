@@ -36,7 +36,7 @@ from .resample_adjoint import (
     plan_resample_adjoint,
     resample_adjoint_reference,
 )
-from .tiling import CELL_COUNTS, cut_into_cells, strides_in_units
+from .tiling import CELL_COUNTS, all_strides_in_units, cut_into_cells, strides_in_units
 
 
 def resample_undo_reference(
@@ -94,8 +94,8 @@ def _plan(
     x_unit, x_strides = strides_in_units(x, cells.channels_last)
     y_unit, y_strides = strides_in_units(y, cells.channels_last)
     grad_unit, grad_strides = strides_in_units(grad, cells.channels_last)
-    source_units = [strides_in_units(source, cells.channels_last) for source in sources]
-    result_units = [strides_in_units(result, cells.channels_last) for result in results]
+    source_units, source_strides = all_strides_in_units(sources, cells.channels_last)
+    result_units, result_strides = all_strides_in_units(results, cells.channels_last)
     return Launch(
         _resample_undo_cells_kernel,
         cells.grid,
@@ -103,16 +103,16 @@ def _plan(
             "x_strides": x_strides,
             "y_strides": y_strides,
             "grad_strides": grad_strides,
-            "source_strides": tuple(strides for _, strides in source_units),
-            "result_strides": tuple(strides for _, strides in result_units),
+            "source_strides": source_strides,
+            "result_strides": result_strides,
             **cells.args(y.shape[1]),
         },
         {
             "X_UNIT": x_unit,
             "Y_UNIT": y_unit,
             "GRAD_UNIT": grad_unit,
-            "SOURCE_UNITS": tuple(unit for unit, _ in source_units),
-            "RESULT_UNITS": tuple(unit for unit, _ in result_units),
+            "SOURCE_UNITS": source_units,
+            "RESULT_UNITS": result_units,
             "HAS_LATTICE": has_lattice,
             **cells.constants(mode),
         },

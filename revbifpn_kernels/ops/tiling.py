@@ -22,6 +22,8 @@ MAX_CHAIN = 16
 # Outputs that pay for locating a cell; chained, the fusion of such cells takes more registers.
 LARGE_CELL = 64
 VECTOR_BYTES = 16
+# Lanes of a program. By count, too.
+BLOCK = 128
 INT32_MAX = 2**31 - 1
 # Arguments that vary with the batch: compiled for any value, so a new batch is no new kernel.
 CELL_COUNTS = ("lanes", "C", "cells_h", "cells_w", "chain")
@@ -40,11 +42,10 @@ class Cells:
     chain: int
     lanes: int
     channels_last: bool
-    block: int
 
     @property
     def grid(self) -> tuple[int]:
-        return (triton.cdiv(self.lanes, self.block),)
+        return (triton.cdiv(self.lanes, BLOCK),)
 
     def args(self, channels: int) -> dict:
         return {
@@ -62,12 +63,12 @@ class Cells:
             "CELL_H": self.height,
             "CELL_W": self.width,
             "CHANNELS_LAST": self.channels_last,
-            "BLOCK": self.block,
+            "BLOCK": BLOCK,
         }
 
 
 def cut_into_cells(
-    maps: Sequence[Geometry], *small: Sequence[Geometry], chain_large_cells: bool, block: int = 128
+    maps: Sequence[Geometry], *small: Sequence[Geometry], chain_large_cells: bool
 ) -> Cells | None:
     """Cells for (N, C, H, W) maps and lists of smaller ones, or None off the fast path.
 
@@ -99,9 +100,9 @@ def cut_into_cells(
         if rows % length == 0 and (length == 1 or cells >= 2 * LANES_TO_FILL * length)
     )
     lanes = cells // chain
-    if lanes + block > INT32_MAX:
+    if lanes + BLOCK > INT32_MAX:
         return None
-    return Cells(factors, height, width, rows, columns, chain, lanes, channels_last, block)
+    return Cells(factors, height, width, rows, columns, chain, lanes, channels_last)
 
 
 def _factor(size: Sequence[int], target: Sequence[int]) -> int | None:
@@ -139,13 +140,20 @@ def strides_in_units(
     return unit, (n // unit, c // unit, h // unit, 1)
 
 
+def all_strides_in_units(
+    tensors: Sequence[Geometry], channels_last: bool
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """The UNITs and the strides of several tensors."""
+    units, strides = zip(*(strides_in_units(t, channels_last) for t in tensors), strict=True)
+    return units, strides
+
+
 @dataclass(frozen=True)
 class Elements:
     """Any sizes and strides: one element of (N, C, H, W) a lane."""
 
     shape: tuple[int, int, int, int]
     channels_last: bool
-    block: int = 128
 
     @property
     def count(self) -> int:
@@ -153,7 +161,7 @@ class Elements:
 
     @property
     def grid(self) -> tuple[int]:
-        return (triton.cdiv(self.count, self.block),)
+        return (triton.cdiv(self.count, BLOCK),)
 
     def args(self) -> dict:
         _, C, H, W = self.shape
@@ -163,12 +171,12 @@ class Elements:
         """For sources of `sizes`, resampled to `target` (this shape's own sides by default)."""
         target = target or self.shape[2:]
         longest = max(side for size in (target, *sizes) for side in size)
-        fits_int32 = longest < 2**14 and self.count + self.block <= INT32_MAX
+        fits_int32 = longest < 2**14 and self.count + BLOCK <= INT32_MAX
         return {
             "KINDS": tuple(_kind(size, target, mode) for size in sizes),
             "CHANNELS_LAST": self.channels_last,
             "INDEX": tl.int32 if fits_int32 else tl.int64,
-            "BLOCK": self.block,
+            "BLOCK": BLOCK,
         }
 
 
