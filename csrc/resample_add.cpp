@@ -124,6 +124,17 @@ void resample_add_cpu_(const Tensor &x, const std::vector<Tensor> &sources, doub
   resample_add_into("resample_add_", x, x, sources, alpha, mode, lattice);
 }
 
+void resample_add_out_cpu(const Tensor &x, const std::vector<Tensor> &sources, const Tensor &out,
+                          double alpha, const std::string &mode, std::optional<double> lattice) {
+  const char *op = "resample_add_out";
+  const Maps x_maps = maps_of(op, x), out_maps = maps_of(op, out);
+  check_same_planes(op, x, out);
+  STD_TORCH_CHECK(x_maps.height == out_maps.height && x_maps.width == out_maps.width &&
+                      x_maps.dtype == out_maps.dtype,
+                  op, ": out must have x's shape and dtype");
+  resample_add_into(op, x, out, sources, alpha, mode, lattice);
+}
+
 } // namespace
 
 void resample_add_into(const char *op, const Tensor &x, const Tensor &y,
@@ -145,6 +156,7 @@ void resample_add_into(const char *op, const Tensor &x, const Tensor &y,
 STABLE_TORCH_LIBRARY_IMPL(revbifpn, CPU, m) {
   m.impl("resample_add", TORCH_BOX(&resample_add_cpu));
   m.impl("resample_add_", TORCH_BOX(&resample_add_cpu_));
+  m.impl("resample_add_out", TORCH_BOX(&resample_add_out_cpu));
 }
 
 } // namespace revbifpn

@@ -176,13 +176,23 @@ def _resample_add_cuda_(x, sources, alpha, mode, lattice) -> None:
     launch.run(x.device, operands)
 
 
+def _resample_add_out_cuda(x, sources, out, alpha, mode, lattice) -> None:
+    launch, operands = plan_resample_add(out, x, sources, alpha, mode, lattice)
+    launch.run(x.device, operands)
+
+
 # Not `mode`: PyTorch's functionalisation of in-place ops has an argument of that name.
 _SIGNATURE = "Tensor[] sources, float alpha, str interpolation, float? lattice"
 library.define(f"resample_add(Tensor x, {_SIGNATURE}) -> Tensor")
 library.define(f"resample_add_(Tensor(a!) x, {_SIGNATURE}) -> ()")
+library.define(
+    "resample_add_out(Tensor x, Tensor[] sources, Tensor(a!) out, float alpha, str interpolation, "
+    "float? lattice) -> ()"
+)
 # Key CPU is implemented in csrc/resample_add.cpp.
 library.impl("resample_add", _resample_add_cuda, "CUDA")
 library.impl("resample_add_", _resample_add_cuda_, "CUDA")
+library.impl("resample_add_out", _resample_add_out_cuda, "CUDA")
 
 
 def _check(op, x, sources, alpha, mode, lattice) -> None:
@@ -202,6 +212,17 @@ def _resample_add_fake(x, sources, alpha, mode, lattice):
 @torch.library.register_fake("revbifpn::resample_add_", lib=library)
 def _resample_add_fake_(x, sources, alpha, mode, lattice):
     _check("resample_add_", x, sources, alpha, mode, lattice)
+
+
+@torch.library.register_fake("revbifpn::resample_add_out", lib=library)
+def _resample_add_out_fake(x, sources, out, alpha, mode, lattice):
+    _check("resample_add_out", x, sources, alpha, mode, lattice)
+    expected, got = ((tuple(t.shape), t.dtype, t.device) for t in (x, out))
+    if got != expected:
+        raise ValueError(
+            f"resample_add_out: out must have x's shape, dtype and device, expected {expected}, "
+            f"got {got}"
+        )
 
 
 def _setup_context(ctx, inputs, output):
@@ -326,3 +347,22 @@ def resample_add_(
         check_memory("resample_add_", x, sources)
     torch.ops.revbifpn.resample_add_(x, list(sources), alpha, mode, lattice)
     return x
+
+
+def resample_add_out(
+    x: Tensor,  # (N, C, H, W)
+    sources: Sequence[Tensor],  # 1 to 8 of (N, C, h_k, w_k)
+    out: Tensor,  # (N, C, H, W)
+    *,
+    alpha: float = 1.0,
+    mode: str = "bilinear",
+    lattice: float | None = None,
+) -> None:
+    """Write `resample_add(x, sources, …)` into `out`, such as a channel slice; no autograd.
+
+    Raises:
+        ValueError, TypeError: An argument does not fit; the message names it. Nothing is written.
+    """
+    _resample_add_out_fake(x, sources, out, alpha, mode, lattice)
+    check_memory("resample_add_out", out, sources)
+    torch.ops.revbifpn.resample_add_out(x, list(sources), out, alpha, mode, lattice)

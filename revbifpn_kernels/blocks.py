@@ -1,0 +1,236 @@
+"""What networks of RevSilos are made of besides: RevBlock within a level, MBConv as a transform.
+
+RevBlock is the residual coupling of channel halves x = (a, b):
+
+    b' = b + F(a)       b = b' − F(a)
+    a' = a + G(b')      a = a' − G(b')
+"""
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import replay
+from .ops import resample_add
+from .ops.checks import check_lattice, check_maps, check_precision
+from .ops.resample_add import resample_add_out
+from .replay import Step, quiet, run
+from .reversible import Reversible
+
+
+class RevBlock(Reversible):
+    """Adds to each half of the channels what a transform makes of the other; one stream.
+
+    `(y,) = block(x)` and `(x,) = block.inverse(y)`, x and y of shape (N, C, H, W). The halves are
+    channel slices of whole maps: without a graph nothing is chunked, joined or copied.
+
+    Args:
+        f: Maps the first C − C//2 channels to the other C//2, sides unchanged.
+        g: Maps the last C//2 channels to the first C − C//2, sides unchanged.
+        lattice: Exact mode, see `ReversibleSequential`.
+        reversible: False trains under plain autograd; may be switched at any time.
+
+    Raises:
+        ValueError: The lattice is not a power of two.
+    """
+
+    def __init__(
+        self,
+        f: nn.Module,
+        g: nn.Module,
+        lattice: float | None = None,
+        *,
+        reversible: bool = True,
+    ) -> None:
+        super().__init__()
+        check_lattice("RevBlock", lattice, torch.float32)
+        self.f, self.g = f, g
+        self.lattice, self.reversible = lattice, reversible
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        (a, b), y, (a_out, b_out) = _halves_and_room(x)
+        b = self._added(b, "f", a, b_out)
+        a = self._added(a, "g", b, a_out)
+        return (torch.cat([a, b], dim=1) if y is None else y,)
+
+    def inverse(self, y: Tensor) -> tuple[Tensor]:
+        (a, b), x, (a_out, b_out) = _halves_and_room(y)
+        a = self._added(a, "g", b, a_out, alpha=-1.0)
+        b = self._added(b, "f", a, b_out, alpha=-1.0)
+        return (torch.cat([a, b], dim=1) if x is None else x,)
+
+    def backward_step(
+        self, ys: list[Tensor], grad_ys: list[Tensor | None], step: Step
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        (y,), (grad_y,) = ys, grad_ys
+        if grad_y is None:
+            with step.replay.second():
+                return list(self.inverse(y)), [None]
+        x, grad_x = torch.empty_like(y), torch.empty_like(grad_y)
+        (a_out, b_out), (a, b) = _halves(y), _halves(x)
+        (grad_a_out, grad_b_out), (grad_a, grad_b) = _halves(grad_y), _halves(grad_x)
+        with step.replay.second():
+            self._undo("g", a_out, b_out, a, grad_a_out, grad_b_out, grad_b, step)
+            self._undo("f", b_out, a, b, grad_b, grad_a_out, grad_a, step)
+        return [x], [grad_x if step.needs_grad[0] else None]
+
+    def _undo(self, name, y, source, x, grad, grad_source, total, step: Step) -> None:
+        """x = y − T(source); total = grad_source + the gradient through T."""
+        needs_grad = name == "g" or step.needs_grad[0]
+        rerun = step.rerun(name, getattr(self, name), source, name, needs_grad)
+        resample_add_out(y, [rerun.output], x, alpha=-1.0, lattice=self.lattice)
+        # Dense and of the transform's precision: batch norm's backward is slow on slices.
+        pulled = rerun.pull(torch.empty_like(rerun.output).copy_(grad))
+        if pulled is None:
+            total.copy_(grad_source)
+        else:
+            torch.add(grad_source, pulled, out=total)
+
+    def _added(self, x: Tensor, name: str, source: Tensor, out: Tensor | None, alpha=1.0) -> Tensor:
+        """x + α·T(source), in `out` if there is one."""
+        result = run(self, name, getattr(self, name), source, key=name)
+        check_maps("RevBlock", f"the result of {name}", result)
+        if result.shape != x.shape:
+            raise ValueError(
+                f"RevBlock: the result of {name} must have the shape of the half that it is added "
+                f"to, {tuple(x.shape)}, got {tuple(result.shape)}"
+            )
+        check_precision("RevBlock", f"the result of {name}", result.dtype, "stream", x.dtype)
+        if out is None:
+            return resample_add(x, [result], alpha=alpha, lattice=self.lattice)
+        resample_add_out(x, [result], out, alpha=alpha, lattice=self.lattice)
+        return out
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    check_maps("RevBlock", "stream 0", x)
+    if x.shape[1] < 2:
+        raise ValueError(f"RevBlock: stream 0 must have at least 2 channels, got {tuple(x.shape)}")
+    return x.split([x.shape[1] - x.shape[1] // 2, x.shape[1] // 2], dim=1)
+
+
+def _halves_and_room(x: Tensor):
+    """The halves of x, and memory for the result and its halves where no graph is kept."""
+    if torch.is_grad_enabled():
+        return _halves(x), None, (None, None)
+    room = torch.empty_like(x)
+    return _halves(x), room, _halves(room)
+
+
+class MBConv(nn.Sequential):
+    """The transform F and G of RevBiFPN: [expand →] depthwise → [squeeze-excite →] project.
+
+    Returns (N, out_channels, ⌈H/stride⌉, ⌈W/stride⌉) from (N, in_channels, H, W). Convolutions
+    before a batch norm have no bias; no activation follows the last norm, no input is added.
+
+    Args:
+        kernel_size: Of the depthwise convolution; odd.
+        expand_ratio: Channels of the depthwise convolution over in_channels; 1 leaves out expand.
+        se_ratio: Hidden channels of squeeze-excite over in_channels; 0 leaves it out.
+        drop_path: Probability that a sample's result is dropped in training (stochastic depth).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        *,
+        expand_ratio: float = 1.0,
+        se_ratio: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        width = int(in_channels * expand_ratio)
+        parts = {}
+        if expand_ratio != 1:
+            parts["expand"] = _conv_norm(in_channels, width, 1, activation=True)
+        parts["depthwise"] = _conv_norm(
+            width, width, kernel_size, stride=stride, groups=width, activation=True
+        )
+        if se_ratio > 0:
+            parts["squeeze_excite"] = SqueezeExcite(width, max(1, int(in_channels * se_ratio)))
+        parts["project"] = _conv_norm(width, out_channels, 1, activation=False)
+        if drop_path > 0:
+            parts["drop_path"] = DropPath(drop_path)
+        super().__init__(OrderedDict(parts))
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d`, which a second run need not watch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.track_running_stats):
+            return super().forward(x)
+        self._check_input_dim(x)
+        replay.call(Tensor.add_, self.num_batches_tracked, 1)
+        momentum = self.momentum
+        if momentum is None:  # a cumulative average
+            momentum = 1.0 / float(self.num_batches_tracked)
+        return replay.call(
+            F.batch_norm,
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            True,
+            momentum,
+            self.eps,
+        )
+
+
+class SqueezeExcite(nn.Module):
+    """Multiplies each channel by a gate computed from the means of all channels."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(channels, hidden, 1)
+        self.expand = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = F.hardswish(self.reduce(x.mean((2, 3), keepdim=True)))
+        return x * F.hardsigmoid(self.expand(gate))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training drops whole samples, and scales up the others."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        if not 0.0 <= probability < 1.0:
+            raise ValueError(f"DropPath: probability must lie in [0, 1), got {probability}")
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.probability == 0.0:
+            return x
+        keep = 1.0 - self.probability
+        mask = replay.call(Tensor.bernoulli_, x.new_empty(x.shape[0], 1, 1, 1), keep)
+        return x * mask.div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"{self.probability}"
+
+
+def _conv_norm(in_channels, out_channels, kernel_size, *, activation, stride=1, groups=1):
+    parts = {
+        "conv": nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            (kernel_size - 1) // 2,
+            groups=groups,
+            bias=False,
+        ),
+        "norm": BatchNorm2d(out_channels, eps=1e-3, momentum=0.1),
+    }
+    if activation:
+        parts["act"] = nn.Hardswish()
+    return nn.Sequential(OrderedDict(parts))
+
+
+quiet.TYPES.update({MBConv, SqueezeExcite, BatchNorm2d, DropPath})

@@ -1,0 +1,337 @@
+"""The engine: chains of invertible blocks whose backward needs no stored activations.
+
+Each block of a forward call is one autograd Function, so its parameters' gradients appear as soon
+as they are known. The blocks share a tape: the last one saves its outputs; in the backward every
+block takes its outputs from the tape, restores its inputs, differentiates one transform at a time
+and puts the inputs on the tape for the block before. What is held does not grow with depth.
+
+    y = block(x)        forward      saves nothing, but in the last block y
+    x = block⁻¹(y)      backward     and dL/dx, dL/dθ from dL/dy, by `backward_step`
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .ops import resample_add
+from .ops.checks import check_lattice
+from .replay import Replay, Step, Tracked, is_replaying
+
+Streams = tuple[Tensor, ...]
+
+
+class Reversible(nn.Module):
+    """A block whose inputs can be computed from its outputs. Subclass it, define two methods.
+
+    `forward(*xs)` is plain differentiable computation that returns a tuple of streams, `inverse`
+    takes it back. Called in a `ReversibleSequential` or alone, the block then trains without
+    storing activations: alone it keeps its outputs, in a sequence not even those. Submodules may
+    hold batch norms, dropout, anything: their second run repeats the first.
+
+    Attributes:
+        reversible: False trains under plain autograd, which stores activations.
+        lattice: Exact mode: a power of two of which all streams are multiples, or None.
+        check: True runs every transform twice in the forward and raises if it differs, or if a
+            stream leaves the lattice's range. For finding faults: slow, waits for the device.
+    """
+
+    reversible: bool = True
+    lattice: float | None = None
+    check: bool = False
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in cls.__dict__:
+            cls.forward = _run_by_engine(cls.__dict__["forward"])
+
+    def __getattr__(self, name: str):
+        value = super().__getattr__(name)
+        if isinstance(value, nn.Module) and _uses_default_step(self) and is_replaying(self):
+            return Tracked(self, name, value)
+        return value
+
+    def forward(self, *xs: Tensor) -> Streams:
+        """Return the outputs; plain computation, differentiable by autograd."""
+        raise NotImplementedError(f"{type(self).__name__}: forward must be defined")
+
+    def inverse(self, *ys: Tensor) -> Streams:
+        """Return the inputs of `forward` from its outputs."""
+        raise NotImplementedError(f"{type(self).__name__}: inverse must be defined")
+
+    def backward_step(
+        self, ys: list[Tensor], grad_ys: list[Tensor | None], step: Step
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+        """Return the inputs and their gradients; parameters' gradients go to `step`.
+
+        This one works for every block: `inverse`, then autograd through the whole of `forward`.
+        Override it to restore and differentiate together, one transform at a time, by `step.rerun`.
+
+        Args:
+            ys: The outputs of `forward`; the list is the step's own, its tensors are not.
+            grad_ys: Their gradients, None where nothing depends on an output.
+            step: Runs transforms again; collects gradients.
+        """
+        with step.replay.second(is_reversed=True):
+            xs = self.inverse(*ys)
+        leaves = [x.detach().requires_grad_(n) for x, n in zip(xs, step.needs_grad, strict=True)]
+        with step.replay.second(), torch.enable_grad():
+            outputs = _compute_of(self)(self, *leaves)
+        return xs, step.differentiate(self, outputs, leaves, grad_ys)
+
+
+class Tape:
+    """One forward call of a chain: hands restored streams from one block's backward to the next."""
+
+    def __init__(self, blocks: int, check: bool) -> None:
+        self.blocks = blocks
+        self.check = check
+        self.first: int | None = None  # the first block that keeps a graph
+        self.outputs: dict[int, list[Tensor]] = {}
+
+    def take(self, index: int, block: nn.Module) -> list[Tensor]:
+        outputs = self.outputs.pop(index, None)
+        if outputs is None:
+            raise RuntimeError(
+                f"{type(block).__name__}: cannot restore the inputs of block {index}, because the "
+                "backward did not come through the blocks after it; expected a loss that depends "
+                "on the chain's last outputs (add 0 * output.sum() to it), or reversible=False"
+            )
+        return outputs
+
+
+class _Call(NamedTuple):
+    """One block in one forward call."""
+
+    block: Reversible
+    replay: Replay
+    tape: Tape
+    index: int
+    inputs: int
+    parameters: list[Tensor]
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.tape.blocks - 1
+
+
+class _Block(torch.autograd.Function):
+    """One block in the graph. Parameters are inputs, so that autograd sees where they are used."""
+
+    @staticmethod
+    def forward(ctx, call: _Call, *tensors: Tensor):
+        xs = tensors[: call.inputs]
+        with call.replay.first(xs[0]):
+            ys = tuple(_compute_of(call.block)(call.block, *xs))
+        if call.tape.check:
+            _check_range(call.block, ys)
+        buffers = call.replay.held.buffers_read(call.replay.moved())
+        every_parameter = call.replay.held.unique_parameters()
+        ctx.call, ctx.outputs = call, len(ys)
+        # Parameters and buffers are saved so that autograd notices a change before the backward.
+        ctx.save_for_backward(*(ys if call.is_last else ()), *every_parameter, *buffers)
+        ctx.set_materialize_grads(False)
+        return ys
+
+    @staticmethod
+    def backward(ctx, *grad_ys: Tensor | None):
+        call = ctx.call
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{type(call.block).__name__}: a gradient of gradients (create_graph=True) needs "
+                "stored activations; set reversible=False"
+            )
+        saved = ctx.saved_tensors
+        step = Step(call.replay, ctx.needs_input_grad[1 : 1 + call.inputs])
+        with call.replay.held.restored() as stand_ins:
+            ys = _detached(saved[: ctx.outputs]) if call.is_last else None
+            del saved
+            xs, grad_xs = call.block.backward_step(
+                call.tape.take(call.index, call.block) if ys is None else ys,
+                [_dense(grad) for grad in grad_ys],
+                step,
+            )
+        if call.index > call.tape.first:
+            call.tape.outputs[call.index - 1] = list(xs)
+        used = [stand_ins.get(id(p), p) for p in call.parameters]
+        return None, *grad_xs, *(step.parameter_grads.get(id(p)) for p in used)
+
+
+class _Place(NamedTuple):
+    """Where in a chain a block is called. Without a tape it runs as plain modules do."""
+
+    tape: Tape | None
+    index: int
+
+
+def _run_by_engine(compute: Callable) -> Callable:
+    """`forward` for callers, around the author's: module hooks (FSDP, users) stay outside."""
+
+    @functools.wraps(compute)
+    def forward(self, *xs, place: _Place | None = None):
+        if type(self).forward is not forward:  # called by a subclass through super()
+            return compute(self, *xs)
+        if place is None:
+            xs = _enter(self, xs, self.lattice)
+            tape = Tape(1, self.check) if self.reversible and _wants_graph() else None
+            place = _Place(tape, 0)
+        return _call_block(self, compute, place, xs)
+
+    forward.compute = compute
+    return forward
+
+
+def _call_block(block: Reversible, compute: Callable, place: _Place, xs: Streams) -> Streams:
+    if place.tape is not None:
+        replay = Replay(block, place.tape.check, _uses_default_step(block))
+        parameters = [p for p in replay.held.unique_parameters() if p.requires_grad]
+        if parameters or any(x.requires_grad for x in xs):
+            return _in_graph(_Call(block, replay, *place, len(xs), parameters), xs)
+    return compute(block, *xs)
+
+
+@torch.compiler.disable
+def _in_graph(call: _Call, xs: Streams) -> Streams:
+    if call.tape.first is None:
+        call.tape.first = call.index
+    return _Block.apply(call, *xs, *call.parameters)
+
+
+def _compute_of(block: Reversible) -> Callable:
+    return type(block).forward.compute
+
+
+def _uses_default_step(block: Reversible) -> bool:
+    return type(block).backward_step is Reversible.backward_step
+
+
+def _wants_graph() -> bool:
+    """Whether blocks keep a graph of their own: not inside a transform, which is recomputed."""
+    return torch.is_grad_enabled() and not is_replaying() and not torch.compiler.is_exporting()
+
+
+def _enter(chain: nn.Module, xs: Streams, lattice: float | None) -> Streams:
+    """Check the streams that enter a chain; float32 under autocast; onto the lattice, if any."""
+    name = type(chain).__name__
+    for k, x in enumerate(xs):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name}: stream {k} must be a floating-point tensor, got {got}")
+    if not xs:
+        raise ValueError(f"{name}: expected at least one stream, got none")
+    if torch.is_autocast_enabled(xs[0].device.type):
+        xs = tuple(x.float() if x.dtype.itemsize == 2 else x for x in xs)
+    if lattice is None:
+        return xs
+    for k, x in enumerate(xs):
+        if x.dtype.itemsize < 4:
+            raise TypeError(
+                f"{name}: stream {k} must be float32 or float64 with a lattice, got {x.dtype}"
+            )
+    return tuple(snap(x, lattice) for x in xs)
+
+
+def snap(x: Tensor, lattice: float) -> Tensor:
+    """Round x, (N, C, H, W), to multiples of `lattice`; the gradient passes through."""
+    return resample_add(torch.zeros_like(x), [x], lattice=lattice)
+
+
+def _check_range(block: Reversible, ys: Streams) -> None:
+    """Raise if a stream is where its lattice, of 2²⁴ steps to either side, no longer is exact."""
+    if block.lattice is None:
+        return
+    for k, y in enumerate(ys):
+        limit = block.lattice * 2.0 ** (53 if y.dtype == torch.float64 else 24)
+        largest = y.abs().max().item() if y.numel() else 0.0
+        if not largest < limit:
+            raise RuntimeError(
+                f"{type(block).__name__}: output {k} reaches {largest:.6g}, beyond the range "
+                f"{limit:g} of lattice {block.lattice:g}, so it is restored to rounding only; "
+                "choose a coarser lattice"
+            )
+
+
+def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach() for tensor in tensors]
+
+
+def _dense(grad: Tensor | None) -> Tensor | None:
+    """Kernels read an expanded gradient, such as that of a sum, slowly."""
+    if grad is None or 0 not in grad.stride():
+        return grad
+    return grad.contiguous()
+
+
+Reversible.forward = _run_by_engine(Reversible.forward)
+
+
+class ReversibleSequential(nn.Sequential):
+    """A chain of `Reversible` blocks that holds no more for the backward than its last streams.
+
+    `forward(*xs)` returns the tuple of streams of the last block; `inverse(*ys)` takes it back. A
+    block may stand in it twice, and a hook on a block may read its outputs for another loss, as
+    long as the loss depends on the chain's last outputs too.
+
+    Args:
+        blocks: Called in turn, each with the streams that the one before returned.
+        reversible: False trains under plain autograd; may be switched at any time.
+        lattice: Exact mode: a power of two, such as 2**-12, set on every block. The inputs are
+            rounded to it, and so is what blocks add; float32 streams below 2²⁴·lattice are then
+            restored bit for bit. None leaves the blocks' own.
+        check: True looks for faults in every forward, as `Reversible.check` does.
+
+    Raises:
+        TypeError, ValueError: A block is not a `Reversible`; the lattice is not a power of two.
+    """
+
+    def __init__(
+        self,
+        *blocks: Reversible,
+        reversible: bool = True,
+        lattice: float | None = None,
+        check: bool = False,
+    ) -> None:
+        super().__init__(*blocks)
+        self.reversible, self.check = reversible, check
+        self._check_blocks()
+        if lattice is not None:
+            self.lattice = lattice
+
+    @property
+    def lattice(self) -> float | None:
+        """The finest lattice of the blocks; setting it sets that of every block."""
+        return min((b.lattice for b in self if b.lattice is not None), default=None)
+
+    @lattice.setter
+    def lattice(self, lattice: float | None) -> None:
+        check_lattice("ReversibleSequential", lattice, torch.float32)
+        for block in self:
+            block.lattice = lattice
+
+    def forward(self, *xs: Tensor) -> Streams:
+        self._check_blocks()
+        xs = _enter(self, xs, self.lattice)
+        tape = Tape(len(self), self.check) if self.reversible and _wants_graph() else None
+        for index, block in enumerate(self):
+            xs = block(*xs, place=_Place(tape, index))
+        return xs
+
+    def inverse(self, *ys: Tensor) -> Streams:
+        """Return the streams that `forward` was given, on the lattice if there is one.
+
+        Batch norms in training mode normalise by the restored batch and move their statistics.
+        """
+        self._check_blocks()
+        for block in reversed(list(self)):
+            ys = block.inverse(*ys)
+        return ys
+
+    def _check_blocks(self) -> None:
+        for k, block in enumerate(self):
+            if not isinstance(block, Reversible):
+                raise TypeError(
+                    f"ReversibleSequential: block {k} must be a Reversible (forward and inverse), "
+                    f"got {type(block).__name__}"
+                )
