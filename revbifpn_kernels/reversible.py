@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from .ops import resample_add
 from .ops.checks import check_lattice
+from .ops.launch import Geometry
+from .ops.resample import in_format
 from .replay import Replay, Step, Tracked, is_replaying
 
 Streams = tuple[Tensor, ...]
@@ -129,7 +131,10 @@ class _Block(torch.autograd.Function):
             _check_range(call.block, ys)
         buffers = call.replay.held.buffers_read(call.replay.moved())
         every_parameter = call.replay.held.unique_parameters()
-        ctx.call, ctx.outputs = call, len(ys)
+        ctx.call, ctx.channels_last = (
+            call,
+            [y.dim() == 4 and Geometry.of(y).channels_last for y in ys],
+        )
         # Parameters and buffers are saved so that autograd notices a change before the backward.
         ctx.save_for_backward(*(ys if call.is_last else ()), *every_parameter, *buffers)
         ctx.set_materialize_grads(False)
@@ -146,11 +151,14 @@ class _Block(torch.autograd.Function):
         saved = ctx.saved_tensors
         step = Step(call.replay, ctx.needs_input_grad[1 : 1 + call.inputs])
         with call.replay.held.restored() as stand_ins:
-            ys = _detached(saved[: ctx.outputs]) if call.is_last else None
+            ys = _detached(saved[: len(ctx.channels_last)]) if call.is_last else None
             del saved
             xs, grad_xs = call.block.backward_step(
                 call.tape.take(call.index, call.block) if ys is None else ys,
-                [_dense(grad) for grad in grad_ys],
+                [
+                    _readable(grad, last)
+                    for grad, last in zip(grad_ys, ctx.channels_last, strict=True)
+                ],
                 step,
             )
         if call.index > call.tape.first:
@@ -188,15 +196,20 @@ def _call_block(block: Reversible, compute: Callable, place: _Place, xs: Streams
         replay = Replay(block, place.tape.check, _uses_default_step(block))
         parameters = [p for p in replay.held.unique_parameters() if p.requires_grad]
         if parameters or any(x.requires_grad for x in xs):
-            return _in_graph(_Call(block, replay, *place, len(xs), parameters), xs)
+            call = _Call(block, replay, *place, len(xs), parameters)
+            in_graph = _in_graph_untraced if torch.compiler.is_compiling() else _in_graph
+            return in_graph(call, xs)
     return compute(block, *xs)
 
 
-@torch.compiler.disable
 def _in_graph(call: _Call, xs: Streams) -> Streams:
     if call.tape.first is None:
         call.tape.first = call.index
     return _Block.apply(call, *xs, *call.parameters)
+
+
+# Not torch.compiler.disable, which imports the compiler for everyone.
+_in_graph_untraced = torch._disable_dynamo(_in_graph)
 
 
 def _compute_of(block: Reversible) -> Callable:
@@ -257,11 +270,9 @@ def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach() for tensor in tensors]
 
 
-def _dense(grad: Tensor | None) -> Tensor | None:
-    """Kernels read an expanded gradient, such as that of a sum, slowly."""
-    if grad is None or 0 not in grad.stride():
-        return grad
-    return grad.contiguous()
+def _readable(grad: Tensor | None, channels_last: bool) -> Tensor | None:
+    """A gradient in the memory format of its stream: kernels read others slowly."""
+    return grad if grad is None or grad.dim() != 4 else in_format(grad, channels_last)
 
 
 Reversible.forward = _run_by_engine(Reversible.forward)
@@ -302,7 +313,8 @@ class ReversibleSequential(nn.Sequential):
     @property
     def lattice(self) -> float | None:
         """The finest lattice of the blocks; setting it sets that of every block."""
-        return min((b.lattice for b in self if b.lattice is not None), default=None)
+        lattices = [block.lattice for block in self if block.lattice is not None]
+        return min(lattices) if lattices else None
 
     @lattice.setter
     def lattice(self, lattice: float | None) -> None:

@@ -31,3 +31,12 @@ def empty_maps(like: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tenso
     layout = torch.channels_last if Geometry.of(like).channels_last else torch.contiguous_format
     shape = (*like.shape[:2], *size)
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
+
+
+def in_format(maps: Tensor, channels_last: bool) -> Tensor:
+    """`maps`, copied where expanded or in the other memory format: kernels read those slowly."""
+    is_expanded = 0 in maps.stride()
+    if not is_expanded and Geometry.of(maps).channels_last == channels_last:
+        return maps
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return maps.contiguous(memory_format=layout)

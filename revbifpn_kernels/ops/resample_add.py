@@ -25,7 +25,7 @@ from .kernels.cells import cell_below, locate_cells
 from .kernels.fuse import add_resampled, add_update, fuse_cells
 from .kernels.taps import element_pointer, locate_elements
 from .launch import Geometry, Launch
-from .resample import library, resample_reference
+from .resample import in_format, library, resample_reference
 from .tiling import (
     CELL_COUNTS,
     ELEMENT_COUNTS,
@@ -227,7 +227,8 @@ def _resample_add_out_fake(x, sources, out, alpha, mode, lattice):
 
 def _setup_context(ctx, inputs, output):
     # Linear in x and the sources: sizes and dtypes suffice, no tensor is saved.
-    _, sources, ctx.alpha, ctx.mode, _ = inputs
+    x, sources, ctx.alpha, ctx.mode, _ = inputs
+    ctx.channels_last = Geometry.of(x).channels_last
     ctx.sizes = [tuple(source.shape[2:]) for source in sources]
     ctx.dtypes = [source.dtype for source in sources]
 
@@ -248,6 +249,7 @@ def source_gradients(
 
 
 def _backward(ctx, grad):
+    grad = in_format(grad, ctx.channels_last)
     grad_sources = source_gradients(ctx, grad, ctx.needs_input_grad[1], ctx.alpha)
     return grad, grad_sources, None, None, None
 
@@ -271,6 +273,7 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         needed = ctx.needs_input_grad[4:]
+        grad = in_format(grad, ctx.channels_last)
         return grad, None, None, None, *source_gradients(ctx, grad, needed, ctx.alpha)
 
 

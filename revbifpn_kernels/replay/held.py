@@ -6,13 +6,13 @@ gradient too, the modules are given back what they held for as long as the secon
 """
 
 import contextlib
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules.batchnorm import _NormBase
 
 _swapping = threading.RLock()
@@ -127,9 +127,11 @@ def parameters_of(module: nn.Module) -> list[Tensor]:
 
 def is_opaque(module: nn.Module) -> bool:
     """Whether calls inside `module` cannot be seen: it is compiled or scripted."""
+    compiler = sys.modules.get("torch._dynamo.eval_frame")  # importing it takes a second
     return (
-        isinstance(module, (OptimizedModule, torch.jit.ScriptModule))
+        isinstance(module, torch.jit.ScriptModule)
         or module._compiled_call_impl is not None
+        or (compiler is not None and isinstance(module, compiler.OptimizedModule))
     )
 
 
