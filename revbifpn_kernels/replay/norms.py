@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .draws import NotRepeatable
+from .sync import first_gather
 
 # Elements below which reducing a batch again is cheaper than a Function called from Python.
 SMALL = 32768
@@ -106,5 +107,9 @@ def _is_dense(x: Tensor) -> bool:
     return x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
 
 
-FIRST = {F.batch_norm: _first_batch_norm, F.instance_norm: _first_instance_norm}
+FIRST = {
+    F.batch_norm: _first_batch_norm,
+    F.instance_norm: _first_instance_norm,
+    torch.batch_norm_gather_stats_with_counts: first_gather,
+}
 SECOND = {F.batch_norm: _second_batch_norm, F.instance_norm: _second_instance_norm}

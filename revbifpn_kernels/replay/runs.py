@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import norms
+from . import norms, sync
 from .draws import (
     NotRepeatable,
     draw_again,
@@ -118,7 +118,9 @@ class Replay:
     def _second(self, run: Run, module: nn.Module, x: tuple):
         if self._is_opaque(run):
             return _second_opaque(run, module, x)
-        return _observed(_Second(run), module, x, run.parts)
+        observer = _Second(run)
+        with sync.reused(run.parts, observer.events):
+            return _observed(observer, module, x, run.parts)
 
     def _is_opaque(self, run: Run) -> bool:
         return self.held.has_opaque and any(is_opaque(part) for part in run.parts)
