@@ -146,3 +146,9 @@ def exact_pair(kind, depth=2, make=transform):
     chain = kind(depth, make)
     chain.lattice = LATTICE
     return chain, stored(chain)
+
+
+def pair_of(make, *, lattice=LATTICE):
+    """A chain of residual blocks with the transforms that `make()` returns, and its twin."""
+    chain = ReversibleSequential(*(RevBlock(make(), make()) for _ in range(2)), lattice=lattice)
+    return chain, stored(chain)

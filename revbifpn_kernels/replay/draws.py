@@ -21,7 +21,9 @@ _DRAWING_FUNCTIONS = {
     F.dropout2d,
     F.dropout3d,
     F.feature_alpha_dropout,
+    F.fractional_max_pool2d,
     F.fractional_max_pool2d_with_indices,
+    F.fractional_max_pool3d,
     F.fractional_max_pool3d_with_indices,
     F.gumbel_softmax,
     F.multi_head_attention_forward,
@@ -80,7 +82,7 @@ def draw_and_keep(events: list, func, args, kwargs):
     if _draws_nothing(kwargs):
         return func(*args, **kwargs)
     name = func.__name__
-    if name in _FILLS and args[0].numel() <= SMALL:
+    if name in _FILLS and args and args[0].numel() <= SMALL:
         result = func(*args, **kwargs)
         events.append(Kept(result.clone()))
         return result

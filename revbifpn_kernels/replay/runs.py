@@ -335,7 +335,7 @@ def _second_opaque(run: Run, module: nn.Module, x: tuple):
         for generator, state in now:
             generator.set_state(state)
         for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+            buffer.data.copy_(value)  # past the version: the graph saved it, but does not read it
 
 
 def _may_drop(parts: list[nn.Module]) -> bool:
