@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from revbifpn_kernels import MBConv, ReversibleSequential, RevSilo
+from revbifpn_kernels import MBConv, RevBlock, ReversibleSequential, RevLevels, RevSilo
 
 CHANNELS = (48, 64, 80, 160)  # of S0; S6 has 20/3 times as many
+KERNELS = (3, 5, 5, 5)
 EXPAND_RATIOS = (1, 1, 2, 2)
 SE_RATIOS = (0.25, 0.25, 0.125, 0.0)
 
@@ -40,6 +41,39 @@ def silo(channels=CHANNELS, *, inputs: int | None = None, drop_path: float = 0.0
 def silo_stack(depth: int, channels=CHANNELS, *, drop_path: float = 0.0) -> ReversibleSequential:
     """`depth` silos between all levels."""
     return ReversibleSequential(*(silo(channels, drop_path=drop_path) for _ in range(depth)))
+
+
+def residual_blocks(channels, drop_path: float = 0.0) -> RevLevels:
+    """A residual block on each of the levels present, as in RevBiFPN."""
+
+    def half(level: int, inputs: int, outputs: int) -> MBConv:
+        return MBConv(
+            inputs,
+            outputs,
+            KERNELS[level],
+            expand_ratio=EXPAND_RATIOS[level],
+            se_ratio=SE_RATIOS[level],
+            drop_path=drop_path,
+        )
+
+    return RevLevels(
+        *(
+            RevBlock(half(level, c - c // 2, c // 2), half(level, c // 2, c - c // 2))
+            for level, c in enumerate(channels)
+        )
+    )
+
+
+def backbone(extra: int, channels=CHANNELS) -> ReversibleSequential:
+    """The reversible part of RevBiFPN: levels are added one by one, then `extra` more silos."""
+    parts = []
+    for levels in range(1, len(channels)):
+        parts += [residual_blocks(channels[:levels]) for _ in range(2)]
+        parts.append(silo(channels[: levels + 1], inputs=levels))
+    for _ in range(extra):
+        parts += [residual_blocks(channels) for _ in range(2)]
+        parts.append(silo(channels))
+    return ReversibleSequential(*parts)
 
 
 def streams(

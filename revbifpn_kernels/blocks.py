@@ -1,4 +1,4 @@
-"""What networks of RevSilos are made of besides: RevBlock within a level, MBConv as a transform.
+"""What networks of RevSilos are made of besides: RevBlock within a level, RevLevels, MBConv.
 
 RevBlock is the residual coupling of channel halves x = (a, b):
 
@@ -7,6 +7,7 @@ RevBlock is the residual coupling of channel halves x = (a, b):
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from .ops import resample_add
 from .ops.checks import check_lattice, check_maps, check_precision
 from .ops.resample_add import resample_add_out
 from .replay import Step, quiet, run
-from .reversible import Reversible
+from .reversible import Reversible, compute_of
 
 
 class RevBlock(Reversible):
@@ -102,6 +103,61 @@ class RevBlock(Reversible):
             return resample_add(x, [result], alpha=alpha, lattice=self.lattice)
         resample_add_out(x, [result], out, alpha=alpha, lattice=self.lattice)
         return out
+
+
+class RevLevels(Reversible):
+    """A reversible block for each stream, side by side: `(y_0, …) = levels(x_0, …)`.
+
+    Args:
+        blocks: One for each level, each of one stream, such as `RevBlock`.
+
+    Raises:
+        TypeError: A block is not a `Reversible`.
+    """
+
+    def __init__(self, *blocks: Reversible, reversible: bool = True) -> None:
+        super().__init__()
+        for level, block in enumerate(blocks):
+            if not isinstance(block, Reversible):
+                raise TypeError(
+                    f"RevLevels: block {level} must be a Reversible, got {type(block).__name__}"
+                )
+        self.levels = nn.ModuleList(blocks)
+        self.reversible = reversible
+
+    @property
+    def lattice(self) -> float | None:
+        """The finest lattice of the levels; setting it sets that of every level."""
+        lattices = [block.lattice for block in self.levels if block.lattice is not None]
+        return min(lattices) if lattices else None
+
+    @lattice.setter
+    def lattice(self, lattice: float | None) -> None:
+        for block in self.levels:
+            block.lattice = lattice
+
+    def members(self) -> Sequence[Reversible]:
+        return list(self.levels)
+
+    def forward(self, *xs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(compute_of(block)(block, x)[0] for block, x in self._pairs(xs))
+
+    def inverse(self, *ys: Tensor) -> tuple[Tensor, ...]:
+        return tuple(block.inverse(y)[0] for block, y in self._pairs(ys))
+
+    def backward_step(
+        self, ys: list[Tensor], grad_ys: list[Tensor | None], step: Step
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        grads = list(grad_ys)
+        for level, block in enumerate(self.levels):
+            inner = step.of_member(block, step.needs_grad[level : level + 1])
+            (ys[level],), (grads[level],) = block.backward_step([ys[level]], [grads[level]], inner)
+        return ys, grads
+
+    def _pairs(self, streams: Sequence[Tensor]) -> zip:
+        if len(streams) != len(self.levels):
+            raise ValueError(f"RevLevels: expected {len(self.levels)} streams, got {len(streams)}")
+        return zip(self.levels, streams, strict=True)
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,10 @@ class Reversible(nn.Module):
         """Return the inputs of `forward` from its outputs."""
         raise NotImplementedError(f"{type(self).__name__}: inverse must be defined")
 
+    def members(self) -> Sequence["Reversible"]:
+        """Blocks within this one whose `forward` and `backward_step` are parts of its own."""
+        return ()
+
     def backward_step(
         self, ys: list[Tensor], grad_ys: list[Tensor | None], step: Step
     ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
@@ -80,7 +84,7 @@ class Reversible(nn.Module):
             xs = self.inverse(*ys)
         leaves = [x.detach().requires_grad_(n) for x, n in zip(xs, step.needs_grad, strict=True)]
         with step.replay.second(), torch.enable_grad():
-            outputs = _compute_of(self)(self, *leaves)
+            outputs = compute_of(self)(self, *leaves)
         return xs, step.differentiate(self, outputs, leaves, grad_ys)
 
 
@@ -126,7 +130,7 @@ class _Block(torch.autograd.Function):
     def forward(ctx, call: _Call, *tensors: Tensor):
         xs = tensors[: call.inputs]
         with call.replay.first(xs[0]):
-            ys = tuple(_compute_of(call.block)(call.block, *xs))
+            ys = tuple(compute_of(call.block)(call.block, *xs))
         if call.tape.check:
             _check_range(call.block, ys)
         buffers = call.replay.held.buffers_read(call.replay.moved())
@@ -212,7 +216,8 @@ def _in_graph(call: _Call, xs: Streams) -> Streams:
 _in_graph_untraced = torch._disable_dynamo(_in_graph)
 
 
-def _compute_of(block: Reversible) -> Callable:
+def compute_of(block: Reversible) -> Callable:
+    """The author's `forward`, past the engine."""
     return type(block).forward.compute
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from revbifpn_kernels import MBConv, RevBlock, Reversible, ReversibleSequential, RevSilo
+from revbifpn_kernels import MBConv, RevBlock, Reversible, ReversibleSequential, RevLevels, RevSilo
 
 WIDTHS = (6, 8, 10)
 LATTICE = 2.0**-12
@@ -77,6 +77,15 @@ def blocks(depth: int, make=transform) -> ReversibleSequential:
     return ReversibleSequential(*(RevBlock(make(4, 3), make(3, 4)) for _ in range(depth)))
 
 
+def levels(depth: int, make=transform) -> ReversibleSequential:
+    """A residual block on each of three levels, then a silo, as in RevBiFPN."""
+    parts = []
+    for _ in range(depth):
+        halves = (make(w // 2, w // 2) for w in WIDTHS for _ in range(2))
+        parts += [RevLevels(*(RevBlock(f, next(halves)) for f in halves)), silo(make)]
+    return ReversibleSequential(*parts)
+
+
 def couplings(depth: int, make=transform) -> ReversibleSequential:
     return ReversibleSequential(*(Coupling(make(6, 6), make(6, 6)) for _ in range(depth)))
 
@@ -86,6 +95,7 @@ def streams(kind, *, batch: int = 2, side: int = 8, dtype=torch.float32) -> list
     shapes = {
         silos: [(w, side >> level) for level, w in enumerate(WIDTHS)],
         growing: [(WIDTHS[0], side)],
+        levels: [(w, side >> level) for level, w in enumerate(WIDTHS)],
         blocks: [(7, side)],
         couplings: [(6, side), (6, side)],
     }

@@ -9,6 +9,7 @@ from chains import (
     couplings,
     gradients_of,
     growing,
+    levels,
     loss_of,
     mbconv,
     plain,
@@ -20,7 +21,7 @@ from chains import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-KINDS = pytest.mark.parametrize("kind", [silos, growing, blocks, couplings])
+KINDS = pytest.mark.parametrize("kind", [silos, growing, blocks, levels, couplings])
 MAKES = pytest.mark.parametrize("make", [plain, transform, mbconv])
 
 
@@ -35,7 +36,7 @@ def test_gradients_equal_plain_autograd(kind, make, depth):
     assert relative_error(gradients_of(chain, xs), expected) < 1e-9
 
 
-@pytest.mark.parametrize("kind", [silos, growing, blocks])
+@pytest.mark.parametrize("kind", [silos, growing, blocks, levels])
 @MAKES
 @pytest.mark.parametrize("depth", [1, 5])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -62,7 +63,7 @@ def test_inverse_takes_forward_back(kind):
         torch.testing.assert_close(restored, x, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", [silos, growing, blocks])
+@pytest.mark.parametrize("kind", [silos, growing, blocks, levels])
 def test_exact_mode_restores_every_bit(kind):
     chain = kind(6, plain).eval()
     chain.lattice = LATTICE

@@ -14,6 +14,7 @@ from chains import (
     exact_pair,
     gradients_of,
     growing,
+    levels,
     loss_of,
     mbconv,
     named_gradients,
@@ -26,7 +27,7 @@ from chains import (
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-KINDS = pytest.mark.parametrize("kind", [silos, growing, blocks, couplings])
+KINDS = pytest.mark.parametrize("kind", [silos, growing, blocks, levels, couplings])
 
 
 @KINDS

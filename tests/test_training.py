@@ -9,6 +9,7 @@ from chains import (
     exact_pair,
     gradients_of,
     growing,
+    levels,
     loss_of,
     mbconv,
     named_gradients,
@@ -23,7 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-KINDS = pytest.mark.parametrize("kind", [silos, growing, blocks, couplings])
+KINDS = pytest.mark.parametrize("kind", [silos, growing, blocks, levels, couplings])
 
 
 @KINDS

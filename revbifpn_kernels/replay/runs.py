@@ -46,6 +46,7 @@ class Replay:
 
     def __init__(self, block: nn.Module, check: bool, tracks_children: bool) -> None:
         self.block = block
+        self.members = {block, *block.members()}
         self.check = check  # run each transform twice at once, and compare
         self.tracks_children = tracks_children  # the block calls them itself, not through `run`
         self.held = Held(block)
@@ -183,11 +184,11 @@ def run(block: nn.Module, name: str, module: nn.Module, *x: Tensor, key: Hashabl
         return module(*x)
     versions = _versions(x)
     replay = getattr(_thread, "replay", None)
-    if replay is None or replay.block is not block:
+    if replay is None or block not in replay.members:
         y = module(*x)
     else:
         try:
-            y = replay.run(module, x, key)
+            y = replay.run(module, x, (id(block), key))
         except NotRepeatable as error:
             raise RuntimeError(f"{type(block).__name__}: {name} {error}") from error
     if versions != _versions(x):

@@ -33,6 +33,7 @@ class Step:
 
     def __init__(self, replay: Replay, needs_grad: Sequence[bool]) -> None:
         self.replay = replay
+        self.block = replay.block
         self.needs_grad = tuple(needs_grad)
         self.parameter_grads: dict[int, Tensor] = {}
 
@@ -42,8 +43,14 @@ class Step:
         """Run a transform as the forward did under the same key, with a graph."""
         leaf = x.detach().requires_grad_(needs_grad)
         with torch.enable_grad():
-            output = run(self.replay.block, name, module, leaf, key=key)
+            output = run(self.block, name, module, leaf, key=key)
         return Rerun(self, module, leaf, output)
+
+    def of_member(self, block: nn.Module, needs_grad: Sequence[bool]) -> "Step":
+        """The same step for a block within the block; gradients are collected together."""
+        step = Step(self.replay, needs_grad)
+        step.block, step.parameter_grads = block, self.parameter_grads
+        return step
 
     def differentiate(
         self,
