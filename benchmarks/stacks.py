@@ -5,7 +5,8 @@ from torch import Tensor
 
 from revbifpn_kernels import MBConv, RevBlock, ReversibleSequential, RevLevels, RevSilo
 
-CHANNELS = (48, 64, 80, 160)  # of S0; S6 has 20/3 times as many
+CHANNELS = (48, 64, 80, 160)  # of S0
+S6_CHANNELS = (320, 416, 528, 1056)
 KERNELS = (3, 5, 5, 5)
 EXPAND_RATIOS = (1, 1, 2, 2)
 SE_RATIOS = (0.25, 0.25, 0.125, 0.0)

@@ -247,8 +247,11 @@ class SqueezeExcite(nn.Module):
         self.expand = nn.Conv2d(hidden, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = F.hardswish(self.reduce(x.mean((2, 3), keepdim=True)))
-        return x * F.hardsigmoid(self.expand(gate))
+        # Matrix products: a convolution of one pixel costs several times as much to set up.
+        means = x.mean((2, 3))
+        hidden = F.hardswish(F.linear(means, self.reduce.weight.flatten(1), self.reduce.bias))
+        gates = F.linear(hidden, self.expand.weight.flatten(1), self.expand.bias)
+        return x * F.hardsigmoid(gates)[:, :, None, None]
 
 
 class DropPath(nn.Module):
