@@ -8,7 +8,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 PYTEST_ARGS ?= -n auto
 ASAN := build/asan
 
-.PHONY: $(VENV) bench test test-asan lint wheel kernels clean
+.PHONY: $(VENV) bench bench-stack test test-asan lint wheel kernels clean
 
 $(VENV): $(INSTALLED)
 
@@ -22,6 +22,11 @@ bench: $(INSTALLED)
 	$(RUN) -m benchmarks.bench_ops
 	$(RUN) -m benchmarks.plot
 	$(RUN) -m benchmarks.round_trip
+
+bench-stack: $(INSTALLED)
+	$(RUN) -m benchmarks.bench_stack
+	$(RUN) -m benchmarks.lattice
+	$(RUN) -m benchmarks.plot
 
 test: $(INSTALLED)
 	$(RUN) -m pytest $(PYTEST_ARGS)

@@ -38,14 +38,15 @@ sanitize() {
 export -f sanitize
 
 step versions 20 bash -c versions
-step build 90 python3 setup.py --quiet build_ext --inplace
-step compile 60 python3 -m benchmarks.compile_ahead --target sm_90
-step bench 150 python3 -m benchmarks.bench_ops --device cuda --output "$OUT"
+step build 75 python3 setup.py --quiet build_ext --inplace
+step compile 35 python3 -m benchmarks.compile_ahead --target sm_90
+step bench 115 python3 -m benchmarks.bench_ops --device cuda --output "$OUT"
+step bench-stack 90 python3 -m benchmarks.bench_stack --device cuda --output "$OUT"
 step figures 25 python3 -m benchmarks.plot "$OUT"/*-torch*.csv --output "$OUT"
 step round-trip 20 python3 -m benchmarks.round_trip --output "$OUT"
 step tests 90 python3 -m pytest -q -n 4 -p no:cacheprovider
-step kernels 40 python3 -m benchmarks.kernels --targets sm_90 --output "$OUT/kernels.csv"
-step sanitizer 45 bash -c sanitize
+step kernels 30 python3 -m benchmarks.kernels --targets sm_90 --output "$OUT/kernels.csv"
+step sanitizer 40 bash -c sanitize
 
 if [ ${#failed[@]} -gt 0 ]; then
     echo "FAILED: ${failed[*]}" | tee -a "$LOG"

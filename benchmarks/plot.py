@@ -1,6 +1,7 @@
 """Draws the recorded rows: `python -m benchmarks.plot`. Reads CSV only."""
 
 import argparse
+import re
 from pathlib import Path
 
 import matplotlib
@@ -23,6 +24,12 @@ OPS = {
     ("resample_add", "inverse"): "inverse",
     ("resample_adjoint", "bwd"): "adjoint",
     ("resample_undo", "inverse+bwd"): "undo",
+}
+# Training steps: colour, marker, name.
+STEPS = {
+    "stored": ("#e0a458", "s", "stored activations"),
+    "checkpoint": ("#7a7a7a", "^", "checkpoint a block"),
+    "reversible": ("#0b4f8a", "o", "reversible"),
 }
 Panel = tuple[str, str, str]
 
@@ -134,6 +141,43 @@ def draw_ops(rows: list[Row]) -> plt.Figure | None:
     return figure
 
 
+def draw_depth(rows: list[Row]) -> plt.Figure | None:
+    """Memory of a step against the number of silos; None without such rows."""
+    lines: dict[str, list[tuple[int, float, float]]] = {}
+    conditions = None
+    for row in rows:
+        match = re.fullmatch(r"silos-(\d+)", row["op"])
+        if match and not row["ms_p50"] and row["peak_mib"]:
+            point = int(match[1]), float(row["peak_mib"]), float(row["saved_mib"])
+            lines.setdefault(row["provider"], []).append(point)
+            conditions = row
+    if conditions is None:
+        return None
+    figure, axes = plt.subplots(figsize=(6.4, 3.9), layout="constrained")
+    for provider, (color, marker, label) in STEPS.items():
+        points = sorted(lines.get(provider, []))
+        if points:
+            depths, peaks, held = zip(*points, strict=True)
+            axes.plot(depths, peaks, color=color, marker=marker, label=f"{label}: peak")
+            axes.plot(depths, held, color=color, marker=marker, ls=":", lw=1, ms=4, label="held")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(depths, depths)
+    axes.set_xlabel("RevSilos of four levels, widths of S0")
+    axes.set_ylabel("MiB above parameters and their gradients")
+    axes.grid(lw=0.3)
+    axes.legend(fontsize=8, ncols=3, frameon=False, loc="upper left")
+    axes.set_ylim(top=axes.get_ylim()[1] * 5)
+    row = conditions
+    figure.supxlabel(
+        f"{row['device']}, torch {row['torch']}, {row['date']}, commit {row['commit']}; "
+        f"images {row['shape'].replace('x', '×')}, {row['dtype']}\nsolid: peak of a step, dotted: "
+        "held between forward and backward; counted, not sampled",
+        fontsize=7,
+    )
+    return figure
+
+
 def _conditions(row: Row) -> str:
     versions = f"torch {row['torch']}, triton {row['triton']}"
     return (
@@ -161,6 +205,9 @@ def main(arguments: list[str] | None = None) -> None:
         figure = draw_ops(rows)
         if figure is not None:
             save(figure, run.output / f"ops-{slug(rows[0]['device'])}")
+        figure = draw_depth(rows)
+        if figure is not None:
+            save(figure, run.output / f"depth-{slug(rows[0]['device'])}")
 
 
 if __name__ == "__main__":
