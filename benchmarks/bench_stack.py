@@ -8,6 +8,7 @@ import argparse
 import copy
 import functools
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,11 +69,11 @@ def providers_of(chain: ReversibleSequential) -> dict[str, nn.Module]:
     return rivals | {"checkpoint": Checkpointed(copy.deepcopy(chain))}
 
 
-def step_of(net: nn.Module, xs, cotangents, case: Case) -> Callable[[], Tensor]:
+def step_of(net: nn.Module, xs, cotangents, is_autocast: bool) -> Callable[[], Tensor]:
     """The forward of a step: its loss is linear in the outputs."""
 
     def forward() -> Tensor:
-        with torch.autocast(xs[0].device.type, torch.bfloat16, enabled=case.is_autocast):
+        with torch.autocast(xs[0].device.type, torch.bfloat16, enabled=is_autocast):
             ys = net(*xs)
         return sum((y * c).sum() for y, c in zip(ys, cotangents, strict=True))
 
@@ -80,18 +81,35 @@ def step_of(net: nn.Module, xs, cotangents, case: Case) -> Callable[[], Tensor]:
 
 
 class _Operators(TorchDispatchMode):
-    count = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not func.is_view
+        if not func.is_view:
+            self.counts[func._overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
 
 
-def operators(forward: Callable[[], Tensor]) -> int:
+def operators(forward: Callable[[], Tensor]) -> Counter[str]:
     """Operator calls of a step that compute or copy: about the launches on a GPU."""
     with _Operators() as counter:
         forward().backward()
-    return counter.count
+    return counter.counts
+
+
+def print_operators() -> None:
+    """Operator calls of a step of four silos, reversible beside stored."""
+    chain, xs = stacks.silo_stack(4), stacks.streams(2, 64)
+    counts = {}
+    for name in ("reversible", "stored"):
+        chain.reversible = name == "reversible"
+        forward = step_of(chain, xs, [torch.ones_like(x) for x in xs], False)
+        forward().backward()  # later steps add to gradients that are there
+        counts[name] = operators(forward)
+    for name, count in sorted(counts["reversible"].items(), key=lambda item: -item[1]):
+        print(f"{name:34}{count:7}{counts['stored'][name]:7}")
+    print(f"{'all':34}{counts['reversible'].total():7}{counts['stored'].total():7}")
 
 
 def gradients(net: nn.Module, forward: Callable[[], Tensor]) -> Tensor:
@@ -120,7 +138,7 @@ def bench(case: Case, run: argparse.Namespace, machine: Row) -> list[Row]:
     with torch.no_grad():
         cotangents = [torch.randn_like(y) / y.numel() for y in chain(*xs)]
     nets = providers_of(chain)
-    forwards = {name: step_of(net, xs, cotangents, case) for name, net in nets.items()}
+    forwards = {name: step_of(net, xs, cotangents, case.is_autocast) for name, net in nets.items()}
     notes = check(nets, forwards, case)
     rows = {name: row_of(machine, case, name, notes.get(name, "")) for name in nets}
     if notes:
@@ -128,7 +146,7 @@ def bench(case: Case, run: argparse.Namespace, machine: Row) -> list[Row]:
     for name, forward in forwards.items():
         held, peak = held_and_peak(forward, run.device)  # parameters have their gradients already
         rows[name] |= {"saved_mib": f"{held / MIB:.3f}", "peak_mib": f"{peak / MIB:.3f}"}
-        rows[name]["note"] = f"{operators(forward)} operators"
+        rows[name]["note"] = f"{operators(forward).total()} operators"
     if case.is_timed:
         calls = {name: functools.partial(_step, forward) for name, forward in forwards.items()}
         times = harness.measure_interleaved(calls, run.clock, seconds=run.seconds, rounds=(3, 15))
@@ -197,6 +215,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     found = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=found)
     parser.add_argument("--quick", action="store_true", help="two silos, few samples")
+    parser.add_argument("--operators", action="store_true", help="list operator calls, and stop")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR|CSV")
     run = parser.parse_args(arguments)
     run.clock = harness.clock_for(run.device)
@@ -206,6 +225,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     run = parse(arguments)
+    if run.operators:
+        print_operators()
+        return 0
     machine = harness.describe_machine(run.device)
     path = harness.result_path(run.output, machine)
     rows: list[Row] = []

@@ -112,7 +112,7 @@ class RevLevels(Reversible):
         blocks: One for each level, each of one stream, such as `RevBlock`.
 
     Raises:
-        TypeError: A block is not a `Reversible`.
+        TypeError, ValueError: A block is not a `Reversible`, or stands there twice.
     """
 
     def __init__(self, *blocks: Reversible, reversible: bool = True) -> None:
@@ -122,6 +122,11 @@ class RevLevels(Reversible):
                 raise TypeError(
                     f"RevLevels: block {level} must be a Reversible, got {type(block).__name__}"
                 )
+        if len(set(blocks)) < len(blocks):
+            raise ValueError(
+                "RevLevels: expected a block of its own for each level, got one twice; two blocks "
+                "may share their transforms"
+            )
         self.levels = nn.ModuleList(blocks)
         self.reversible = reversible
 

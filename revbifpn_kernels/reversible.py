@@ -21,6 +21,7 @@ from .ops.checks import check_lattice
 from .ops.launch import Geometry
 from .ops.resample import in_format
 from .replay import Replay, Step, Tracked, is_replaying
+from .replay.checks import check_inverse, check_range, tuple_of_streams
 
 Streams = tuple[Tensor, ...]
 
@@ -29,9 +30,10 @@ class Reversible(nn.Module):
     """A block whose inputs can be computed from its outputs. Subclass it, define two methods.
 
     `forward(*xs)` is plain differentiable computation that returns a tuple of streams, `inverse`
-    takes it back. Called in a `ReversibleSequential` or alone, the block then trains without
-    storing activations: alone it keeps its outputs, in a sequence not even those. Submodules may
-    hold batch norms, dropout, anything: their second run repeats the first.
+    takes it back, calling submodules in the opposite order. Called in a `ReversibleSequential` or
+    alone, the block then trains without storing activations: alone it keeps its outputs, in a
+    sequence not even those. Submodules may hold batch norms, dropout, anything: their second run
+    repeats the first.
 
     Attributes:
         reversible: False trains under plain autograd, which stores activations.
@@ -46,14 +48,19 @@ class Reversible(nn.Module):
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
-        if "forward" in cls.__dict__:
-            cls.forward = _run_by_engine(cls.__dict__["forward"])
+        if not hasattr(cls.forward, "compute"):
+            cls.forward = _run_by_engine(cls.forward)
 
     def __getattr__(self, name: str):
         value = super().__getattr__(name)
-        if isinstance(value, nn.Module) and _uses_default_step(self) and is_replaying(self):
+        if isinstance(value, nn.Module) and self.calls_transforms and is_replaying(self):
             return Tracked(self, name, value)
         return value
+
+    @property
+    def calls_transforms(self) -> bool:
+        """Whether `forward` calls submodules itself, and `backward_step` is the general one."""
+        return type(self).backward_step is Reversible.backward_step
 
     def forward(self, *xs: Tensor) -> Streams:
         """Return the outputs; plain computation, differentiable by autograd."""
@@ -96,6 +103,16 @@ class Tape:
         self.check = check
         self.first: int | None = None  # the first block that keeps a graph
         self.outputs: dict[int, list[Tensor]] = {}
+        self.last: list[tuple] | None = None  # what the block before returned, in the forward
+
+    def check_unchanged(self, index: int, block: nn.Module, xs: Streams) -> None:
+        """Raise unless the inputs are what the block before returned: it will be restored so."""
+        if self.last is not None and self.last != [_identity(x) for x in xs]:
+            raise RuntimeError(
+                f"{type(block).__name__}: the inputs of block {index} are not the outputs of the "
+                "block before, which its backward will take them for; expected hooks that leave "
+                "streams alone: put what changes them in a Reversible of its own"
+            )
 
     def take(self, index: int, block: nn.Module) -> list[Tensor]:
         outputs = self.outputs.pop(index, None)
@@ -129,10 +146,13 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: _Call, *tensors: Tensor):
         xs = tensors[: call.inputs]
+        call.tape.check_unchanged(call.index, call.block, xs)
         with call.replay.first(xs[0]):
-            ys = tuple(compute_of(call.block)(call.block, *xs))
+            ys = tuple_of_streams(call.block, compute_of(call.block)(call.block, *xs))
         if call.tape.check:
-            _check_range(call.block, ys)
+            check_range(call.block, ys)
+            check_inverse(call.block, call.replay, xs, ys)
+        call.tape.last = [_identity(y) for y in ys]
         buffers = call.replay.held.buffers_read(call.replay.moved())
         every_parameter = call.replay.held.unique_parameters()
         ctx.call, ctx.channels_last = (
@@ -154,6 +174,7 @@ class _Block(torch.autograd.Function):
             )
         saved = ctx.saved_tensors
         step = Step(call.replay, ctx.needs_input_grad[1 : 1 + call.inputs])
+        call.replay.stand_ins = call.replay.held.stand_ins()
         with call.replay.held.restored() as stand_ins:
             ys = _detached(saved[: len(ctx.channels_last)]) if call.is_last else None
             del saved
@@ -167,6 +188,7 @@ class _Block(torch.autograd.Function):
             )
         if call.index > call.tape.first:
             call.tape.outputs[call.index - 1] = list(xs)
+        stand_ins |= call.replay.stand_ins
         used = [stand_ins.get(id(p), p) for p in call.parameters]
         return None, *grad_xs, *(step.parameter_grads.get(id(p)) for p in used)
 
@@ -197,9 +219,12 @@ def _run_by_engine(compute: Callable) -> Callable:
 
 def _call_block(block: Reversible, compute: Callable, place: _Place, xs: Streams) -> Streams:
     if place.tape is not None:
-        replay = Replay(block, place.tape.check, _uses_default_step(block))
+        replay = Replay(block, place.tape.check)
         parameters = [p for p in replay.held.unique_parameters() if p.requires_grad]
-        if parameters or any(x.requires_grad for x in xs):
+        if not parameters and not any(x.requires_grad for x in xs):
+            with torch.no_grad():
+                return compute(block, *xs)
+        else:
             call = _Call(block, replay, *place, len(xs), parameters)
             in_graph = _in_graph_untraced if torch.compiler.is_compiling() else _in_graph
             return in_graph(call, xs)
@@ -219,10 +244,6 @@ _in_graph_untraced = torch._disable_dynamo(_in_graph)
 def compute_of(block: Reversible) -> Callable:
     """The author's `forward`, past the engine."""
     return type(block).forward.compute
-
-
-def _uses_default_step(block: Reversible) -> bool:
-    return type(block).backward_step is Reversible.backward_step
 
 
 def _wants_graph() -> bool:
@@ -256,19 +277,9 @@ def snap(x: Tensor, lattice: float) -> Tensor:
     return resample_add(torch.zeros_like(x), [x], lattice=lattice)
 
 
-def _check_range(block: Reversible, ys: Streams) -> None:
-    """Raise if a stream is where its lattice, of 2²⁴ steps to either side, no longer is exact."""
-    if block.lattice is None:
-        return
-    for k, y in enumerate(ys):
-        limit = block.lattice * 2.0 ** (53 if y.dtype == torch.float64 else 24)
-        largest = y.abs().max().item() if y.numel() else 0.0
-        if not largest < limit:
-            raise RuntimeError(
-                f"{type(block).__name__}: output {k} reaches {largest:.6g}, beyond the range "
-                f"{limit:g} of lattice {block.lattice:g}, so it is restored to rounding only; "
-                "choose a coarser lattice"
-            )
+def _identity(x: Tensor) -> tuple:
+    storage = x.untyped_storage()._cdata
+    return storage, x.storage_offset(), x._version, x.dtype, x.shape, x.stride()
 
 
 def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ops import resample_add, resample_add_, resample_adjoint, resample_undo
+from .ops import resample_add, resample_adjoint, resample_undo
 from .ops.checks import (
     MAX_SOURCES,
     check_lattice,
@@ -89,9 +89,7 @@ class RevSilo(Reversible):
         for fusion in self.down_fusions:
             ys[fusion.target] = self._fuse(fusion, ys[fusion.target], xs)
         for fusion in self.up_fusions:
-            x = xs[fusion.target] if fusion.target < len(xs) else None
-            is_ours = ys[fusion.target] is not x and not torch.is_grad_enabled()
-            ys[fusion.target] = self._fuse(fusion, ys[fusion.target], ys, in_place=is_ours)
+            ys[fusion.target] = self._fuse(fusion, ys[fusion.target], ys)
         return tuple(ys)
 
     def inverse(self, *ys: Tensor) -> tuple[Tensor, ...]:
@@ -117,7 +115,7 @@ class RevSilo(Reversible):
         needed = zip(grads.totals, step.needs_grad, strict=False)
         return streams[:inputs], [grad if is_needed else None for grad, is_needed in needed]
 
-    def _fuse(self, fusion: Fusion, x: Tensor | None, streams, *, alpha=1.0, in_place=False):
+    def _fuse(self, fusion: Fusion, x: Tensor | None, streams, alpha: float = 1.0):
         """x + α·Σ R(transformed streams); without x, a new level."""
         outputs = []
         for edge in fusion.edges:
@@ -127,9 +125,7 @@ class RevSilo(Reversible):
             outputs.append(output)
         options = {"alpha": alpha, "mode": self.mode, "lattice": self.lattice}
         if x is None:
-            x, in_place = torch.zeros_like(outputs[0], dtype=streams[0].dtype), True
-        if in_place and not torch.is_grad_enabled():
-            return resample_add_(x, outputs, **options)
+            x = torch.zeros_like(outputs[0], dtype=streams[0].dtype)
         return resample_add(x, outputs, **options)
 
     def _undo(self, fusion: Fusion, streams, grads: "_Gradients", step, needs_grad, inputs) -> None:

@@ -2,12 +2,13 @@
 
 A reversible block runs its transforms twice: in the forward without a graph, and in the backward,
 on restored inputs, with one. The second run must use the random numbers (`draws`) and the batch
-statistics (`norms`) of the first, under the same autocast (`runs`) and with what the modules held
-then (`held`), and must not move running statistics again. Nothing is kept on modules, and no
-generator is asked for its state unless a transform draws.
+statistics (`norms`, `sync`) of the first, under the same autocast (`runs`) and with what the
+modules held then (`held`), and must not move running statistics again (`observe`). Nothing is kept
+on modules, and no generator is asked for its state unless a transform draws.
 """
 
-from .runs import Replay, Tracked, call, is_replaying, run
+from .observe import call
+from .runs import Replay, Tracked, is_replaying, run
 from .step import Step
 
 __all__ = ["Replay", "Step", "Tracked", "call", "is_replaying", "run"]

@@ -1,8 +1,8 @@
 """What the modules of a block hold when it runs: modes, parameters, buffers.
 
 The second run must see the same. Usually the modules still hold it, and nothing is touched; under
-`torch.func.functional_call`, after `eval()`, or where a hook on a parameter would see the inner
-gradient too, the modules are given back what they held for as long as the second run takes.
+`torch.func.functional_call` or after `eval()` the modules are given back what they held for as long
+as the second run takes. Other threads must not run them meanwhile.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 _swapping = threading.RLock()
 
@@ -25,6 +26,9 @@ class Slot(NamedTuple):
     name: str
     tensor: Tensor
 
+    def is_there(self) -> bool:
+        return self.name in self.entries and self.entries[self.name] is self.tensor
+
 
 class Held:
     """Modes, parameters and buffers of all modules in a block."""
@@ -34,11 +38,15 @@ class Held:
         self.parameters: list[Slot] = []
         self.buffers: list[tuple[Slot, int]] = []  # with their versions
         self.has_opaque = False
+        self.counters: set[int] = set()  # ids of norms' `num_batches_tracked`
         for module in parts_of(block):
             self.modes.append((module, module.training))
             self.has_opaque |= is_opaque(module)
+            if isinstance(module, _NormBase):
+                self.counters.add(id(module.num_batches_tracked))
             for name, parameter in module._parameters.items():
                 if parameter is not None:
+                    _check_materialised(block, parameter)
                     self.parameters.append(Slot(module._parameters, name, parameter))
             for name, buffer in module._buffers.items():
                 if buffer is not None:
@@ -69,6 +77,11 @@ class Held:
             read.append(slot.tensor)
         return read
 
+    def stand_ins(self) -> dict[int, Tensor]:
+        """Aliases of the parameters with hooks, by id: hooks must not see the inner gradient."""
+        hooked = (p for p in self.unique_parameters() if p._backward_hooks)
+        return {id(p): p.detach().requires_grad_(p.requires_grad) for p in hooked}
+
     @contextlib.contextmanager
     def restored(self) -> Iterator[dict[int, Tensor]]:
         """Let the modules hold it again; yields the parameters put in place of others, by id."""
@@ -82,7 +95,7 @@ class Held:
         slots += [slot for slot, _ in self.buffers]
         with _swapping:
             modes = [(module, module.training) for module, _ in self.modes]
-            present = [(slot.entries, slot.name, slot.entries.get(slot.name)) for slot in slots]
+            present = [Slot(entries, name, entries[name]) for entries, name, _ in slots]
             try:
                 for module, training in self.modes:
                     module.training = training
@@ -96,14 +109,21 @@ class Held:
                     module.training = training
 
     def _still_holds(self) -> bool:
-        """Whether modules are as they were, and no hook waits for a parameter's gradient."""
+        """Whether modules are as they were; what hides its calls has no parameters with hooks."""
+        if self.has_opaque and any(slot.tensor._backward_hooks for slot in self.parameters):
+            return False
         return (
             all(module.training == training for module, training in self.modes)
-            and all(
-                entries.get(name) is parameter and not parameter._backward_hooks
-                for entries, name, parameter in self.parameters
-            )
-            and all(slot.entries.get(slot.name) is slot.tensor for slot, _ in self.buffers)
+            and all(slot.is_there() for slot in self.parameters)
+            and all(slot.is_there() for slot, _ in self.buffers)
+        )
+
+
+def _check_materialised(block: nn.Module, parameter: Tensor) -> None:
+    if is_lazy(parameter):
+        raise RuntimeError(
+            f"{type(block).__name__}: a lazy module has no parameters yet; expected one forward "
+            "under torch.no_grad() before the first step"
         )
 
 
@@ -126,11 +146,12 @@ def parameters_of(module: nn.Module) -> list[Tensor]:
 
 
 def is_opaque(module: nn.Module) -> bool:
-    """Whether calls inside `module` cannot be seen: it is compiled or scripted."""
+    """Whether calls inside `module` cannot be seen: it is compiled, scripted or replaced."""
     compiler = sys.modules.get("torch._dynamo.eval_frame")  # importing it takes a second
     return (
         isinstance(module, torch.jit.ScriptModule)
         or module._compiled_call_impl is not None
+        or "forward" in module.__dict__
         or (compiler is not None and isinstance(module, compiler.OptimizedModule))
     )
 

@@ -107,9 +107,27 @@ def _is_dense(x: Tensor) -> bool:
     return x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
 
 
+def _first_torch_batch_norm(run, x, weight, bias, mean, var, training, momentum, eps, cudnn):
+    return _first_batch_norm(run, x, mean, var, weight, bias, training, momentum, eps)
+
+
+def _second_torch_batch_norm(events, x, weight, bias, mean, var, training, momentum, eps, cudnn):
+    return _second_batch_norm(events, x, mean, var, weight, bias, training, momentum, eps)
+
+
+# They move running statistics without a new version, so that nobody could tell.
+HIDDEN = frozenset(
+    "native_batch_norm _native_batch_norm_legit _batch_norm_impl_index _batch_norm_with_update "
+    "cudnn_batch_norm miopen_batch_norm batch_norm_update_stats batch_norm_gather_stats".split()
+)
 FIRST = {
+    torch.batch_norm: _first_torch_batch_norm,
     F.batch_norm: _first_batch_norm,
     F.instance_norm: _first_instance_norm,
     torch.batch_norm_gather_stats_with_counts: first_gather,
 }
-SECOND = {F.batch_norm: _second_batch_norm, F.instance_norm: _second_instance_norm}
+SECOND = {
+    torch.batch_norm: _second_torch_batch_norm,
+    F.batch_norm: _second_batch_norm,
+    F.instance_norm: _second_instance_norm,
+}

@@ -1,55 +1,30 @@
-"""The two runs of a block's transforms.
-
-A `TorchFunctionMode`, which is local to its thread, sees the calls inside a transform. A compiled
-or scripted transform hides them: its running statistics are put back after the second run, and the
-generators' states are kept whenever it trains.
-"""
+"""The two runs of a block's transforms, and what is kept between them."""
 
 import contextlib
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from . import norms, sync
-from .draws import (
-    NotRepeatable,
-    draw_again,
-    draw_and_keep,
-    generator_on,
-    is_capturing,
-    is_draw,
-    state_of,
-)
-from .held import Held, is_opaque, parts_of, running_statistics
-from .quiet import is_quiet
+from . import sync
+from .draws import NotRepeatable
+from .held import Held, is_opaque
+from .observe import Between, First, Run, Second, check_equal, first_opaque, observed, second_opaque
 
 _thread = threading.local()
-_kinds: dict = {}
-
-
-class Run:
-    """What one run of a transform drew and measured, in order."""
-
-    __slots__ = ("events", "moved", "parts")
-
-    def __init__(self, module: nn.Module) -> None:
-        self.parts = parts_of(module)
-        self.events: list = []  # of Kept, State, Statistics
-        self.moved: list[Tensor] = []  # running statistics and counters that the first run moved
 
 
 class Replay:
     """One call of a block: `first` keeps what its transforms do, `second` lets them repeat it."""
 
-    def __init__(self, block: nn.Module, check: bool, tracks_children: bool) -> None:
+    def __init__(self, block: nn.Module, check: bool) -> None:
         self.block = block
-        self.members = {block, *block.members()}
+        self.members = _members_of(block)
         self.check = check  # run each transform twice at once, and compare
-        self.tracks_children = tracks_children  # the block calls them itself, not through `run`
+        self.tracks_children = any(member.calls_transforms for member in self.members)
         self.held = Held(block)
+        self.stand_ins: dict[int, Tensor] = {}
         self.runs: dict[Hashable, list[Run]] = {}
         self.positions: dict[Hashable, int] | None = None  # None in the first run
         self.is_reversed = False
@@ -94,10 +69,15 @@ class Replay:
         outer = getattr(_thread, "replay", None)
         _thread.replay = self
         try:
-            with _Between(self) if self.tracks_children else contextlib.nullcontext():
+            with self._between():
                 yield
         finally:
             _thread.replay = outer
+
+    def _between(self) -> contextlib.AbstractContextManager:
+        if not self.tracks_children:
+            return contextlib.nullcontext()
+        return Between(type(self.block).__name__, lambda: self.is_running, self.stand_ins)
 
     def run(self, module: nn.Module, x: tuple, key: Hashable):
         is_first = self.positions is None
@@ -106,22 +86,22 @@ class Replay:
         try:
             y = (self._first if is_first else self._second)(run, module, x)
             if is_first and self.check:
-                _check_equal(y, self._second(run, module, x))
+                check_equal(y, self._second(run, module, x))
             return y
         finally:
             self.is_running = False
 
     def _first(self, run: Run, module: nn.Module, x: tuple):
         if self._is_opaque(run):
-            return _first_opaque(run, module, x)
-        return _observed(_First(run), module, x, run.parts)
+            return first_opaque(run, module, x)
+        return observed(First(run, self.held.counters), module, x, run.parts)
 
     def _second(self, run: Run, module: nn.Module, x: tuple):
         if self._is_opaque(run):
-            return _second_opaque(run, module, x)
-        observer = _Second(run)
+            return second_opaque(run, module, x)
+        observer = Second(run, self.stand_ins)
         with sync.reused(run.parts, observer.events):
-            return _observed(observer, module, x, run.parts)
+            return observed(observer, module, x, run.parts)
 
     def _is_opaque(self, run: Run) -> bool:
         return self.held.has_opaque and any(is_opaque(part) for part in run.parts)
@@ -167,11 +147,24 @@ class Tracked:
     def __len__(self) -> int:
         return len(self._module)
 
+    def __bool__(self) -> bool:
+        return True
+
+    def items(self):
+        return [(k, self._wrap(k, value)) for k, value in self._module.items()]
+
+    def values(self):
+        return [value for _, value in self.items()]
+
+
+def _members_of(block: nn.Module) -> set[nn.Module]:
+    return {block}.union(*(_members_of(member) for member in block.members()))
+
 
 def is_replaying(block: nn.Module | None = None) -> bool:
     """Whether this thread is in a run of `block`, or of any."""
     replay = getattr(_thread, "replay", None)
-    return replay is not None and (block is None or replay.block is block)
+    return replay is not None and (block is None or block in replay.members)
 
 
 def run(block: nn.Module, name: str, module: nn.Module, *x: Tensor, key: Hashable):
@@ -199,150 +192,5 @@ def run(block: nn.Module, name: str, module: nn.Module, *x: Tensor, key: Hashabl
     return y
 
 
-def call(func: Callable, *args, **kwargs):
-    """Return `func(*args, **kwargs)`; in a second run what it returned in the first.
-
-    For modules in `quiet.TYPES` that draw, normalise by batch statistics or count.
-    """
-    observer = getattr(_thread, "observer", None)
-    if observer is None:
-        return func(*args, **kwargs)
-    return observer.__torch_function__(func, (), args, kwargs)
-
-
-def _observed(observer: TorchFunctionMode, module: nn.Module, x: tuple, parts: list[nn.Module]):
-    """Run `module` under the observer; quiet modules need not be watched call by call."""
-    if not is_quiet(parts):
-        with observer:
-            return module(*x)
-    _thread.observer = observer
-    try:
-        return module(*x)
-    finally:
-        _thread.observer = None
-
-
 def _versions(tensors: tuple) -> list[int]:
     return [t._version for t in tensors if isinstance(t, Tensor) and not t.is_inference()]
-
-
-class _First(TorchFunctionMode):
-    """Runs calls as they are and keeps in `run` what a second run needs."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__()
-        self.run = run
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        kind = _kind_of(func)
-        if kind is None or torch.compiler.is_compiling():
-            return func(*args, **kwargs)
-        if kind == "draw":
-            return draw_and_keep(self.run.events, func, args, kwargs)
-        if kind == "norm":
-            return norms.FIRST[func](self.run, *args, **kwargs)
-        if _is_counter(args[0]):
-            self.run.moved.append(args[0])
-        return func(*args, **kwargs)
-
-
-class _Second(TorchFunctionMode):
-    """Repeats what `run` kept, in its order."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__()
-        self.events = iter(run.events)
-        self.moved = run.moved
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        kind = _kind_of(func)
-        if kind is None or torch.compiler.is_compiling():
-            return func(*args, **kwargs)
-        if kind == "draw":
-            return draw_again(self.events, func, args, kwargs)
-        if kind == "norm":
-            return norms.SECOND[func](self.events, *args, **kwargs)
-        if any(args[0] is counter for counter in self.moved):
-            return args[0]
-        return func(*args, **kwargs)
-
-
-class _Between(TorchFunctionMode):
-    """Refuses what a block does between its transforms and could not repeat in `inverse`."""
-
-    def __init__(self, replay: Replay) -> None:
-        super().__init__()
-        self.replay = replay
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        is_off = self.replay.is_running or kwargs.get("training") is False
-        if not is_off and _kind_of(func) in ("draw", "norm"):
-            raise RuntimeError(
-                f"{type(self.replay.block).__name__}: forward calls {func.__name__} itself, which "
-                "the backward cannot repeat; expected it inside a submodule"
-            )
-        return func(*args, **kwargs)
-
-
-def _check_equal(y: Tensor, again: Tensor) -> None:
-    if not torch.equal(y, again):
-        difference = (y - again).abs().max().item()
-        raise NotRepeatable(
-            f"is not deterministic: two runs on one input differ by {difference:.3g}; expected the "
-            "same bits (random numbers from PyTorch's generators are repeated, others are not)"
-        )
-
-
-def _kind_of(func) -> str | None:
-    """What is special about a torch function: "draw", "norm", "count" or nothing."""
-    try:
-        return _kinds[func]
-    except KeyError:
-        if func in norms.FIRST:
-            kind = "norm"
-        elif func is Tensor.add_:
-            kind = "count"
-        else:
-            kind = "draw" if is_draw(func) else None
-        _kinds[func] = kind
-        return kind
-
-
-def _is_counter(tensor: Tensor) -> bool:
-    """Whether it may be a norm's `num_batches_tracked`."""
-    return tensor.dim() == 0 and not tensor.is_floating_point()
-
-
-def _first_opaque(run: Run, module: nn.Module, x: tuple):
-    run.moved += running_statistics(run.parts)
-    # A CUDA graph cannot hold states; without layers that drop, none is needed.
-    if any(part.training for part in run.parts) and (not is_capturing() or _may_drop(run.parts)):
-        run.events += [state_of(generator) for generator in _generators(x)]
-    return module(*x)
-
-
-def _second_opaque(run: Run, module: nn.Module, x: tuple):
-    buffers = running_statistics(run.parts)
-    before = [buffer.clone() for buffer in buffers]
-    now = [state_of(event.generator) for event in run.events]
-    for event in run.events:
-        event.generator.set_state(event.state)
-    try:
-        return module(*x)
-    finally:
-        for generator, state in now:
-            generator.set_state(state)
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.data.copy_(value)  # past the version: the graph saved it, but does not read it
-
-
-def _may_drop(parts: list[nn.Module]) -> bool:
-    return any("drop" in type(part).__name__.lower() and part.training for part in parts)
-
-
-def _generators(x: tuple) -> list[torch.Generator]:
-    devices = {torch.device("cpu"), *(tensor.device for tensor in x)}
-    return [generator_on(device) for device in devices]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .held import parameters_of
+from .observe import InBackward
 from .runs import Replay, run
 
 
@@ -66,11 +67,13 @@ class Step:
             if grad is not None and output.requires_grad
         ]
         wanted = [x for x in inputs if x.requires_grad]
-        parameters = [p for p in parameters_of(module) if p.requires_grad]
+        stand_ins = self.replay.stand_ins
+        parameters = [stand_ins.get(id(p), p) for p in parameters_of(module) if p.requires_grad]
         if not pairs or not (wanted or parameters):
             return [None] * len(inputs)
         outputs, grads = zip(*pairs, strict=True)
-        results = torch.autograd.grad(outputs, [*wanted, *parameters], grads, allow_unused=True)
+        with InBackward():
+            results = torch.autograd.grad(outputs, [*wanted, *parameters], grads, allow_unused=True)
         for parameter, grad in zip(parameters, results[len(wanted) :], strict=True):
             self._collect(parameter, grad)
         found = iter(results)

@@ -1,0 +1,50 @@
+"""What a block returns, and with `check` whether it can be taken back."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .runs import Replay
+
+
+def tuple_of_streams(block: nn.Module, ys) -> tuple[Tensor, ...]:
+    if not isinstance(ys, (tuple, list)) or not all(isinstance(y, Tensor) for y in ys):
+        got = type(ys).__name__
+        raise TypeError(
+            f"{type(block).__name__}: forward must return a tuple of tensors, got {got}"
+        )
+    return tuple(ys)
+
+
+def check_inverse(
+    block: nn.Module, replay: Replay, xs: Sequence[Tensor], ys: Sequence[Tensor]
+) -> None:
+    """Raise unless `inverse` takes `forward` back, to rounding."""
+    with replay.second(is_reversed=True):
+        restored = block.inverse(*ys)
+    replay.positions = None
+    for k, (x, back) in enumerate(zip(xs, restored, strict=False)):
+        allowed = torch.finfo(x.dtype).eps ** 0.5 * max(y.abs().max() for y in ys if y.numel())
+        error = (x - back).abs().max().item() if x.numel() else 0.0
+        if error > allowed:
+            raise RuntimeError(
+                f"{type(block).__name__}: inverse returns input {k} with an error of "
+                f"{error:.3g}; expected it to take forward back (transforms called in the opposite "
+                "order, with the same inputs)"
+            )
+
+
+def check_range(block: nn.Module, ys: Sequence[Tensor]) -> None:
+    """Raise if a stream is where its lattice, of 2²⁴ steps to either side, no longer is exact."""
+    if block.lattice is None:
+        return
+    for k, y in enumerate(ys):
+        limit = block.lattice * 2.0 ** (53 if y.dtype == torch.float64 else 24)
+        largest = y.abs().max().item() if y.numel() else 0.0
+        if not largest < limit:
+            raise RuntimeError(
+                f"{type(block).__name__}: output {k} reaches {largest:.6g}, beyond the range "
+                f"{limit:g} of lattice {block.lattice:g}, so it is restored to rounding only; "
+                "choose a coarser lattice"
+            )
