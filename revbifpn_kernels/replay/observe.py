@@ -32,10 +32,11 @@ _kinds: dict = {}
 class Run:
     """What one run of a transform drew and measured, in order."""
 
-    __slots__ = ("events", "moved", "parts")
+    __slots__ = ("events", "is_checkpointed", "moved", "parts")
 
     def __init__(self, module: nn.Module) -> None:
         self.parts = parts_of(module)
+        self.is_checkpointed = False  # the second run is, and a third would follow
         self.events: list = []  # of Kept, State, Statistics, SharedStatistics
         self.moved: list[Tensor] = []  # running statistics and counters that the first run moved
 
@@ -98,8 +99,8 @@ class Second(TorchFunctionMode):
 
     def __init__(self, run: Run, stand_ins: Mapping[int, Tensor]) -> None:
         super().__init__()
+        self.run = run
         self.events = iter(run.events)
-        self.moved = run.moved
         self.stand_ins = stand_ins
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -109,15 +110,22 @@ class Second(TorchFunctionMode):
         kind = _kind_of(func)
         if kind is None or torch.compiler.is_compiling():
             return func(*args, **kwargs)
+        self.run.is_checkpointed |= _is_checkpointed()
         if kind == "draw":
             return draw_again(self.events, func, args, kwargs)
         if kind == "norm":
             return norms.SECOND[func](self.events, *args, **kwargs)
         if kind == "hidden norm":
             return func(*args, **kwargs)
-        if any(args[0] is counter for counter in self.moved):
+        if any(args[0] is counter for counter in self.run.moved):
             return args[0]
         return func(*args, **kwargs)
+
+
+def _is_checkpointed() -> bool:
+    """Whether calls are in `torch.utils.checkpoint(…, use_reentrant=False)`, within a backward."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook")
 
 
 def substituted(values, stand_ins: Mapping[int, Tensor]):
@@ -140,20 +148,6 @@ class Between(TorchFunctionMode):
             raise RuntimeError(
                 f"{self.name}: forward calls {func.__name__} itself, which the backward cannot "
                 "repeat; expected it inside a submodule"
-            )
-        return func(*args, **kwargs)
-
-
-class InBackward(TorchFunctionMode):
-    """Refuses a third run of a transform, within the gradient of its second."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if _is_unrepeatable(func, kwargs):
-            raise RuntimeError(
-                f"a transform calls {func.__name__} again while its gradient is taken, as under "
-                "torch.utils.checkpoint; a reversible block recomputes already, so take the "
-                "checkpoint out, or set reversible=False"
             )
         return func(*args, **kwargs)
 

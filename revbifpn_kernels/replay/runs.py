@@ -85,6 +85,11 @@ class Replay:
         self.is_running = True
         try:
             y = (self._first if is_first else self._second)(run, module, x)
+            if run.is_checkpointed:  # not raised inside, which would leave its hooks behind
+                raise NotRepeatable(
+                    "draws or normalises under torch.utils.checkpoint, which would run it a third "
+                    "time; a reversible block recomputes already, so take the checkpoint out"
+                )
             if is_first and self.check:
                 check_equal(y, self._second(run, module, x))
             return y

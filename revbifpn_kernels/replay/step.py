@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from .held import parameters_of
-from .observe import InBackward
 from .runs import Replay, run
 
 
@@ -72,8 +71,7 @@ class Step:
         if not pairs or not (wanted or parameters):
             return [None] * len(inputs)
         outputs, grads = zip(*pairs, strict=True)
-        with InBackward():
-            results = torch.autograd.grad(outputs, [*wanted, *parameters], grads, allow_unused=True)
+        results = torch.autograd.grad(outputs, [*wanted, *parameters], grads, allow_unused=True)
         for parameter, grad in zip(parameters, results[len(wanted) :], strict=True):
             self._collect(parameter, grad)
         found = iter(results)
