@@ -191,6 +191,9 @@ class MBConv(nn.Sequential):
         expand_ratio: Channels of the depthwise convolution over in_channels; 1 leaves out expand.
         se_ratio: Hidden channels of squeeze-excite over in_channels; 0 leaves it out.
         drop_path: Probability that a sample's result is dropped in training (stochastic depth).
+
+    Raises:
+        ValueError: An even kernel, a stride below 1, a ratio or a probability out of range.
     """
 
     def __init__(
@@ -204,6 +207,7 @@ class MBConv(nn.Sequential):
         se_ratio: float = 0.0,
         drop_path: float = 0.0,
     ) -> None:
+        _check_mbconv(kernel_size, stride, expand_ratio, se_ratio, drop_path)
         width = int(in_channels * expand_ratio)
         parts = {}
         if expand_ratio != 1:
@@ -277,6 +281,18 @@ class DropPath(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.probability}"
+
+
+def _check_mbconv(kernel_size, stride, expand_ratio, se_ratio, drop_path) -> None:
+    for name, value, is_right, wanted in (
+        ("kernel_size", kernel_size, kernel_size % 2 == 1 and kernel_size > 0, "odd"),
+        ("stride", stride, stride >= 1, "at least 1"),
+        ("expand_ratio", expand_ratio, expand_ratio > 0, "positive"),
+        ("se_ratio", se_ratio, 0 <= se_ratio <= 1, "in [0, 1]"),
+        ("drop_path", drop_path, 0 <= drop_path < 1, "in [0, 1)"),
+    ):
+        if not is_right:
+            raise ValueError(f"MBConv: {name} must be {wanted}, got {value}")
 
 
 def _conv_norm(in_channels, out_channels, kernel_size, *, activation, stride=1, groups=1):

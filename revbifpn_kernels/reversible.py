@@ -37,9 +37,11 @@ class Reversible(nn.Module):
 
     Attributes:
         reversible: False trains under plain autograd, which stores activations.
-        lattice: Exact mode: a power of two of which all streams are multiples, or None.
-        check: True runs every transform twice in the forward and raises if it differs, or if a
-            stream leaves the lattice's range. For finding faults: slow, waits for the device.
+        lattice: Exact mode: a power of two of which all streams are multiples, or None. A block of
+            your own must add by `resample_add(b, [f(a)], lattice=self.lattice)` to keep them so.
+        check: True compares `inverse` with `forward` in each call, runs every transform twice, and
+            raises if they differ, or if a stream leaves the lattice's range. Switch it on once
+            after writing a block: it is slow and waits for the device.
     """
 
     reversible: bool = True
@@ -88,7 +90,7 @@ class Reversible(nn.Module):
             step: Runs transforms again; collects gradients.
         """
         with step.replay.second(is_reversed=True):
-            xs = self.inverse(*ys)
+            xs = tuple_of_streams(self, self.inverse(*ys), "inverse", len(step.needs_grad))
         leaves = [x.detach().requires_grad_(n) for x, n in zip(xs, step.needs_grad, strict=True)]
         with step.replay.second(), torch.enable_grad():
             outputs = compute_of(self)(self, *leaves)
@@ -147,8 +149,14 @@ class _Block(torch.autograd.Function):
     def forward(ctx, call: _Call, *tensors: Tensor):
         xs = tensors[: call.inputs]
         call.tape.check_unchanged(call.index, call.block, xs)
+        versions = [x._version for x in xs]
         with call.replay.first(xs[0]):
-            ys = tuple_of_streams(call.block, compute_of(call.block)(call.block, *xs))
+            ys = tuple_of_streams(call.block, compute_of(call.block)(call.block, *xs), "forward")
+        if [x._version for x in xs] != versions:
+            raise RuntimeError(
+                f"{type(call.block).__name__}: forward changed an input in place; expected "
+                "b = b + f(a), not b += f(a)"
+            )
         if call.tape.check:
             check_range(call.block, ys)
             check_inverse(call.block, call.replay, xs, ys)
@@ -211,6 +219,8 @@ def _run_by_engine(compute: Callable) -> Callable:
             xs = _enter(self, xs, self.lattice)
             tape = Tape(1, self.check) if self.reversible and _wants_graph() else None
             place = _Place(tape, 0)
+            if tape is not None and torch.compiler.is_compiling():
+                return _untraced_block(self, compute, place, xs)
         return _call_block(self, compute, place, xs)
 
     forward.compute = compute
@@ -225,9 +235,7 @@ def _call_block(block: Reversible, compute: Callable, place: _Place, xs: Streams
             with torch.no_grad():
                 return compute(block, *xs)
         else:
-            call = _Call(block, replay, *place, len(xs), parameters)
-            in_graph = _in_graph_untraced if torch.compiler.is_compiling() else _in_graph
-            return in_graph(call, xs)
+            return _in_graph(_Call(block, replay, *place, len(xs), parameters), xs)
     return compute(block, *xs)
 
 
@@ -235,10 +243,6 @@ def _in_graph(call: _Call, xs: Streams) -> Streams:
     if call.tape.first is None:
         call.tape.first = call.index
     return _Block.apply(call, *xs, *call.parameters)
-
-
-# Not torch.compiler.disable, which imports the compiler for everyone.
-_in_graph_untraced = torch._disable_dynamo(_in_graph)
 
 
 def compute_of(block: Reversible) -> Callable:
@@ -257,7 +261,8 @@ def _enter(chain: nn.Module, xs: Streams, lattice: float | None) -> Streams:
     for k, x in enumerate(xs):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name}: stream {k} must be a floating-point tensor, got {got}")
+            hint = "; pass streams one by one, as in f(*streams)" if isinstance(x, Sequence) else ""
+            raise TypeError(f"{name}: stream {k} must be a floating-point tensor, got {got}{hint}")
     if not xs:
         raise ValueError(f"{name}: expected at least one stream, got none")
     if torch.is_autocast_enabled(xs[0].device.type):
@@ -273,8 +278,9 @@ def _enter(chain: nn.Module, xs: Streams, lattice: float | None) -> Streams:
 
 
 def snap(x: Tensor, lattice: float) -> Tensor:
-    """Round x, (N, C, H, W), to multiples of `lattice`; the gradient passes through."""
-    return resample_add(torch.zeros_like(x), [x], lattice=lattice)
+    """Round x, of any shape, to multiples of `lattice`; the gradient passes through."""
+    maps = x if x.dim() == 4 else x.reshape(1, 1, 1, -1)
+    return resample_add(torch.zeros_like(maps), [maps], lattice=lattice).view_as(x)
 
 
 def _identity(x: Tensor) -> tuple:
@@ -291,6 +297,16 @@ def _readable(grad: Tensor | None, channels_last: bool) -> Tensor | None:
     return grad if grad is None or grad.dim() != 4 else in_format(grad, channels_last)
 
 
+def _run_with_tape(chain: "ReversibleSequential", xs: Streams) -> Streams:
+    tape = Tape(len(chain), chain.check)
+    for index, block in enumerate(chain):
+        xs = block(*xs, place=_Place(tape, index))
+    return xs
+
+
+# The compiler cannot look through the engine. Not torch.compiler.disable, which imports it.
+_untraced = torch._disable_dynamo(_run_with_tape)
+_untraced_block = torch._disable_dynamo(_call_block)
 Reversible.forward = _run_by_engine(Reversible.forward)
 
 
@@ -341,9 +357,11 @@ class ReversibleSequential(nn.Sequential):
     def forward(self, *xs: Tensor) -> Streams:
         self._check_blocks()
         xs = _enter(self, xs, self.lattice)
-        tape = Tape(len(self), self.check) if self.reversible and _wants_graph() else None
-        for index, block in enumerate(self):
-            xs = block(*xs, place=_Place(tape, index))
+        if self.reversible and _wants_graph():
+            run_with_tape = _untraced if torch.compiler.is_compiling() else _run_with_tape
+            return run_with_tape(self, xs)
+        for block in self:
+            xs = block(*xs, place=_Place(None, 0))
         return xs
 
     def inverse(self, *ys: Tensor) -> Streams:
@@ -352,6 +370,11 @@ class ReversibleSequential(nn.Sequential):
         Batch norms in training mode normalise by the restored batch and move their statistics.
         """
         self._check_blocks()
+        if any(isinstance(y, (tuple, list)) for y in ys):
+            raise TypeError(
+                "ReversibleSequential: inverse takes streams one by one, as in inverse(*streams), "
+                "got a tuple"
+            )
         for block in reversed(list(self)):
             ys = block.inverse(*ys)
         return ys
@@ -359,7 +382,14 @@ class ReversibleSequential(nn.Sequential):
     def _check_blocks(self) -> None:
         for k, block in enumerate(self):
             if not isinstance(block, Reversible):
+                hint = "; unpack it: *chain" if isinstance(block, ReversibleSequential) else ""
                 raise TypeError(
                     f"ReversibleSequential: block {k} must be a Reversible (forward and inverse), "
-                    f"got {type(block).__name__}"
+                    f"got {type(block).__name__}{hint}"
                 )
+        lattices = [block.lattice for block in self]
+        if None in lattices and any(lattices):
+            raise ValueError(
+                f"ReversibleSequential: block {lattices.index(None)} has no lattice and others "
+                "have; set the chain's lattice, for all of them"
+            )

@@ -41,8 +41,9 @@ class RevSilo(Reversible):
     """Adds to each level what edges bring from the others; invertible, whatever the edges are.
 
     `silo(x_0, …)` returns the streams z_0, …, `silo.inverse(z_0, …)` takes them back. Streams are
-    (N, C_l, H_l, W_l), any sizes. Fewer streams than levels may go in: the last levels are then
-    created, y_j = Σ R(F_ij(x_i)), at the size that the first edge onto them returns.
+    (N, C_l, H_l, W_l), any sizes, level 0 the finest. Fewer streams than levels may go in: the last
+    levels are then created, y_j = Σ R(F_ij(x_i)), at the size that the first edge onto them
+    returns; no down edge may start at them. Give `inputs`, so that a forgotten stream is noticed.
 
     Args:
         edges: (i, j) → module that maps stream i to (N, C_j, h, w), at any size that R takes to
@@ -157,15 +158,30 @@ class RevSilo(Reversible):
 
     def _check_streams(self, streams: Sequence[Tensor], expected: int | None) -> None:
         count = len(streams)
-        created = set(range(count, self.levels))
-        readable = {e[0] for fusion in self.down_fusions for e in fusion.edges} - created
-        fed = {f.target for f in self.down_fusions if not created & {e[0] for e in f.edges}}
-        fits = count == expected if expected else count <= self.levels and created <= fed
-        if not count or not fits or (created and not readable):
-            wanted = expected or f"{self.levels}, or fewer if edges from those create the others"
-            raise ValueError(f"RevSilo: expected {wanted} streams, got {count}")
+        if count != expected and (expected or not 1 <= count <= self.levels):
+            fewer = "" if expected else ", or fewer (the last levels are then created)"
+            raise ValueError(
+                f"RevSilo: expected {expected or self.levels} streams{fewer}, got {count}"
+            )
         for k, stream in enumerate(streams):
             check_maps("RevSilo", f"stream {k}", stream)
+        for level in range(count, self.levels):
+            self._check_created(level, count)
+
+    def _check_created(self, level: int, count: int) -> None:
+        edges = [edge for fusion in self.down_fusions for edge in fusion.edges]
+        for edge in edges:
+            if edge[0] == level:
+                raise ValueError(
+                    f"RevSilo: edge {edge} must start at a stream, and only {count} were given, so "
+                    f"that level {level} is created here; expected down edges from levels below "
+                    f"{count}, or {self.levels} streams"
+                )
+        if not any(edge[1] == level for edge in edges):
+            raise ValueError(
+                f"RevSilo: level {level} has neither a stream nor a down edge onto it; expected "
+                f"{self.levels} streams, got {count}"
+            )
 
     def _check_output(self, edge: Edge, output, x: Tensor | None) -> None:
         name = f"the result of edge {edge}"

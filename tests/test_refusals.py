@@ -6,7 +6,6 @@ import pytest
 import torch
 from chains import (
     LATTICE,
-    Coupling,
     gradients_of,
     loss_of,
     pair_of,
@@ -20,38 +19,10 @@ from chains import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from revbifpn_kernels import RevBlock, Reversible, ReversibleSequential, RevLevels
+from revbifpn_kernels import RevBlock, ReversibleSequential
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 X = torch.randn(2, 8, 6, 6)
-
-
-class OfOne(Coupling):
-    """A user's block of one stream."""
-
-    def forward(self, x):
-        return (torch.cat(super().forward(*x.chunk(2, 1)), 1),)
-
-    def inverse(self, y):
-        return (torch.cat(super().inverse(*y.chunk(2, 1)), 1),)
-
-
-def test_users_blocks_and_levels_in_levels():
-    def inner():
-        return OfOne(transform(4, 4), transform(4, 4))
-
-    net = ReversibleSequential(
-        RevLevels(inner(), inner()),
-        RevLevels(RevLevels(RevBlock(transform(4, 4), transform(4, 4))), inner()),
-    ).double()
-    xs = [X.double(), X.double() + 1]
-    expected = gradients_of(stored(net), xs)
-    assert relative_error(gradients_of(net, xs), expected) < 1e-9
-    block = inner()
-    with pytest.raises(ValueError, match="RevLevels: expected a block of its own for each level"):
-        RevLevels(block, block)
-    with pytest.raises(ValueError, match="RevLevels: expected 2 streams, got 1"):
-        net(X.double())
 
 
 def double(module, args, ys):
@@ -194,53 +165,6 @@ def test_threads_with_hooks_on_parameters():
     net.zero_grad()
     net(X)[0].square().sum().backward()
     torch.testing.assert_close(total, 40 * net[0].f[0].weight.grad, rtol=1e-4, atol=1e-4)
-
-
-def test_blocks_that_return_no_tuple():
-    class Bare(Coupling):
-        def forward(self, a, b):
-            return a
-
-    with pytest.raises(TypeError, match="Bare: forward must return a tuple of tensors, got Tensor"):
-        Bare(plain(8, 8), plain(8, 8))(X, X)
-
-
-def test_forward_from_a_mixin():
-    class Mixin:
-        def forward(self, a, b):
-            return a + self.g(b), b
-
-        def inverse(self, a, b):
-            return a - self.g(b), b
-
-    class Mixed(Mixin, Reversible):
-        def __init__(self):
-            super().__init__()
-            self.g = nn.Conv2d(8, 8, 1)
-
-    net = Mixed()
-    expected = gradients_of(stored(net), [X, X])
-    assert relative_error(gradients_of(net, [X, X]), expected) < 1e-5
-
-
-def test_check_finds_a_wrong_inverse():
-    class InForwardOrder(Coupling):
-        def inverse(self, a, b):
-            b = b - self.f(a)
-            return a - self.g(b), b
-
-    net = InForwardOrder(plain(8, 8), plain(8, 8))
-    net.check = True
-    with pytest.raises(RuntimeError, match="InForwardOrder: inverse returns input 0 with an error"):
-        net(X, X)
-    with torch.no_grad():
-        net(X, X)
-    good = Coupling(transform(8, 8), transform(8, 8))
-    good.check = True
-    expected = gradients_of(stored(good), [X, X])
-    assert relative_error(gradients_of(good, [X, X]), expected) < 1e-5
-    nan = [X * float("nan"), X]
-    good(*nan)  # NaN is no fault of the transform's
 
 
 def test_evaluation_leaves_what_hooks_saw():

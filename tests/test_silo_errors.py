@@ -10,7 +10,7 @@ from chains import (
 )
 from torch import nn
 
-from revbifpn_kernels import RevBlock, ReversibleSequential, RevSilo
+from revbifpn_kernels import MBConv, RevBlock, ReversibleSequential, RevSilo
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,8 +58,8 @@ def test_options():
 X = [torch.randn(2, c, s, s) for c, s in ((6, 8), (8, 4), (10, 2))]
 STREAMS = {
     "none": ([], ValueError, "at least one stream, got none"),
-    "one of three": (X[:1], ValueError, "expected 3, or fewer .* streams, got 1"),
-    "four of three": ([*X, X[0]], ValueError, "expected 3, or fewer .* streams, got 4"),
+    "one of three": (X[:1], ValueError, r"edge \(1, 2\) must start at a stream, and only 1"),
+    "four of three": ([*X, X[0]], ValueError, "expected 3 streams, or fewer .* got 4"),
     "integers": ([X[0], X[1].long(), X[2]], TypeError, "stream 1 must be a floating-point tensor"),
     "no tensor": ([X[0], X[1], None], TypeError, "stream 2 must be .* got NoneType"),
     "3-d": ([X[0][0], X[1], X[2]], ValueError, r"stream 0 must have shape \(N, C, H, W\)"),
@@ -100,6 +100,44 @@ def test_grown_silo_with_declared_inputs():
     net = silo(plain, 2, inputs=1)
     with pytest.raises(ValueError, match="RevSilo: expected 1 streams, got 2"):
         net(*X[:2])
+
+
+def test_levels_that_cannot_be_created():
+    net = RevSilo({(0, 1): conv(6, 8), (0, 2): conv(6, 10), (1, 2): conv(8, 10)}, inputs=1)
+    with pytest.raises(ValueError, match=r"edge \(1, 2\) must start at a stream, and only 1 were"):
+        net(X[0])
+    net = RevSilo({(0, 1): conv(6, 8), (2, 0): conv(10, 6)})
+    with pytest.raises(ValueError, match="level 2 has neither a stream nor a down edge onto it"):
+        net(*X[:2])
+
+
+def test_chains():
+    net = silos(2, plain)
+    with pytest.raises(TypeError, match=r"stream 0 must be .* got list; pass streams one by one"):
+        net(X)
+    with pytest.raises(TypeError, match=r"inverse takes streams one by one"):
+        net.inverse(net(*X))
+    with pytest.raises(TypeError, match=r"block 0 .* got ReversibleSequential; unpack it: \*chain"):
+        ReversibleSequential(net)
+    net.lattice = LATTICE
+    net.append(silo(plain))
+    with pytest.raises(ValueError, match="block 2 has no lattice and others have"):
+        net(*X)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"kernel_size": 4}, "kernel_size must be odd, got 4"),
+        ({"stride": 0}, "stride must be at least 1, got 0"),
+        ({"expand_ratio": 0}, "expand_ratio must be positive, got 0"),
+        ({"se_ratio": 1.5}, r"se_ratio must be in \[0, 1\], got 1.5"),
+        ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_mbconv(options, message):
+    with pytest.raises(ValueError, match=f"MBConv: {message}"):
+        MBConv(4, 4, **options)
 
 
 def test_residual_block():

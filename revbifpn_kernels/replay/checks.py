@@ -8,13 +8,16 @@ from torch import Tensor, nn
 from .runs import Replay
 
 
-def tuple_of_streams(block: nn.Module, ys) -> tuple[Tensor, ...]:
-    if not isinstance(ys, (tuple, list)) or not all(isinstance(y, Tensor) for y in ys):
-        got = type(ys).__name__
-        raise TypeError(
-            f"{type(block).__name__}: forward must return a tuple of tensors, got {got}"
-        )
-    return tuple(ys)
+def tuple_of_streams(
+    block: nn.Module, streams, method: str, count: int | None = None
+) -> tuple[Tensor, ...]:
+    """What `method` of a block returned; raise unless it is a tuple of (`count`) tensors."""
+    is_tuple = isinstance(streams, (tuple, list)) and all(isinstance(s, Tensor) for s in streams)
+    if not is_tuple or (count is not None and len(streams) != count):
+        wanted = "a tuple of tensors" if count is None else f"a tuple of {count} tensors"
+        got = f"{len(streams)} tensors" if is_tuple else type(streams).__name__
+        raise TypeError(f"{type(block).__name__}: {method} must return {wanted}, got {got}")
+    return tuple(streams)
 
 
 def check_inverse(
@@ -22,16 +25,18 @@ def check_inverse(
 ) -> None:
     """Raise unless `inverse` takes `forward` back, to rounding."""
     with replay.second(is_reversed=True):
-        restored = block.inverse(*ys)
+        restored = tuple_of_streams(block, block.inverse(*ys), "inverse")
     replay.positions = None
     for k, (x, back) in enumerate(zip(xs, restored, strict=False)):
+        is_exact = block.lattice is not None
         allowed = torch.finfo(x.dtype).eps ** 0.5 * max(y.abs().max() for y in ys if y.numel())
         error = (x - back).abs().max().item() if x.numel() else 0.0
-        if error > allowed:
+        if error > (0.0 if is_exact else allowed):
+            hint = "; with a lattice, bit for bit: add by resample_add(…, lattice=self.lattice)"
             raise RuntimeError(
                 f"{type(block).__name__}: inverse returns input {k} with an error of "
                 f"{error:.3g}; expected it to take forward back (transforms called in the opposite "
-                "order, with the same inputs)"
+                f"order, with the same inputs){hint if is_exact else ''}"
             )
 
 
