@@ -18,7 +18,7 @@ from .ops import resample_add
 from .ops.checks import check_lattice, check_maps, check_precision
 from .ops.resample_add import resample_add_out
 from .replay import Step, quiet, run
-from .reversible import Reversible, compute_of
+from .reversible import Reversible, compute_of, finest_lattice
 
 
 class RevBlock(Reversible):
@@ -133,8 +133,7 @@ class RevLevels(Reversible):
     @property
     def lattice(self) -> float | None:
         """The finest lattice of the levels; setting it sets that of every level."""
-        lattices = [block.lattice for block in self.levels if block.lattice is not None]
-        return min(lattices) if lattices else None
+        return finest_lattice(self.levels)
 
     @lattice.setter
     def lattice(self, lattice: float | None) -> None:

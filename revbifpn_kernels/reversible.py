@@ -10,7 +10,7 @@ and puts the inputs on the tape for the block before. What is held does not grow
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -277,6 +277,11 @@ def _enter(chain: nn.Module, xs: Streams, lattice: float | None) -> Streams:
     return tuple(snap(x, lattice) for x in xs)
 
 
+def finest_lattice(blocks: Iterable[Reversible]) -> float | None:
+    lattices = [block.lattice for block in blocks if block.lattice is not None]
+    return min(lattices) if lattices else None
+
+
 def snap(x: Tensor, lattice: float) -> Tensor:
     """Round x, of any shape, to multiples of `lattice`; the gradient passes through."""
     maps = x if x.dim() == 4 else x.reshape(1, 1, 1, -1)
@@ -345,8 +350,7 @@ class ReversibleSequential(nn.Sequential):
     @property
     def lattice(self) -> float | None:
         """The finest lattice of the blocks; setting it sets that of every block."""
-        lattices = [block.lattice for block in self if block.lattice is not None]
-        return min(lattices) if lattices else None
+        return finest_lattice(self)
 
     @lattice.setter
     def lattice(self, lattice: float | None) -> None:
