@@ -5,11 +5,14 @@ import torch
 from chains import (
     LATTICE,
     Coupling,
+    blocks,
     gradients_of,
     loss_of,
     plain,
     relative_error,
+    silos,
     stored,
+    streams,
     transform,
 )
 from torch import nn
@@ -134,3 +137,23 @@ def test_forward_that_writes_to_its_input():
 
     with pytest.raises(RuntimeError, match="InPlace: forward changed an input in place"):
         InPlace(plain(8, 8), plain(8, 8))(X.clone(), X.clone())
+
+
+class Cut(nn.Module):
+    """A transform that lets no gradient through."""
+
+    def __init__(self, inputs, outputs, stride=1):
+        super().__init__()
+        self.inner = plain(inputs, outputs, stride)
+
+    def forward(self, x):
+        return self.inner(x.detach())
+
+
+@pytest.mark.parametrize("kind", [silos, blocks])
+def test_transforms_that_cut_the_graph(kind):
+    net = kind(2, Cut)
+    net.lattice = LATTICE
+    xs = streams(kind)
+    expected = gradients_of(stored(net), xs)
+    assert relative_error(gradients_of(net, xs), expected) == 0
