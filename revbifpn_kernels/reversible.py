@@ -163,10 +163,8 @@ class _Block(torch.autograd.Function):
         call.tape.last = [_identity(y) for y in ys]
         buffers = call.replay.held.buffers_read(call.replay.moved())
         every_parameter = call.replay.held.unique_parameters()
-        ctx.call, ctx.channels_last = (
-            call,
-            [y.dim() == 4 and Geometry.of(y).channels_last for y in ys],
-        )
+        ctx.call = call
+        ctx.channels_last = [y.dim() == 4 and Geometry.of(y).channels_last for y in ys]
         # Parameters and buffers are saved so that autograd notices a change before the backward.
         ctx.save_for_backward(*(ys if call.is_last else ()), *every_parameter, *buffers)
         ctx.set_materialize_grads(False)
@@ -184,7 +182,7 @@ class _Block(torch.autograd.Function):
         step = Step(call.replay, ctx.needs_input_grad[1 : 1 + call.inputs])
         call.replay.stand_ins = call.replay.held.stand_ins()
         with call.replay.held.restored() as stand_ins:
-            ys = _detached(saved[: len(ctx.channels_last)]) if call.is_last else None
+            ys = [y.detach() for y in saved[: len(ctx.channels_last)]] if call.is_last else None
             del saved
             xs, grad_xs = call.block.backward_step(
                 call.tape.take(call.index, call.block) if ys is None else ys,
@@ -217,7 +215,7 @@ def _run_by_engine(compute: Callable) -> Callable:
             return compute(self, *xs)
         if place is None:
             xs = _enter(self, xs, self.lattice)
-            tape = Tape(1, self.check) if self.reversible and _wants_graph() else None
+            tape = Tape(1, self.check) if self.reversible and _wants_graph(self) else None
             place = _Place(tape, 0)
             if tape is not None and torch.compiler.is_compiling():
                 return _untraced_block(self, compute, place, xs)
@@ -250,9 +248,11 @@ def compute_of(block: Reversible) -> Callable:
     return type(block).forward.compute
 
 
-def _wants_graph() -> bool:
+def _wants_graph(chain: nn.Module) -> bool:
     """Whether blocks keep a graph of their own: not inside a transform, which is recomputed."""
-    return torch.is_grad_enabled() and not is_replaying() and not torch.compiler.is_exporting()
+    is_replica = getattr(chain, "_is_replica", False)  # DataParallel's hide their parameters
+    can_keep = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    return can_keep and not is_replica and not is_replaying()
 
 
 def _enter(chain: nn.Module, xs: Streams, lattice: float | None) -> Streams:
@@ -291,10 +291,6 @@ def snap(x: Tensor, lattice: float) -> Tensor:
 def _identity(x: Tensor) -> tuple:
     storage = x.untyped_storage()._cdata
     return storage, x.storage_offset(), x._version, x.dtype, x.shape, x.stride()
-
-
-def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.detach() for tensor in tensors]
 
 
 def _readable(grad: Tensor | None, channels_last: bool) -> Tensor | None:
@@ -361,7 +357,7 @@ class ReversibleSequential(nn.Sequential):
     def forward(self, *xs: Tensor) -> Streams:
         self._check_blocks()
         xs = _enter(self, xs, self.lattice)
-        if self.reversible and _wants_graph():
+        if self.reversible and _wants_graph(self):
             run_with_tape = _untraced if torch.compiler.is_compiling() else _run_with_tape
             return run_with_tape(self, xs)
         for block in self:

@@ -141,3 +141,11 @@ def test_compiled_chains():
         exported = torch.export.export(chain, tuple(xs)).module()(*xs)
     for results in (compiled, exported):
         assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_replicas_of_data_parallel_train_under_plain_autograd():
+    """Their parameters are not where a module's are, so the engine would not see them."""
+    for net in (silos(2, plain), silos(1, plain)[0]):
+        replica = net._replicate_for_data_parallel()
+        y = replica(*streams(silos))[0]
+        assert y.requires_grad and type(y.grad_fn).__name__ != "_BlockBackward"
