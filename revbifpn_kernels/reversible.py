@@ -162,11 +162,12 @@ class _Block(torch.autograd.Function):
             check_inverse(call.block, call.replay, xs, ys)
         call.tape.last = [_identity(y) for y in ys]
         buffers = call.replay.held.buffers_read(call.replay.moved())
-        every_parameter = call.replay.held.unique_parameters()
         ctx.call = call
         ctx.channels_last = [y.dim() == 4 and Geometry.of(y).channels_last for y in ys]
         # Parameters and buffers are saved so that autograd notices a change before the backward.
-        ctx.save_for_backward(*(ys if call.is_last else ()), *every_parameter, *buffers)
+        ctx.save_for_backward(
+            *(ys if call.is_last else ()), *call.replay.held.unique_parameters, *buffers
+        )
         ctx.set_materialize_grads(False)
         return ys
 
@@ -226,21 +227,17 @@ def _run_by_engine(compute: Callable) -> Callable:
 
 
 def _call_block(block: Reversible, compute: Callable, place: _Place, xs: Streams) -> Streams:
-    if place.tape is not None:
-        replay = Replay(block, place.tape.check)
-        parameters = [p for p in replay.held.unique_parameters() if p.requires_grad]
-        if not parameters and not any(x.requires_grad for x in xs):
-            with torch.no_grad():
-                return compute(block, *xs)
-        else:
-            return _in_graph(_Call(block, replay, *place, len(xs), parameters), xs)
-    return compute(block, *xs)
-
-
-def _in_graph(call: _Call, xs: Streams) -> Streams:
-    if call.tape.first is None:
-        call.tape.first = call.index
-    return _Block.apply(call, *xs, *call.parameters)
+    if place.tape is None:
+        return compute(block, *xs)
+    replay = Replay(block, place.tape.check)
+    parameters = [p for p in replay.held.unique_parameters if p.requires_grad]
+    if not parameters and not any(x.requires_grad for x in xs):
+        with torch.no_grad():
+            return compute(block, *xs)
+    if place.tape.first is None:
+        place.tape.first = place.index
+    call = _Call(block, replay, *place, len(xs), parameters)
+    return _Block.apply(call, *xs, *parameters)
 
 
 def compute_of(block: Reversible) -> Callable:

@@ -75,11 +75,12 @@ class RevSilo(Reversible):
             raise ValueError(f"RevSilo: inputs must be 1 to {self.levels} streams, got {inputs}")
         self.inputs = inputs
         self.mode, self.lattice, self.reversible = mode, lattice, reversible
-        self.down = nn.ModuleDict({_key(e): edges[e] for e in sorted(edges) if e[0] < e[1]})
-        self.up = nn.ModuleDict({_key(e): edges[e] for e in sorted(edges) if e[0] > e[1]})
+        down, up = _halves(edges)
+        self.down = nn.ModuleDict({_key(edge): edges[edge] for edge in down})
+        self.up = nn.ModuleDict({_key(edge): edges[edge] for edge in up})
         # In this order autograd through `forward` adds gradients as `backward_step` does.
-        self.down_fusions = _fusions(e for e in edges if e[0] < e[1])[::-1]
-        self.up_fusions = _fusions(e for e in edges if e[0] > e[1])
+        self.down_fusions = _fusions(down)[::-1]
+        self.up_fusions = _fusions(up)
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}, mode={self.mode!r}, lattice={self.lattice}"
@@ -229,10 +230,16 @@ def _key(edge: Edge) -> str:
     return f"{edge[0]}_{edge[1]}"
 
 
-def _fusions(edges) -> list[Fusion]:
-    """One for each target, ascending."""
+def _halves(edges: Mapping[Edge, nn.Module]) -> tuple[list[Edge], list[Edge]]:
+    """The edges of the down half and those of the up half, each ascending."""
+    down = sorted(edge for edge in edges if edge[0] < edge[1])
+    return down, sorted(edge for edge in edges if edge[0] > edge[1])
+
+
+def _fusions(half: Sequence[Edge]) -> list[Fusion]:
+    """One for each target, ascending, of one half's edges."""
     by_target: dict[int, list[Edge]] = {}
-    for edge in sorted(edges):
+    for edge in half:
         by_target.setdefault(edge[1], []).append(edge)
     return [Fusion(target, tuple(by_target[target])) for target in sorted(by_target)]
 
@@ -258,10 +265,7 @@ def _check_edges(edges: Mapping[Edge, nn.Module]) -> None:
             raise TypeError(
                 f"RevSilo: edge {edge} must be an nn.Module, got {type(module).__name__}"
             )
-    for fusion in (
-        *_fusions(e for e in edges if e[0] < e[1]),
-        *_fusions(e for e in edges if e[0] > e[1]),
-    ):
+    for fusion in (fusion for half in _halves(edges) for fusion in _fusions(half)):
         if len(fusion.edges) > MAX_SOURCES:
             raise ValueError(
                 f"RevSilo: at most {MAX_SOURCES} edges onto a level in a half, got "

@@ -61,9 +61,6 @@ class State(NamedTuple):
         yield self.state
 
 
-Drawn = Kept | State
-
-
 def is_draw(func) -> bool:
     """Whether `func`, a torch function or method, may advance a random generator."""
     if func in _DRAWING_FUNCTIONS:

@@ -6,9 +6,10 @@ as the second run takes. Other threads must not run them meanwhile.
 """
 
 import contextlib
+import functools
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,7 @@ class Held:
                     slot = Slot(module._buffers, name, buffer)
                     self.buffers.append((slot, buffer._version))
 
+    @functools.cached_property
     def unique_parameters(self) -> list[Tensor]:
         return list({id(slot.tensor): slot.tensor for slot in self.parameters}.values())
 
@@ -79,8 +81,7 @@ class Held:
 
     def stand_ins(self) -> dict[int, Tensor]:
         """Aliases of the parameters with hooks, by id: hooks must not see the inner gradient."""
-        hooked = (p for p in self.unique_parameters() if p._backward_hooks)
-        return {id(p): p.detach().requires_grad_(p.requires_grad) for p in hooked}
+        return _aliases(p for p in self.unique_parameters if p._backward_hooks)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[dict[int, Tensor]]:
@@ -88,9 +89,7 @@ class Held:
         if self._still_holds():
             yield {}
             return
-        stand_ins = {
-            id(p): p.detach().requires_grad_(p.requires_grad) for p in self.unique_parameters()
-        }
+        stand_ins = _aliases(self.unique_parameters)
         slots = [Slot(e, n, stand_ins[id(p)]) for e, n, p in self.parameters]
         slots += [slot for slot, _ in self.buffers]
         with _swapping:
@@ -117,6 +116,11 @@ class Held:
             and all(slot.is_there() for slot in self.parameters)
             and all(slot.is_there() for slot, _ in self.buffers)
         )
+
+
+def _aliases(parameters: Iterable[Tensor]) -> dict[int, Tensor]:
+    """Leaves that share the parameters' memory, by the parameters' ids."""
+    return {id(p): p.detach().requires_grad_(p.requires_grad) for p in parameters}
 
 
 def _check_materialised(block: nn.Module, parameter: Tensor) -> None:
