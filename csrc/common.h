@@ -66,6 +66,16 @@ inline void check_same_planes(const char *op, const Tensor &x, const Tensor &oth
                   other.size(0), ", ", other.size(1), ")");
 }
 
+/// Raises unless `other`, the argument `name`, is what x is in shape and dtype.
+inline void check_like(const char *op, const char *name, const Tensor &other, const char *x_name,
+                       const Tensor &x) {
+  const Maps maps = maps_of(op, other), x_maps = maps_of(op, x);
+  check_same_planes(op, x, other);
+  STD_TORCH_CHECK(maps.height == x_maps.height && maps.width == x_maps.width &&
+                      maps.dtype == x_maps.dtype,
+                  op, ": ", name, " must have ", x_name, "'s shape and dtype");
+}
+
 /// Raises unless maps of `dtype` may stand beside an x of `x_dtype`.
 inline void check_precision(const char *op, Dtype dtype, Dtype x_dtype) {
   const bool is_half = dtype == Dtype::bfloat16 || dtype == Dtype::float16;

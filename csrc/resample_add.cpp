@@ -127,11 +127,7 @@ void resample_add_cpu_(const Tensor &x, const std::vector<Tensor> &sources, doub
 void resample_add_out_cpu(const Tensor &x, const std::vector<Tensor> &sources, const Tensor &out,
                           double alpha, const std::string &mode, std::optional<double> lattice) {
   const char *op = "resample_add_out";
-  const Maps x_maps = maps_of(op, x), out_maps = maps_of(op, out);
-  check_same_planes(op, x, out);
-  STD_TORCH_CHECK(x_maps.height == out_maps.height && x_maps.width == out_maps.width &&
-                      x_maps.dtype == out_maps.dtype,
-                  op, ": out must have x's shape and dtype");
+  check_like(op, "out", out, "x", x);
   resample_add_into(op, x, out, sources, alpha, mode, lattice);
 }
 

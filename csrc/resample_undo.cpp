@@ -13,11 +13,7 @@ std::tuple<Tensor, std::vector<Tensor>> resample_undo_cpu(const Tensor &y, const
                                                           double alpha, const std::string &mode,
                                                           std::optional<double> lattice) {
   const char *op = "resample_undo";
-  const Maps y_maps = maps_of(op, y), grad_maps = maps_of(op, grad);
-  check_same_planes(op, y, grad);
-  STD_TORCH_CHECK(y_maps.height == grad_maps.height && y_maps.width == grad_maps.width &&
-                      y_maps.dtype == grad_maps.dtype,
-                  op, ": grad must have y's shape and dtype");
+  check_like(op, "grad", grad, "y", y);
   Tensor x = torch::stable::empty_like(y);
   resample_add_into(op, y, x, sources, -alpha, mode, lattice);
   std::vector<Tensor> grad_sources;
