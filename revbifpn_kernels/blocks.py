@@ -1,4 +1,4 @@
-"""What networks of RevSilos are made of besides: RevBlock within a level, RevLevels, MBConv.
+"""What networks hold besides RevSilos: RevBlock, RevLevels, and Recomputed for the rest.
 
 RevBlock is the residual coupling of channel halves x = (a, b):
 
@@ -6,18 +6,15 @@ RevBlock is the residual coupling of channel halves x = (a, b):
     a' = a + G(b')      a = a' − G(b')
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import replay
 from .ops import resample_add
 from .ops.checks import check_lattice, check_maps, check_precision
 from .ops.resample_add import resample_add_out
-from .replay import Step, quiet, run
+from .replay import Step, run
 from .reversible import Reversible, compute_of, finest_lattice
 
 
@@ -164,6 +161,23 @@ class RevLevels(Reversible):
         return zip(self.levels, streams, strict=True)
 
 
+class Recomputed(Reversible):
+    """A computation that cannot be taken back: keeps its inputs, and runs again in the backward.
+
+    Subclass it and define `forward(*xs)`, which returns a tuple; submodules may hold batch norms,
+    dropout, anything. Unlike `torch.utils.checkpoint`, running statistics move once a step. In a
+    `ReversibleSequential` the block before it need not keep its outputs.
+
+    Attributes:
+        reversible: False trains under plain autograd, which stores activations.
+    """
+
+    keeps_inputs = True
+
+    def inverse(self, *ys: Tensor) -> tuple[Tensor, ...]:
+        raise NotImplementedError(f"{type(self).__name__}: cannot be taken back")
+
+
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     check_maps("RevBlock", "stream 0", x)
     if x.shape[1] < 2:
@@ -173,143 +187,8 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _halves_and_room(x: Tensor):
     """The halves of x, and memory for the result and its halves where no graph is kept."""
-    if torch.is_grad_enabled():
+    # What the compiler traces it fuses itself, and exported programs write to no slices.
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _halves(x), None, (None, None)
     room = torch.empty_like(x)
     return _halves(x), room, _halves(room)
-
-
-class MBConv(nn.Sequential):
-    """The transform F and G of RevBiFPN: [expand →] depthwise → [squeeze-excite →] project.
-
-    Returns (N, out_channels, ⌈H/stride⌉, ⌈W/stride⌉) from (N, in_channels, H, W). Convolutions
-    before a batch norm have no bias; no activation follows the last norm, no input is added.
-
-    Args:
-        kernel_size: Of the depthwise convolution; odd.
-        expand_ratio: Channels of the depthwise convolution over in_channels; 1 leaves out expand.
-        se_ratio: Hidden channels of squeeze-excite over in_channels; 0 leaves it out.
-        drop_path: Probability that a sample's result is dropped in training (stochastic depth).
-
-    Raises:
-        ValueError: An even kernel, a stride below 1, a ratio or a probability out of range.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int = 3,
-        stride: int = 1,
-        *,
-        expand_ratio: float = 1.0,
-        se_ratio: float = 0.0,
-        drop_path: float = 0.0,
-    ) -> None:
-        _check_mbconv(kernel_size, stride, expand_ratio, se_ratio, drop_path)
-        width = int(in_channels * expand_ratio)
-        parts = {}
-        if expand_ratio != 1:
-            parts["expand"] = _conv_norm(in_channels, width, 1, activation=True)
-        parts["depthwise"] = _conv_norm(
-            width, width, kernel_size, stride=stride, groups=width, activation=True
-        )
-        if se_ratio > 0:
-            parts["squeeze_excite"] = SqueezeExcite(width, max(1, int(in_channels * se_ratio)))
-        parts["project"] = _conv_norm(width, out_channels, 1, activation=False)
-        if drop_path > 0:
-            parts["drop_path"] = DropPath(drop_path)
-        super().__init__(OrderedDict(parts))
-
-
-class BatchNorm2d(nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d`, which a second run need not watch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and self.track_running_stats):
-            return super().forward(x)
-        self._check_input_dim(x)
-        replay.call(Tensor.add_, self.num_batches_tracked, 1)
-        momentum = self.momentum
-        if momentum is None:  # a cumulative average
-            momentum = 1.0 / float(self.num_batches_tracked)
-        return replay.call(
-            F.batch_norm,
-            x,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            True,
-            momentum,
-            self.eps,
-        )
-
-
-class SqueezeExcite(nn.Module):
-    """Multiplies each channel by a gate computed from the means of all channels."""
-
-    def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.reduce = nn.Conv2d(channels, hidden, 1)
-        self.expand = nn.Conv2d(hidden, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Matrix products: a convolution of one pixel costs several times as much to set up.
-        means = x.mean((2, 3))
-        hidden = F.hardswish(F.linear(means, self.reduce.weight.flatten(1), self.reduce.bias))
-        gates = F.linear(hidden, self.expand.weight.flatten(1), self.expand.bias)
-        return x * F.hardsigmoid(gates)[:, :, None, None]
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: in training drops whole samples, and scales up the others."""
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        if not 0.0 <= probability < 1.0:
-            raise ValueError(f"DropPath: probability must lie in [0, 1), got {probability}")
-        self.probability = probability
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.probability == 0.0:
-            return x
-        keep = 1.0 - self.probability
-        mask = replay.call(Tensor.bernoulli_, x.new_empty(x.shape[0], 1, 1, 1), keep)
-        return x * mask.div_(keep)
-
-    def extra_repr(self) -> str:
-        return f"{self.probability}"
-
-
-def _check_mbconv(kernel_size, stride, expand_ratio, se_ratio, drop_path) -> None:
-    for name, value, is_right, wanted in (
-        ("kernel_size", kernel_size, kernel_size % 2 == 1 and kernel_size > 0, "odd"),
-        ("stride", stride, stride >= 1, "at least 1"),
-        ("expand_ratio", expand_ratio, expand_ratio > 0, "positive"),
-        ("se_ratio", se_ratio, 0 <= se_ratio <= 1, "in [0, 1]"),
-        ("drop_path", drop_path, 0 <= drop_path < 1, "in [0, 1)"),
-    ):
-        if not is_right:
-            raise ValueError(f"MBConv: {name} must be {wanted}, got {value}")
-
-
-def _conv_norm(in_channels, out_channels, kernel_size, *, activation, stride=1, groups=1):
-    parts = {
-        "conv": nn.Conv2d(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            (kernel_size - 1) // 2,
-            groups=groups,
-            bias=False,
-        ),
-        "norm": BatchNorm2d(out_channels, eps=1e-3, momentum=0.1),
-    }
-    if activation:
-        parts["act"] = nn.Hardswish()
-    return nn.Sequential(OrderedDict(parts))
-
-
-quiet.TYPES.update({MBConv, SqueezeExcite, BatchNorm2d, DropPath})

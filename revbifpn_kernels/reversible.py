@@ -42,9 +42,11 @@ class Reversible(nn.Module):
         check: True compares `inverse` with `forward` in each call, runs every transform twice, and
             raises if they differ, or if a stream leaves the lattice's range. Switch it on once
             after writing a block: it is slow and waits for the device.
+        keeps_inputs: True for what cannot be taken back, see `Recomputed`.
     """
 
     reversible: bool = True
+    keeps_inputs: bool = False
     lattice: float | None = None
     check: bool = False
 
@@ -85,12 +87,15 @@ class Reversible(nn.Module):
         Override it to restore and differentiate together, one transform at a time, by `step.rerun`.
 
         Args:
-            ys: The outputs of `forward`; the list is the step's own, its tensors are not.
+            ys: The outputs of `forward`, or the inputs where those are kept; the list is the step's
+                own, its tensors are not.
             grad_ys: Their gradients, None where nothing depends on an output.
             step: Runs transforms again; collects gradients.
         """
-        with step.replay.second(is_reversed=True):
-            xs = tuple_of_streams(self, self.inverse(*ys), "inverse", len(step.needs_grad))
+        xs: Sequence[Tensor] = ys
+        if not self.keeps_inputs:
+            with step.replay.second(is_reversed=True):
+                xs = tuple_of_streams(self, self.inverse(*ys), "inverse", len(step.needs_grad))
         leaves = [x.detach().requires_grad_(n) for x, n in zip(xs, step.needs_grad, strict=True)]
         with step.replay.second(), torch.enable_grad():
             outputs = compute_of(self)(self, *leaves)
@@ -137,9 +142,11 @@ class _Call(NamedTuple):
     inputs: int
     parameters: list[Tensor]
 
-    @property
-    def is_last(self) -> bool:
-        return self.index == self.tape.blocks - 1
+    def saved(self, xs: Streams, ys: Streams) -> Streams:
+        """The streams to save: none if the block after this one will restore the outputs."""
+        if self.block.keeps_inputs:
+            return xs
+        return ys if self.index == self.tape.blocks - 1 else ()
 
 
 class _Block(torch.autograd.Function):
@@ -159,15 +166,16 @@ class _Block(torch.autograd.Function):
             )
         if call.tape.check:
             check_range(call.block, ys)
-            check_inverse(call.block, call.replay, xs, ys)
+            if not call.block.keeps_inputs:
+                check_inverse(call.block, call.replay, xs, ys)
         call.tape.last = [_identity(y) for y in ys]
         buffers = call.replay.held.buffers_read(call.replay.moved())
         ctx.call = call
         ctx.channels_last = [y.dim() == 4 and Geometry.of(y).channels_last for y in ys]
+        streams = call.saved(xs, ys)
+        ctx.saved_streams = len(streams)
         # Parameters and buffers are saved so that autograd notices a change before the backward.
-        ctx.save_for_backward(
-            *(ys if call.is_last else ()), *call.replay.held.unique_parameters, *buffers
-        )
+        ctx.save_for_backward(*streams, *call.replay.held.unique_parameters, *buffers)
         ctx.set_materialize_grads(False)
         return ys
 
@@ -183,10 +191,10 @@ class _Block(torch.autograd.Function):
         step = Step(call.replay, ctx.needs_input_grad[1 : 1 + call.inputs])
         call.replay.stand_ins = call.replay.held.stand_ins()
         with call.replay.held.restored() as stand_ins:
-            ys = [y.detach() for y in saved[: len(ctx.channels_last)]] if call.is_last else None
+            ys = [y.detach() for y in saved[: ctx.saved_streams]]
             del saved
             xs, grad_xs = call.block.backward_step(
-                call.tape.take(call.index, call.block) if ys is None else ys,
+                ys or call.tape.take(call.index, call.block),
                 [
                     _readable(grad, last)
                     for grad, last in zip(grad_ys, ctx.channels_last, strict=True)
@@ -262,7 +270,9 @@ def _enter(chain: nn.Module, xs: Streams, lattice: float | None) -> Streams:
             raise TypeError(f"{name}: stream {k} must be a floating-point tensor, got {got}{hint}")
     if not xs:
         raise ValueError(f"{name}: expected at least one stream, got none")
-    if torch.is_autocast_enabled(xs[0].device.type):
+    device = xs[0].device.type
+    is_half_kept = device == "meta" or getattr(chain, "keeps_inputs", False)
+    if not is_half_kept and torch.is_autocast_enabled(device):
         xs = tuple(x.float() if x.dtype.itemsize == 2 else x for x in xs)
     if lattice is None:
         return xs

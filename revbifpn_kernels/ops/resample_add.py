@@ -324,6 +324,8 @@ def resample_add(
     """
     _check("resample_add", x, sources, alpha, mode, lattice)
     check_no_tangents("resample_add", [x, *sources])
+    if torch.onnx.is_in_onnx_export():  # its runtimes do not know the op
+        return resample_add_reference(x, sources, alpha=alpha, mode=mode, lattice=lattice)
     return torch.ops.revbifpn.resample_add(x, list(sources), alpha, mode, lattice)
 
 

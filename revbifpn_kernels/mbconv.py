@@ -1,0 +1,169 @@
+"""MBConv, the transform F and G of RevBiFPN, and its parts."""
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import replay
+from .replay import quiet
+
+# Given the number of channels; given nothing.
+NormLayer = Callable[[int], nn.Module]
+ActLayer = Callable[[], nn.Module]
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d`, which a second run need not watch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.track_running_stats):
+            return super().forward(x)
+        self._check_input_dim(x)
+        replay.call(Tensor.add_, self.num_batches_tracked, 1)
+        momentum = self.momentum
+        if momentum is None:  # a cumulative average
+            momentum = 1.0 / float(self.num_batches_tracked)
+        return replay.call(
+            F.batch_norm,
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            True,
+            momentum,
+            self.eps,
+        )
+
+
+NORM_LAYER: NormLayer = functools.partial(BatchNorm2d, eps=1e-3)
+
+
+class MBConv(nn.Sequential):
+    """The transform F and G of RevBiFPN: [expand →] depthwise → [squeeze-excite →] project.
+
+    Returns (N, out_channels, ⌈H/stride⌉, ⌈W/stride⌉) from (N, in_channels, H, W). Convolutions
+    before a norm have no bias; no activation follows the last norm, no input is added.
+
+    Args:
+        kernel_size: Of the depthwise convolution; odd.
+        expand_ratio: Channels of the depthwise convolution over in_channels; 1 leaves out expand.
+        se_ratio: Hidden channels of squeeze-excite over in_channels; 0 leaves it out.
+        drop_path: Probability that a sample's result is dropped in training (stochastic depth).
+        norm_layer: Called with the channels; batch norm with eps 1e-3 unless given.
+        act_layer: Called without arguments, also in squeeze-excite.
+
+    Raises:
+        ValueError: An even kernel, a stride below 1, a ratio or a probability out of range.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        *,
+        expand_ratio: float = 1.0,
+        se_ratio: float = 0.0,
+        drop_path: float = 0.0,
+        norm_layer: NormLayer = NORM_LAYER,
+        act_layer: ActLayer = nn.Hardswish,
+    ) -> None:
+        _check_mbconv(kernel_size, stride, expand_ratio, se_ratio, drop_path)
+        width = int(in_channels * expand_ratio)
+        conv_norm = functools.partial(ConvNorm, norm_layer=norm_layer)
+        parts: dict[str, nn.Module] = {}
+        if expand_ratio != 1:
+            parts["expand"] = conv_norm(in_channels, width, 1, act_layer=act_layer)
+        parts["depthwise"] = conv_norm(
+            width, width, kernel_size, stride, groups=width, act_layer=act_layer
+        )
+        if se_ratio > 0:
+            hidden = max(1, int(in_channels * se_ratio))
+            parts["squeeze_excite"] = SqueezeExcite(width, hidden, act_layer)
+        parts["project"] = conv_norm(width, out_channels, 1)
+        if drop_path > 0:
+            parts["drop_path"] = DropPath(drop_path)
+        super().__init__(OrderedDict(parts))
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution without bias → norm [→ activation]; sides are kept at stride 1."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        *,
+        groups: int = 1,
+        norm_layer: NormLayer = NORM_LAYER,
+        act_layer: ActLayer | None = None,
+    ) -> None:
+        padding = (kernel_size - 1) // 2
+        parts: dict[str, nn.Module] = {
+            "conv": nn.Conv2d(
+                in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False
+            ),
+            "norm": norm_layer(out_channels),
+        }
+        if act_layer is not None:
+            parts["act"] = act_layer()
+        super().__init__(OrderedDict(parts))
+
+
+class SqueezeExcite(nn.Module):
+    """Multiplies each channel by a gate computed from the means of all channels."""
+
+    def __init__(self, channels: int, hidden: int, act_layer: ActLayer = nn.Hardswish) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(channels, hidden, 1)
+        self.act = act_layer()
+        self.expand = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Matrix products: a convolution of one pixel costs several times as much to set up.
+        means = x.mean((2, 3))
+        hidden = self.act(F.linear(means, self.reduce.weight.flatten(1), self.reduce.bias))
+        gates = F.linear(hidden, self.expand.weight.flatten(1), self.expand.bias)
+        return x * F.hardsigmoid(gates)[:, :, None, None]
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training drops whole samples, and scales up the others."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        if not 0.0 <= probability < 1.0:
+            raise ValueError(f"DropPath: probability must lie in [0, 1), got {probability}")
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.probability == 0.0:
+            return x
+        keep = 1.0 - self.probability
+        mask = replay.call(Tensor.bernoulli_, x.new_empty(x.shape[0], 1, 1, 1), keep)
+        return x * mask.div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"{self.probability}"
+
+
+def _check_mbconv(kernel_size, stride, expand_ratio, se_ratio, drop_path) -> None:
+    for name, value, is_right, wanted in (
+        ("kernel_size", kernel_size, kernel_size % 2 == 1 and kernel_size > 0, "odd"),
+        ("stride", stride, stride >= 1, "at least 1"),
+        ("expand_ratio", expand_ratio, expand_ratio > 0, "positive"),
+        ("se_ratio", se_ratio, 0 <= se_ratio <= 1, "in [0, 1]"),
+        ("drop_path", drop_path, 0 <= drop_path < 1, "in [0, 1)"),
+    ):
+        if not is_right:
+            raise ValueError(f"MBConv: {name} must be {wanted}, got {value}")
+
+
+quiet.TYPES.update({MBConv, ConvNorm, SqueezeExcite, BatchNorm2d, DropPath})

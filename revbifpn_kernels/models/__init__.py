@@ -1,0 +1,39 @@
+"""RevBiFPN S0–S6: sizes, the network, the published checkpoints, adapters."""
+
+from .create import (
+    create_model,
+    revbifpn_s0,
+    revbifpn_s1,
+    revbifpn_s2,
+    revbifpn_s3,
+    revbifpn_s4,
+    revbifpn_s5,
+    revbifpn_s6,
+)
+from .cost import macs, training_memory
+from .detection import DetectionBackbone
+from .official import load_official, to_official
+from .registration import register_with_timm
+from .revbifpn import RevBiFPN
+from .sizes import SIZES, Config
+
+__all__ = [
+    "SIZES",
+    "Config",
+    "DetectionBackbone",
+    "RevBiFPN",
+    "create_model",
+    "load_official",
+    "macs",
+    "revbifpn_s0",
+    "revbifpn_s1",
+    "revbifpn_s2",
+    "revbifpn_s3",
+    "revbifpn_s4",
+    "revbifpn_s5",
+    "revbifpn_s6",
+    "to_official",
+    "training_memory",
+]
+
+register_with_timm()

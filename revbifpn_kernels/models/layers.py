@@ -1,0 +1,117 @@
+"""The parts of RevBiFPN that are not reversible blocks: stem, neck, head."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..blocks import Recomputed
+from ..mbconv import ConvNorm, MBConv
+from ..replay import Step, run
+from .sizes import STEM_STRIDE, Config
+
+
+class Stem(nn.Module):
+    """Space-to-depth by 4 of the image's channels, repeated until they are `channels` / 16.
+
+    Output channel (p·4 + q)·c + k takes the pixels (4i + p, 4j + q) of channel k mod in_chans, for
+    c = `channels` / 16: (N, in_chans, H, W) → (N, channels, ⌈H/4⌉, ⌈W/4⌉). Nothing is learned and
+    nothing is lost. Sides that are no multiples of 4 are padded with zeros at the right and bottom.
+
+    On CPUs the result is in channels_last, which its convolutions read fastest; elsewhere it has
+    the image's memory format. Either way each pixel is read and written once.
+    """
+
+    def __init__(self, in_chans: int, channels: int) -> None:
+        super().__init__()
+        self.in_chans, self.channels = in_chans, channels
+
+    def forward(self, image: Tensor) -> Tensor:
+        n, c, height, width = image.shape
+        s = STEM_STRIDE
+        if height % s or width % s:
+            image = F.pad(image, (0, -width % s, 0, -height % s))
+        h, w = image.shape[2] // s, image.shape[3] // s
+        pixels = image.reshape(n, c, h, s, w, s)
+        copies, rest = divmod(self.channels // s**2, self.in_chans)
+        if image.is_cpu or image.is_contiguous(memory_format=torch.channels_last):
+            pixels = pixels.permute(0, 2, 4, 3, 5, 1)
+            repeated = torch.cat([pixels] * copies + [pixels[..., :rest]], dim=-1)
+            return repeated.reshape(n, h, w, self.channels).permute(0, 3, 1, 2)
+        pixels = pixels.permute(0, 3, 5, 1, 2, 4)
+        repeated = torch.cat([pixels] * copies + [pixels[:, :, :, :rest]], dim=3)
+        return repeated.reshape(n, self.channels, h, w)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """Return the image, padded to multiples of 4."""
+        n, _, h, w = x.shape
+        s = STEM_STRIDE
+        pixels = x.reshape(n, s, s, self.channels // s**2, h, w)[:, :, :, : self.in_chans]
+        return pixels.permute(0, 3, 4, 1, 5, 2).reshape(n, self.in_chans, h * s, w * s)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_chans}, {self.channels}"
+
+
+class Neck(Recomputed):
+    """An MBConv for each level: `(p_0, …) = neck(x_0, …)`."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(
+            MBConv(
+                config.widths[level],
+                config.neck_widths[level],
+                config.neck_kernel,
+                expand_ratio=config.neck_expand_ratios[level],
+                se_ratio=config.neck_se_ratios[level],
+                norm_layer=config.norm_layer,
+                act_layer=config.act_layer,
+            )
+            for level in range(config.levels)
+        )
+
+    def forward(self, *xs: Tensor) -> tuple[Tensor, ...]:
+        levels = enumerate(zip(self.levels, xs, strict=True))
+        return tuple(run(self, f"level {k}", module, x, key=k) for k, (module, x) in levels)
+
+    def backward_step(
+        self, xs: list[Tensor], grad_ys: list[Tensor | None], step: Step
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        # A level at a time, so that one level's graph is alive.
+        grads: list[Tensor | None] = []
+        with step.replay.second():
+            for k, (module, x, grad) in enumerate(zip(self.levels, xs, grad_ys, strict=True)):
+                rerun = step.rerun(f"level {k}", module, x, k, step.needs_grad[k])
+                grads.append(rerun.pull(grad))
+        return xs, grads
+
+
+class Head(Recomputed):
+    """Fuses the pyramid from fine to coarse: `(features,) = head(p_0, …)`.
+
+    t_0 = p_0, t_{l+1} = p_{l+1} + MBConv(t_l), then a 1×1 convolution to config.features channels.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        widths = config.pyramid_widths
+        layers = {"norm_layer": config.norm_layer, "act_layer": config.act_layer}
+        self.levels = nn.ModuleList(
+            MBConv(
+                widths[level],
+                widths[level + 1],
+                config.neck_kernel,
+                stride=2,
+                expand_ratio=config.neck_expand_ratios[level],
+                se_ratio=config.neck_se_ratios[level],
+                **layers,
+            )
+            for level in range(config.levels - 1)
+        )
+        self.final = ConvNorm(widths[-1], config.features, 1, **layers)
+
+    def forward(self, *pyramid: Tensor) -> tuple[Tensor]:
+        x = pyramid[0]
+        for module, coarser in zip(self.levels, pyramid[1:], strict=True):
+            x = coarser + module(x)
+        return (self.final(x),)

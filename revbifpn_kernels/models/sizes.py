@@ -1,0 +1,174 @@
+"""The numbers of RevBiFPN-S0 … S6, and what may be changed about them."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..mbconv import NORM_LAYER, ActLayer, NormLayer
+from ..ops.checks import check_lattice, check_mode
+
+WIDTHS = (48, 64, 80, 160)
+NECK_WIDTHS = (48, 64, 128, 320)
+FEATURES = 1280
+STEM_STRIDE = 4
+
+
+@dataclass(frozen=True)
+class Config:
+    """All numbers of a RevBiFPN; tuples have an entry for each level, finest first.
+
+    Attributes:
+        widths: Channels of the streams, multiples of 16.
+        neck_widths: Channels of the pyramid, multiples of 16.
+        features: Channels before the classifier.
+        extra_silos: Silos between all levels, after those that add the levels.
+        resolution: Side of the images that the size was made for, in pixels. Others work too.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth of the last silo; it grows linearly from the first on.
+        num_classes: 0 leaves out the head: the model returns its pyramid.
+        neck: False leaves out the neck: the pyramid is the streams.
+        in_chans: Channels of an image, at most widths[0] / 16.
+        kernels: Of the residual blocks' depthwise convolutions, odd.
+        extra_kernels: Added to the kernels 2·stride − 1 and 3 of a silo's edges from each level,
+            even.
+        neck_kernel: Of the neck's and the head's depthwise convolutions, odd.
+        expand_ratios, se_ratios: Of `MBConv` in blocks and silos.
+        neck_expand_ratios, neck_se_ratios: Of those in neck and head.
+        mode: How silos enlarge: "bilinear" or "nearest".
+        lattice: Exact mode, see `ReversibleSequential`.
+        norm_layer, act_layer: See `MBConv`.
+    """
+
+    widths: Sequence[int] = WIDTHS
+    neck_widths: Sequence[int] = NECK_WIDTHS
+    features: int = FEATURES
+    extra_silos: int = 2
+    resolution: int = 224
+    drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    num_classes: int = 1000
+    neck: bool = True
+    in_chans: int = 3
+    kernels: Sequence[int] = (3, 5, 5, 5)
+    extra_kernels: Sequence[int] = (0, 0, 0, 2)
+    neck_kernel: int = 5
+    expand_ratios: Sequence[float] = (1, 1, 2, 2)
+    se_ratios: Sequence[float] = (0.25, 0.25, 0.125, 0.0)
+    neck_expand_ratios: Sequence[float] = (1, 2, 2, 2)
+    neck_se_ratios: Sequence[float] = (0.25, 0.25, 0.125, 0.125)
+    mode: str = "bilinear"
+    lattice: float | None = None
+    norm_layer: NormLayer = NORM_LAYER
+    act_layer: ActLayer = nn.Hardswish
+
+    def __post_init__(self) -> None:
+        check_mode("RevBiFPN", self.mode)
+        check_lattice("RevBiFPN", self.lattice, torch.float32)
+        _check(self)
+
+    @property
+    def levels(self) -> int:
+        return len(self.widths)
+
+    @property
+    def pyramid_widths(self) -> tuple[int, ...]:
+        """Channels of the maps that leave the neck, or the streams without one."""
+        return tuple(self.neck_widths if self.neck else self.widths)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels of the image a pixel of each level."""
+        return tuple(STEM_STRIDE << level for level in range(self.levels))
+
+
+def _check(config: Config) -> None:
+    levels = len(config.widths)
+    for name in _PER_LEVEL:
+        values = getattr(config, name)
+        if not isinstance(values, Sequence) or len(values) != levels or levels < 2:
+            raise ValueError(
+                f"RevBiFPN: {name} must have an entry for each of at least 2 levels ({levels} by "
+                f"widths), got {values}"
+            )
+        object.__setattr__(config, name, tuple(values))  # a list could change after the check
+    for name, is_right, wanted in _RULES:
+        value = getattr(config, name)
+        values = value if isinstance(value, tuple) else (value,)
+        if not all(isinstance(v, int | float) and is_right(v) for v in values):
+            raise ValueError(f"RevBiFPN: {name} must be {wanted}, got {value}")
+    room = config.widths[0] // STEM_STRIDE**2
+    if not 1 <= config.in_chans <= room:
+        raise ValueError(
+            f"RevBiFPN: in_chans must be 1 to widths[0] / 16 = {room}, got {config.in_chans}; the "
+            "stem repeats an image's channels and never mixes them, so that many channels need "
+            "wider streams"
+        )
+
+
+def _is_width(value) -> bool:
+    return value > 0 and value % 16 == 0
+
+
+def _is_odd(value) -> bool:
+    return value > 0 and value % 2 == 1
+
+
+def _is_rate(value) -> bool:
+    return 0 <= value < 1
+
+
+_RULES = (
+    ("widths", _is_width, "multiples of 16"),
+    ("neck_widths", _is_width, "multiples of 16"),
+    ("features", lambda v: v > 0 and v == int(v), "a positive whole number"),
+    ("extra_silos", lambda v: v >= 0 and v == int(v), "a whole number from 0 on"),
+    ("drop_rate", _is_rate, "in [0, 1)"),
+    ("drop_path_rate", _is_rate, "in [0, 1)"),
+    ("num_classes", lambda v: v >= 0 and v == int(v), "a whole number from 0 on"),
+    ("in_chans", lambda v: v > 0 and v == int(v), "a positive whole number"),
+    ("kernels", _is_odd, "odd"),
+    ("extra_kernels", lambda v: v >= 0 and v % 2 == 0, "even, from 0 on"),
+    ("neck_kernel", _is_odd, "odd"),
+    ("expand_ratios", lambda v: v > 0, "positive"),
+    ("neck_expand_ratios", lambda v: v > 0, "positive"),
+    ("se_ratios", lambda v: 0 <= v <= 1, "in [0, 1]"),
+    ("neck_se_ratios", lambda v: 0 <= v <= 1, "in [0, 1]"),
+)
+_PER_LEVEL = (
+    "widths neck_widths kernels extra_kernels expand_ratios se_ratios neck_expand_ratios "
+    "neck_se_ratios"
+).split()
+
+
+def _scaled(width: float, extra_silos: int, resolution: int, drop_rate, drop_path_rate=0.0):
+    """The configuration of a width multiplier, as published."""
+
+    def scale(channels: int) -> int:
+        return int(width * channels) // 16 * 16
+
+    return Config(
+        widths=tuple(scale(c) for c in WIDTHS),
+        neck_widths=tuple(scale(c) for c in NECK_WIDTHS),
+        features=scale(FEATURES),
+        extra_silos=extra_silos,
+        resolution=resolution,
+        drop_rate=drop_rate,
+        drop_path_rate=drop_path_rate,
+    )
+
+
+# The paper's row: parameters, MACs at that resolution (counted as `macs().official`), top-1.
+SIZES = {  #              width  silos  side  dropout  depth
+    "revbifpn_s0": _scaled(1 / 1, 2, 224, 0.25),  #        3,419,196      308,039,716  72.8
+    "revbifpn_s1": _scaled(4 / 3, 2, 256, 0.25),  #        5,112,300      616,781,508  75.9
+    "revbifpn_s2": _scaled(2 / 1, 2, 256, 0.30),  #       10,576,528    1,370,329,000  79.0
+    "revbifpn_s3": _scaled(8 / 3, 3, 288, 0.30, 0.05),  # 19,574,184    3,330,873,312  81.1
+    "revbifpn_s4": _scaled(4 / 1, 4, 320, 0.40, 0.1),  #  48,687,336   10,632,222,080  83.0
+    "revbifpn_s5": _scaled(16 / 3, 4, 352, 0.40, 0.1),  # 81,998,976   21,848,995,912  83.7
+    "revbifpn_s6": _scaled(20 / 3, 5, 352, 0.60, 0.3),  # 142,307,972  38,084,434,748  84.2
+}
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Config))
