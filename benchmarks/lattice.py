@@ -20,7 +20,7 @@ from . import harness, stacks
 
 PATH = Path(__file__).parent / "results" / "lattice.csv"
 EXPONENTS = (10, 12, 14, 16, 18, 19, 20)
-DIGIT_CHANNELS = (24, 32, 48)
+DIGIT_CHANNELS = (32, 48, 64)
 SEEDS = (0, 1)
 EPOCHS = 5
 

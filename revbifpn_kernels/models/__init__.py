@@ -1,5 +1,6 @@
 """RevBiFPN S0–S6: sizes, the network, the published checkpoints, adapters."""
 
+from .cost import macs, training_memory
 from .create import (
     create_model,
     revbifpn_s0,
@@ -10,7 +11,6 @@ from .create import (
     revbifpn_s5,
     revbifpn_s6,
 )
-from .cost import macs, training_memory
 from .detection import DetectionBackbone
 from .official import load_official, to_official
 from .registration import register_with_timm

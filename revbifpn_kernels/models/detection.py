@@ -21,7 +21,8 @@ class DetectionBackbone(nn.Module):
         model: Made with num_classes=0.
         out_channels: Of all maps.
         levels: Which levels of the pyramid, 0 the finest. RetinaNet's anchors suit (1, 2, 3) with
-            extra=2, strides 8 to 128.
+            extra=2, strides 8 to 128; what serves only a level left out, as the neck there, gets no
+            gradient (`find_unused_parameters=True` under DDP).
         extra: How many coarser maps to add.
 
     Raises:

@@ -1,7 +1,8 @@
 """The published checkpoints: the authors' names for our tensors, and files of weights.
 
 Position n of the authors' stack is block n − 1 of `body`: their position 0 is the stem. Of a silo
-of L levels their `g` counts levels from the coarsest, so their up edge (a, b) is ours (L-1-a, L-1-b).
+of L levels their `g` counts levels from the coarsest, so their up edge (a, b) is
+our (L − 1 − a, L − 1 − b).
 """
 
 import pickle
@@ -67,7 +68,7 @@ def to_official(model: RevBiFPN) -> dict[str, Tensor]:
 
 
 def load_checkpoint(model: RevBiFPN, path: str | Path) -> None:
-    """Copy a file of weights, under our names or the authors', into `model`, see `load_official`."""
+    """Copy a file of weights, under our names or the authors', into `model`."""
     weights = _read("load_checkpoint", path)
     if any(name.startswith("rev_stack.") for name in weights):
         load_official(model, weights)
@@ -203,14 +204,13 @@ def _complaint(own, weights, missing, unexpected, shapes) -> str:
 
 
 def _size_hint(weights: Mapping[str, Tensor]) -> str:
-    """Which published size a checkpoint is of, told by its first width and its silos."""
+    """Which published size a checkpoint is of: their first widths differ."""
     first = weights.get("body.0.levels.0.f.depthwise.norm.weight")
     if first is None:
         return ""
     width = 2 * len(first)
-    blocks = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("body."))
     for name, config in SIZES.items():
-        if config.widths[0] == width and 3 * (config.levels - 1 + config.extra_silos) == blocks:
+        if config.widths[0] == width:
             return f"; it looks like {name}"
     return f"; its finest stream has {width} channels"
 

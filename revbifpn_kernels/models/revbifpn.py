@@ -5,23 +5,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..blocks import RevBlock, RevLevels
-from ..mbconv import MBConv
-from ..reversible import ReversibleSequential
-from ..silo import RevSilo
+from .body import body
 from .layers import Head, Neck, Stem
 from .sizes import Config
 
 MIN_SIDE = 32
-LAYERS_BETWEEN_SILOS = 2
 
 
 class RevBiFPN(nn.Module):
     """The network of arXiv 2206.14098. Trains without storing the body's activations.
 
     `model(image)` of (N, in_chans, H, W), sides of 32 pixels or more, returns logits (N, classes).
-    With config.num_classes = 0 it returns the pyramid: a list of (N, C_l, ⌈H/2^(l+2)⌉, ⌈W/2^(l+2)⌉),
-    finest first. Sides that are no multiples of 4 are padded with zeros at the right and bottom.
+    With config.num_classes = 0 it returns the pyramid, a list of (N, C_l, ⌈H/s⌉, ⌈W/s⌉), finest
+    first, s = 4, 8, 16, 32. Sides that are no multiples of 4 are padded with zeros at the right
+    and bottom.
 
     Between forward and backward it holds its last streams, the pyramid, and what the classifier
     needs; neck and head run again in the backward, as the body does. In training an image that is
@@ -41,7 +38,7 @@ class RevBiFPN(nn.Module):
         self.config = config
         self.num_classes, self.num_features = config.num_classes, config.features
         self.stem = Stem(config.in_chans, config.widths[0])
-        self.body = ReversibleSequential(*_blocks(config), lattice=config.lattice)
+        self.body = body(config)
         self.neck = Neck(config) if config.neck else None
         self.head: Head | None = None
         if config.num_classes:
@@ -97,7 +94,7 @@ class RevBiFPN(nn.Module):
         return self.head(*self.pyramid(image))[0]
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits (N, num_classes) of `forward_features`; the pooled features if asked."""
+        """Return logits (N, num_classes) from `forward_features`; pooled features if asked."""
         pooled = self.dropout(features.mean((2, 3)))
         return pooled if pre_logits else self.classifier(pooled)
 
@@ -152,64 +149,3 @@ class RevBiFPN(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-
-
-def _blocks(config: Config) -> list[RevLevels | RevSilo]:
-    """The body: each new level is created by a silo; then `extra_silos` between all levels."""
-    levels = config.levels
-    streams = [*range(1, levels), *[levels] * config.extra_silos]  # before each silo
-    blocks: list[RevLevels | RevSilo] = []
-    for position, count in enumerate(streams, start=1):
-        drop_path = config.drop_path_rate * position / len(streams)
-        blocks += [_residual(config, count, drop_path) for _ in range(LAYERS_BETWEEN_SILOS)]
-        is_growing = position < levels
-        blocks.append(_silo(config, count + is_growing, is_growing, drop_path))
-    return blocks
-
-
-def _residual(config: Config, levels: int, drop_path: float) -> RevLevels:
-    """A residual block on each of the first `levels` levels."""
-
-    def half(level: int, in_channels: int, out_channels: int) -> MBConv:
-        kernel = config.kernels[level]
-        return _mbconv(config, level, in_channels, out_channels, kernel, drop_path=drop_path)
-
-    return RevLevels(
-        *(
-            RevBlock(half(level, c - c // 2, c // 2), half(level, c // 2, c - c // 2))
-            for level, c in enumerate(config.widths[:levels])
-        )
-    )
-
-
-def _silo(config: Config, levels: int, is_growing: bool, drop_path: float) -> RevSilo:
-    """The silo between the first `levels` levels, of which it creates the last if growing."""
-
-    def edge(i: int, j: int) -> MBConv:
-        stride = 2 ** max(j - i, 0)
-        kernel = (2 * stride - 1 if i < j else 3) + config.extra_kernels[i]
-        is_new = is_growing and j == levels - 1
-        return _mbconv(
-            config,
-            min(i, j),
-            config.widths[i],
-            config.widths[j],
-            kernel,
-            stride=stride,
-            drop_path=0.0 if is_new else drop_path,
-        )
-
-    pairs = [(i, j) for i in range(levels) for j in range(levels) if i != j]
-    edges = {pair: edge(*pair) for pair in pairs}
-    return RevSilo(edges, config.mode, inputs=levels - 1 if is_growing else None)
-
-
-def _mbconv(config: Config, level: int, *channels_and_kernel: int, **options) -> MBConv:
-    return MBConv(
-        *channels_and_kernel,
-        expand_ratio=config.expand_ratios[level],
-        se_ratio=config.se_ratios[level],
-        norm_layer=config.norm_layer,
-        act_layer=config.act_layer,
-        **options,
-    )

@@ -85,13 +85,13 @@ class Config:
 
 
 def _check(config: Config) -> None:
-    levels = len(config.widths)
+    levels = len(config.widths) if isinstance(config.widths, Sequence) else 0
     for name in _PER_LEVEL:
         values = getattr(config, name)
-        if not isinstance(values, Sequence) or len(values) != levels or levels < 2:
+        if levels < 2 or not isinstance(values, Sequence) or len(values) != levels:
             raise ValueError(
-                f"RevBiFPN: {name} must have an entry for each of at least 2 levels ({levels} by "
-                f"widths), got {values}"
+                f"RevBiFPN: {name} must have an entry for each level, as many as widths and at "
+                f"least 2, got {values}"
             )
         object.__setattr__(config, name, tuple(values))  # a list could change after the check
     for name, is_right, wanted in _RULES:
