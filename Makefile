@@ -15,7 +15,7 @@ $(VENV): $(INSTALLED)
 $(INSTALLED): $(SOURCES)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja
-	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[test,bench]"
+	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[test,bench]" "$(TORCH)"
 	touch $@
 
 bench: $(INSTALLED)
@@ -39,7 +39,7 @@ test-asan: $(INSTALLED)
 	cd $(ASAN) && SANITIZE=address,undefined $(abspath $(RUN)) setup.py --quiet build_ext --inplace
 	cd $(ASAN) && env ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-		$(abspath $(RUN)) -m pytest -k "not triton" $(PYTEST_ARGS) $(wildcard tests/test_resample*.py)
+		$(abspath $(RUN)) -m pytest -k "not triton" $(PYTEST_ARGS) $(wildcard tests/test_resample*.py) tests/test_depthwise_weight_grad.py
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

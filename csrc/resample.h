@@ -118,6 +118,24 @@ template <class Acc> struct AdjointJob {
   int64_t ring_size, run_size, finished_size;
 };
 
+/// sums[n, c, i, j] = sum over pixels (h, w) of grad[n, c, h, w] times
+/// x[n, c, h * stride + i - padding, w * stride + j - padding]. A unit of work is one (image, block
+/// of channels, row i of the kernel); the channels of a pixel lie side by side.
+template <class Acc> struct DepthwiseJob {
+  static constexpr int64_t LANES = 16;
+
+  Maps x, grad;
+  Acc *sums;
+  int64_t channels, kernel_size, stride, padding;
+
+  int64_t blocks() const { return (channels + LANES - 1) / LANES; }
+  Acc &tap(int64_t n, int64_t c, int64_t i, int64_t j) const {
+    return sums[((n * channels + c) * kernel_size + i) * kernel_size + j];
+  }
+};
+
+template <class Acc> int64_t workspace_size(const DepthwiseJob<Acc> &) { return 0; }
+
 template <class Acc> int64_t workspace_size(const AddJob<Acc> &job) {
   int64_t size = 2 * job.run_size + job.scratch_size;
   for (const auto &source : job.sources)
@@ -140,6 +158,9 @@ template <class Acc> int64_t workspace_size(const AdjointJob<Acc> &job) {
   template <class T>                                                                               \
   void adjoint_units(const AdjointJob<accumulator_t<T>> &job, int64_t begin, int64_t end,          \
                      accumulator_t<T> *workspace);                                                 \
+  template <class T>                                                                               \
+  void depthwise_units(const DepthwiseJob<accumulator_t<T>> &job, int64_t begin, int64_t end,      \
+                       accumulator_t<T> *workspace);                                               \
   }
 REVBIFPN_DECLARE_KERNELS(baseline)
 #ifdef __x86_64__

@@ -4,10 +4,12 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import replay
+from .ops.depthwise_weight_grad import depthwise_weight_grad
 from .replay import quiet
 
 # Given the number of channels; given nothing.
@@ -106,7 +108,7 @@ class ConvNorm(nn.Sequential):
         act_layer: ActLayer | None = None,
     ) -> None:
         is_pointwise = kernel_size == stride == groups == 1
-        conv = (PointwiseConv2d if is_pointwise else nn.Conv2d)(
+        conv = (PointwiseConv2d if is_pointwise else DepthwiseConv2d)(
             in_channels,
             out_channels,
             kernel_size,
@@ -131,8 +133,53 @@ class PointwiseConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_cpu or x.stride(1) != 1:
             return super().forward(x)
+        # Dense, as convolutions make it: how a product rounds depends on the strides, and exact
+        # mode needs the same bits of a stream's half as of a map of its own.
+        x = x.contiguous(memory_format=torch.channels_last)
         pixels = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
         return pixels.permute(0, 3, 1, 2)
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A depthwise convolution; on CPUs its weights' gradient is `depthwise_weight_grad`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Of 3×3 kernels PyTorch's own gradient is as fast.
+        is_slow = self.kernel_size[0] > 3 and x.is_cpu and x.stride(1) == 1
+        if not is_slow or not self._is_trained_plainly():
+            return super().forward(x)
+        return _Depthwise.apply(x, self.weight, self.stride[0], self.padding[0])
+
+    def _is_trained_plainly(self) -> bool:
+        is_traced = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+        return torch.is_grad_enabled() and self.weight.requires_grad and not is_traced
+
+
+class _Depthwise(torch.autograd.Function):
+    """F.conv2d(x, weight, None, stride, padding, groups=C) with our gradient of the weight."""
+
+    @staticmethod
+    def forward(ctx, x, weight, stride, padding):
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv2d(x, weight, None, stride, padding, groups=len(weight))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        stride, padding = ctx.stride, ctx.padding
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        is_ours = needs_weight and not torch.is_grad_enabled()  # PyTorch's differentiates again
+        sides = [stride] * 2, [padding] * 2, [1] * 2
+        mask = [needs_x, needs_weight and not is_ours, False]
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, *sides, False, [0, 0], len(weight), mask
+        )
+        if is_ours:
+            grad_weight = depthwise_weight_grad(
+                x, grad, kernel_size=weight.shape[-1], stride=stride, padding=padding
+            )
+        return grad_x, grad_weight, None, None
 
 
 class SqueezeExcite(nn.Module):
@@ -184,4 +231,5 @@ def _check_mbconv(kernel_size, stride, expand_ratio, se_ratio, drop_path) -> Non
             raise ValueError(f"MBConv: {name} must be {wanted}, got {value}")
 
 
-quiet.TYPES.update({MBConv, ConvNorm, PointwiseConv2d, SqueezeExcite, BatchNorm2d, DropPath})
+quiet.TYPES.update({MBConv, ConvNorm, PointwiseConv2d, DepthwiseConv2d, SqueezeExcite})
+quiet.TYPES.update({BatchNorm2d, DropPath})

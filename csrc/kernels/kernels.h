@@ -10,12 +10,15 @@ namespace revbifpn::REVBIFPN_ISA {
 
 #include "add.h"
 #include "adjoint.h"
+#include "depthwise.h"
 
 #define REVBIFPN_INSTANTIATE(T)                                                                    \
   template void add_units<T>(const AddJob<accumulator_t<T>> &, int64_t, int64_t,                   \
                              accumulator_t<T> *);                                                  \
   template void adjoint_units<T>(const AdjointJob<accumulator_t<T>> &, int64_t, int64_t,           \
-                                 accumulator_t<T> *);
+                                 accumulator_t<T> *);                                              \
+  template void depthwise_units<T>(const DepthwiseJob<accumulator_t<T>> &, int64_t, int64_t,       \
+                                   accumulator_t<T> *);
 REVBIFPN_INSTANTIATE(double)
 REVBIFPN_INSTANTIATE(float)
 REVBIFPN_INSTANTIATE(BFloat16)

@@ -1,0 +1,43 @@
+// The gradient of a depthwise convolution with respect to its weights, image by image, on CPUs.
+
+#include "common.h"
+
+namespace revbifpn {
+namespace {
+
+template <class T> void run_depthwise(DepthwiseJob<accumulator_t<T>> job, const Tensor &sums) {
+  job.sums = static_cast<accumulator_t<T> *>(sums.data_ptr());
+  const int64_t units = sums.size(0) * job.blocks() * job.kernel_size;
+  const int64_t products = sums.numel() * job.grad.height * job.grad.width;
+  run_units(job, units, units, products, {}, REVBIFPN_BEST_KERNEL(depthwise_units, T));
+}
+
+Tensor depthwise_weight_grad_cpu(const Tensor &x, const Tensor &grad, int64_t kernel_size,
+                                 int64_t stride, int64_t padding) {
+  const char *op = "depthwise_weight_grad";
+  const Maps x_maps = maps_of(op, x), grad_maps = maps_of(op, grad);
+  check_same_planes(op, x, grad);
+  STD_TORCH_CHECK(x_maps.dtype == grad_maps.dtype, op, ": grad must have x's dtype");
+  STD_TORCH_CHECK(kernel_size >= 1 && stride >= 1 && padding >= 0, op,
+                  ": kernel_size and stride must be at least 1, padding at least 0");
+  STD_TORCH_CHECK(x.size(1) <= 1 || (x_maps.stride_c == 1 && grad_maps.stride_c == 1), op,
+                  ": maps must be in channels_last");
+  const std::vector<int64_t> shape = {x.size(0), x.size(1), kernel_size, kernel_size};
+  const ScalarType sum_type =
+      x_maps.dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
+  Tensor sums = torch::stable::empty(shape, sum_type, std::nullopt, x.device(), std::nullopt,
+                                     torch::headeronly::MemoryFormat::Contiguous);
+  dispatch_dtype(x_maps.dtype, [&](auto element) {
+    using T = decltype(element);
+    run_depthwise<T>({x_maps, grad_maps, nullptr, x.size(1), kernel_size, stride, padding}, sums);
+  });
+  return sums;
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(revbifpn, CPU, m) {
+  m.impl("depthwise_weight_grad", TORCH_BOX(&depthwise_weight_grad_cpu));
+}
+
+} // namespace revbifpn
