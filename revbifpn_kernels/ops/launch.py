@@ -48,10 +48,13 @@ class Launch:
     grid: tuple[int, ...]
     args: dict[str, Any]
     constants: dict[str, Any]
+    # Of a program; by default one a lane.
+    threads: int | None = None
 
     def options(self, warp_size: int) -> dict[str, Any]:
-        """One thread a lane. Contraction is off: the kernels write out what is fused (cells.py)."""
-        return {"num_warps": self.constants["BLOCK"] // warp_size, "enable_fp_fusion": False}
+        """Contraction is off: the kernels write out what is fused (cells.py)."""
+        threads = self.threads or self.constants["BLOCK"]
+        return {"num_warps": threads // warp_size, "enable_fp_fusion": False}
 
     def run(self, device: torch.device, operands: dict[str, Any]) -> None:
         """Enqueue the kernel on `device`'s current stream."""

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_float64_is_on_cpu, check_maps
+from .norm_act_cuda import LAUNCHERS
 from .resample import library
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -143,6 +144,8 @@ library.define(
     f"norm_act_grad(Tensor grad, {_NORM}, Tensor? gate, Tensor? grad_means, Tensor sums, str act, "
     "bool is_batch) -> (Tensor, Tensor, Tensor)"
 )
+for _name, _launcher in LAUNCHERS.items():
+    library.impl(_name, _launcher, "CUDA")
 
 
 def _check(op: str, x: Tensor, mean, invstd, weight, bias, act: str = "identity") -> None:
