@@ -33,8 +33,8 @@ from .tiling import BLOCK, VECTOR_BYTES
 # Programs that fill an H200's 132 multiprocessors; with fewer, planes are cut into chunks. All
 # numbers here by count: not yet tuned on a GPU.
 PROGRAMS = 132 * 8
-# Planes' blocks that are enough to save the launch that adds up chunks.
-ENOUGH_BLOCKS = 132 * 2
+# Tiles of a plane that are walked faster than a launch adds up chunks.
+SHORT_PLANE = 4
 # Tiles of a streaming program, which loads its channels' factors once.
 MAX_TILES = 16
 # Elements side by side in memory that a tile holds at least, where the map has them.
@@ -46,7 +46,7 @@ CHANNELS_OF_TOTALS = 8
 
 @dataclass(frozen=True)
 class Cut:
-    """(N, C, H, W) cut into programs of CHANNELS channels, `images` images, `chunk` pixels."""
+    """(N, C, H, W) cut into programs of CHANNELS channels, `images` images, `chunk` tiles."""
 
     shape: tuple[int, int, int]
     channels: int
@@ -62,7 +62,7 @@ class Cut:
 
     @property
     def chunks(self) -> int:
-        return triton.cdiv(self.shape[2], self.chunk)
+        return triton.cdiv(triton.cdiv(self.shape[2], self.pixels), self.chunk)
 
     @property
     def parts(self) -> int:
@@ -140,19 +140,22 @@ def _tile_sides(channels: int, pixels: int, channels_last: bool, size: int) -> t
     return (run, size // run) if channels_last else (size // run, run)
 
 
-def _cut(maps: tuple[Geometry, ...], channels_last: bool, size: int, results: str) -> Cut:
-    """A cut for results per "pixel", per "plane" or per "channel" of maps of equal shape."""
+def _cut(maps: tuple[Geometry, ...], channels_last: bool, results: str, vectors: int) -> Cut:
+    """A cut for results per "pixel", per "plane" or per "channel" of maps of equal shape.
+
+    A thread holds `vectors` of 16 bytes of each map's tile, or what is aligned of them.
+    """
     N, C, H, W = maps[0].shape
-    channels, pixels = _tile_sides(C, H * W, channels_last, size)
+    unit = _unit(maps, channels_last)
+    channels, pixels = _tile_sides(C, H * W, channels_last, BLOCK * max(vectors * unit, 4))
     blocks, tiles = N * triton.cdiv(C, channels), triton.cdiv(H * W, pixels)
     depth = max(1, blocks * tiles // PROGRAMS)
-    if results == "pixel":
+    if results != "channel":
         depth = min(depth, MAX_TILES)
-    if results == "plane" and blocks >= ENOUGH_BLOCKS:
-        depth = max(min(depth, MAX_TILES), tiles)
+    if results == "plane" and (blocks >= PROGRAMS or tiles <= SHORT_PLANE):
+        depth = max(depth, tiles)
     images = max(1, min(N, depth // tiles))
-    chunk = triton.cdiv(tiles, triton.cdiv(tiles, min(depth, tiles))) * pixels
-    unit = _unit(maps, channels_last)
+    chunk = triton.cdiv(tiles, triton.cdiv(tiles, min(depth, tiles)))
     return Cut((N, C, H * W), channels, pixels, images, chunk, unit, channels_last)
 
 
@@ -165,10 +168,9 @@ def _plan(
     vectors: int,
     constants: tuple[tuple[str, Any], ...],
 ) -> tuple[Launch, Cut]:
-    """The launch of a kernel that walks through maps; `vectors` of 16 bytes a thread and tile."""
+    """The launch of a kernel that walks through maps, and its cut."""
     geometries = tuple(geometry for _, geometry in maps)
-    size = BLOCK * vectors * VECTOR_BYTES // geometries[0].itemsize
-    cut = _cut(geometries, channels_last, size, results)
+    cut = _cut(geometries, channels_last, results, vectors)
     strides = {
         f"{name}_strides": _strides_in_units(geometry, cut.unit, channels_last)
         for name, geometry in maps
@@ -319,7 +321,7 @@ def _norm_act_means_cuda(x, mean, invstd, weight, bias, act) -> Tensor:
 def plan_norm_act_sums(
     grad, x, mean, invstd, weight, bias, act, gated
 ) -> tuple[Launch, dict, Tensor]:
-    """The launch that writes the sums of each chunk of pixels, and these: (chunks, 2 or 5, N, C)."""
+    """The launch that writes the sums of each chunk, and these: (chunks, 2 or 5, N, C)."""
     channels_last = Geometry.of(x).channels_last
     maps = {"grad": grad, "x": x}
     constants = {"ACT": act, "GATED": gated}

@@ -18,12 +18,17 @@ COUNTS = ("N", "C", "pixels", "blocks", "chunks", "images", "chunk", "parts")
 
 
 @triton.jit
+def hardswish_share(z):
+    return tl.minimum(tl.maximum(z + 3.0, 0.0), 6.0) * (1.0 / 6.0)
+
+
+@triton.jit
 def activate(z, ACT: tl.constexpr):
     """act(z)."""
     if ACT == "relu":
         return tl.where(z <= 0.0, 0.0, z)  # NaN stays
     elif ACT == "hardswish":
-        return z * (tl.minimum(tl.maximum(z + 3.0, 0.0), 6.0) * (1.0 / 6.0))
+        return z * hardswish_share(z)
     elif ACT == "silu":
         return z * tl.sigmoid(z)
     else:
@@ -37,42 +42,62 @@ def activate_with_slope(z, ACT: tl.constexpr):
         share = tl.sigmoid(z)
         return z * share, share * tl.fma(z, 1.0 - share, 1.0)
     elif ACT == "hardswish":
-        inner = tl.fma(z, 1.0 / 3.0, 0.5)
-        slope = tl.where(z <= -3.0, 0.0, tl.where(z >= 3.0, 1.0, inner))
+        share = hardswish_share(z)
+        # z/3 + ½ is share + z/6; outside, share alone is the slope.
+        return z * share, tl.fma(tl.where(tl.abs(z) >= 3.0, 0.0, z), 1.0 / 6.0, share)
     elif ACT == "relu":
-        slope = tl.where(z <= 0.0, 0.0, 1.0)
+        return activate(z, ACT), tl.where(z <= 0.0, 0.0, 1.0)
     else:
-        slope = tl.full(z.shape, 1.0, tl.float32)
-    return activate(z, ACT), slope
+        return z, tl.full(z.shape, 1.0, tl.float32)
 
 
 @triton.jit
 def locate(
     N, C, pixels, blocks, chunks, images, chunk,
-    UNIT: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    UNIT: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """C, this program's channels [CHANNELS, 1], and its first and last images and pixels.
+    """C and this program's channels [CHANNELS, 1], images and tiles: two firsts and two ends.
 
     Blocks of channels vary fastest: what runs at the same time lies side by side in both formats.
     """
+    if CHANNELS_LAST:
+        C = C * UNIT
+        tiles = tl.cdiv(pixels, PIXELS)
+    else:
+        tiles = tl.cdiv(pixels, PIXELS // UNIT)
     pid = tl.program_id(0)
     part = pid // blocks
     c = (pid % blocks) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
     n = (part // chunks).to(tl.int64) * images
-    p = (part % chunks).to(tl.int64) * chunk
-    if CHANNELS_LAST:
-        C = C * UNIT
-        p_end = pixels.to(tl.int64)
-    else:
-        p_end = pixels.to(tl.int64) * UNIT
-    return C, c, (n, tl.minimum(n + images, N)), (p, tl.minimum(p + chunk, p_end))
+    t = (part % chunks).to(tl.int64) * chunk
+    return C, c, n, tl.minimum(n + images, N), t, tl.minimum(t + chunk, tiles)
+
+
+@triton.jit
+def pixels_in_tile(
+    t, pixels, UNIT: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
+    """How many pixels of tile t lie in the map."""
+    FACTOR: tl.constexpr = 1 if CHANNELS_LAST else UNIT
+    left = tl.minimum(pixels - t * (PIXELS // FACTOR), PIXELS // FACTOR)
+    return left.to(tl.int32) * FACTOR
+
+
+@triton.jit
+def tile_mask(
+    c, C, t, pixels, UNIT: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
+    """[CHANNELS, PIXELS]: what of tile t lies in the map."""
+    left = pixels_in_tile(t, pixels, UNIT, PIXELS, CHANNELS_LAST)
+    return (c < C) & (tl.arange(0, PIXELS)[None, :] < left)
 
 
 @triton.jit
 def tile_pointers(
-    ptr, strides, n, c, p, UNIT: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr
+    ptr, strides, n, c, t, UNIT: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr
 ):
-    """[CHANNELS, PIXELS] pointers to image n from pixel p on; strides of n, c and pixels."""
+    """[CHANNELS, PIXELS] pointers to tile t of image n; strides of n, c and pixels."""
+    p = t * PIXELS
     offs_p = tl.arange(0, PIXELS)[None, :]
     if CHANNELS_LAST:
         base = ptr + (n * strides[0] + p * strides[2]) * UNIT
@@ -80,12 +105,6 @@ def tile_pointers(
     else:
         base = ptr + (n * strides[0]) * UNIT + p
         return base + (c.to(tl.int64) * strides[1]) * UNIT + offs_p
-
-
-@triton.jit
-def pixels_left(p, p_last, PIXELS: tl.constexpr):
-    """[1, PIXELS]: which pixels of a tile that starts at p lie before p_last."""
-    return tl.arange(0, PIXELS)[None, :] < tl.minimum(p_last - p, PIXELS).to(tl.int32)
 
 
 @triton.jit
@@ -112,24 +131,27 @@ def _batch_statistics_kernel(
     Values are taken about the mean of the part's first tile, so squares never exceed those about
     the part's mean by more than the number of its tiles: nothing cancels.
     """
-    C, c, (n_first, n_last), (p_first, p_last) = locate(
-        N, C, pixels, blocks, chunks, images, chunk, UNIT, CHANNELS, CHANNELS_LAST
+    C, c, n_first, n_end, t_first, t_end = locate(
+        N, C, pixels, blocks, chunks, images, chunk, UNIT, CHANNELS, PIXELS, CHANNELS_LAST
     )
-    ptr = tile_pointers(x_ptr, x_strides, n_first, c, p_first, UNIT, PIXELS, CHANNELS_LAST)
-    mask = (c < C) & pixels_left(p_first, p_last, PIXELS)
+    ptr = tile_pointers(x_ptr, x_strides, n_first, c, t_first, UNIT, PIXELS, CHANNELS_LAST)
+    mask = tile_mask(c, C, t_first, pixels, UNIT, PIXELS, CHANNELS_LAST)
     first = tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
-    shift = tl.sum(first, 1, keep_dims=True) / tl.minimum(p_last - p_first, PIXELS).to(tl.float32)
+    in_first = pixels_in_tile(t_first, pixels, UNIT, PIXELS, CHANNELS_LAST)
+    shift = tl.sum(first, 1, keep_dims=True) / in_first.to(tl.float32)
     sums = tl.zeros([CHANNELS, PIXELS], tl.float32)
     squares = tl.zeros([CHANNELS, PIXELS], tl.float32)
-    for n in range(n_first, n_last):
-        for p in range(p_first, p_last, PIXELS):
-            ptr = tile_pointers(x_ptr, x_strides, n, c, p, UNIT, PIXELS, CHANNELS_LAST)
-            mask = (c < C) & pixels_left(p, p_last, PIXELS)
+    for n in range(n_first, n_end):
+        for t in range(t_first, t_end):
+            ptr = tile_pointers(x_ptr, x_strides, n, c, t, UNIT, PIXELS, CHANNELS_LAST)
+            mask = tile_mask(c, C, t, pixels, UNIT, PIXELS, CHANNELS_LAST)
             x = tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
             difference = tl.where(mask, x - shift, 0.0)
             sums += difference
             squares = tl.fma(difference, difference, squares)
-    count = ((n_last - n_first) * (p_last - p_first)).to(tl.float32)
+    in_last = pixels_in_tile(t_end - 1, pixels, UNIT, PIXELS, CHANNELS_LAST)
+    in_image = (t_end - 1 - t_first) * PIXELS + in_last
+    count = ((n_end - n_first) * in_image).to(tl.float32)
     total = tl.sum(sums, 1, keep_dims=True)
     excess = total / count
     square = tl.fma(-total, excess, tl.sum(squares, 1, keep_dims=True))
@@ -198,21 +220,21 @@ def _norm_act_kernel(
     UNIT: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """y = act((x − mean)·scale + bias)·gate."""
-    C, c, (n_first, n_last), (p_first, p_last) = locate(
-        N, C, pixels, blocks, chunks, images, chunk, UNIT, CHANNELS, CHANNELS_LAST
+    C, c, n_first, n_end, t_first, t_end = locate(
+        N, C, pixels, blocks, chunks, images, chunk, UNIT, CHANNELS, PIXELS, CHANNELS_LAST
     )
     mean, scale, bias = load_factors(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, c, C)
-    for n in range(n_first, n_last):
+    for n in range(n_first, n_end):
         if gate_ptr is not None:
             gate = tl.load(gate_ptr + n * C + c, mask=c < C, other=0.0)
-        for p in range(p_first, p_last, PIXELS):
-            mask = (c < C) & pixels_left(p, p_last, PIXELS)
-            ptr = tile_pointers(x_ptr, x_strides, n, c, p, UNIT, PIXELS, CHANNELS_LAST)
+        for t in range(t_first, t_end):
+            mask = tile_mask(c, C, t, pixels, UNIT, PIXELS, CHANNELS_LAST)
+            ptr = tile_pointers(x_ptr, x_strides, n, c, t, UNIT, PIXELS, CHANNELS_LAST)
             x = tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
             y = activate(tl.fma(x - mean, scale, bias), ACT)
             if gate_ptr is not None:
                 y *= gate
-            ptr = tile_pointers(y_ptr, y_strides, n, c, p, UNIT, PIXELS, CHANNELS_LAST)
+            ptr = tile_pointers(y_ptr, y_strides, n, c, t, UNIT, PIXELS, CHANNELS_LAST)
             tl.store(ptr, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -223,16 +245,16 @@ def _norm_act_means_kernel(
     UNIT: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """(chunks, N, C): share·Σ act(z) over the pixels of each chunk."""
-    C, c, (n_first, n_last), (p_first, p_last) = locate(
-        N, C, pixels, blocks, chunks, images, chunk, UNIT, CHANNELS, CHANNELS_LAST
+    C, c, n_first, n_end, t_first, t_end = locate(
+        N, C, pixels, blocks, chunks, images, chunk, UNIT, CHANNELS, PIXELS, CHANNELS_LAST
     )
     mean, scale, bias = load_factors(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, c, C)
     row = (tl.program_id(0) // blocks % chunks).to(tl.int64) * N
-    for n in range(n_first, n_last):
+    for n in range(n_first, n_end):
         sums = tl.zeros([CHANNELS, PIXELS], tl.float32)
-        for p in range(p_first, p_last, PIXELS):
-            mask = (c < C) & pixels_left(p, p_last, PIXELS)
-            ptr = tile_pointers(x_ptr, x_strides, n, c, p, UNIT, PIXELS, CHANNELS_LAST)
+        for t in range(t_first, t_end):
+            mask = tile_mask(c, C, t, pixels, UNIT, PIXELS, CHANNELS_LAST)
+            ptr = tile_pointers(x_ptr, x_strides, n, c, t, UNIT, PIXELS, CHANNELS_LAST)
             x = tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
             sums += tl.where(mask, activate(tl.fma(x - mean, scale, bias), ACT), 0.0)
         total = tl.sum(sums, 1, keep_dims=True) * share
@@ -246,24 +268,24 @@ def _norm_act_sums_kernel(
     UNIT: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """(chunks, 2 or 5, N, C): the gradient's sums over the pixels of each chunk."""
-    C, c, (n_first, n_last), (p_first, p_last) = locate(
-        N, C, pixels, blocks, chunks, images, chunk, UNIT, CHANNELS, CHANNELS_LAST
+    C, c, n_first, n_end, t_first, t_end = locate(
+        N, C, pixels, blocks, chunks, images, chunk, UNIT, CHANNELS, PIXELS, CHANNELS_LAST
     )
     mean, scale, bias = load_factors(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, c, C)
     row = (tl.program_id(0) // blocks % chunks).to(tl.int64) * (N * (5 if GATED else 2))
     size = N.to(tl.int64) * C
-    for n in range(n_first, n_last):
+    for n in range(n_first, n_end):
         sum_g = tl.zeros([CHANNELS, PIXELS], tl.float32)
         sum_gx = tl.zeros([CHANNELS, PIXELS], tl.float32)
         if GATED:
             sum_s = tl.zeros([CHANNELS, PIXELS], tl.float32)
             sum_sx = tl.zeros([CHANNELS, PIXELS], tl.float32)
             sum_gy = tl.zeros([CHANNELS, PIXELS], tl.float32)
-        for p in range(p_first, p_last, PIXELS):
-            mask = (c < C) & pixels_left(p, p_last, PIXELS)
-            ptr = tile_pointers(x_ptr, x_strides, n, c, p, UNIT, PIXELS, CHANNELS_LAST)
+        for t in range(t_first, t_end):
+            mask = tile_mask(c, C, t, pixels, UNIT, PIXELS, CHANNELS_LAST)
+            ptr = tile_pointers(x_ptr, x_strides, n, c, t, UNIT, PIXELS, CHANNELS_LAST)
             xc = tl.load(ptr, mask=mask, other=0.0).to(tl.float32) - mean
-            ptr = tile_pointers(grad_ptr, grad_strides, n, c, p, UNIT, PIXELS, CHANNELS_LAST)
+            ptr = tile_pointers(grad_ptr, grad_strides, n, c, t, UNIT, PIXELS, CHANNELS_LAST)
             grad = tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
             y, slope = activate_with_slope(tl.fma(xc, scale, bias), ACT)
             sloped = grad * slope
@@ -324,24 +346,24 @@ def _norm_act_grad_kernel(
     UNIT: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """dx; the statistics are constants where dweight_ptr and dbias_ptr are None."""
-    C, c, (n_first, n_last), (p_first, p_last) = locate(
-        N, C, pixels, blocks, chunks, images, chunk, UNIT, CHANNELS, CHANNELS_LAST
+    C, c, n_first, n_end, t_first, t_end = locate(
+        N, C, pixels, blocks, chunks, images, chunk, UNIT, CHANNELS, PIXELS, CHANNELS_LAST
     )
     mean, scale, bias = load_factors(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, c, C)
     if dbias_ptr is not None:
         mean_dz = tl.load(dbias_ptr + c, mask=c < C, other=0.0) * inverse_count
         invstd = tl.load(invstd_ptr + c, mask=c < C, other=0.0)
         along_x = tl.load(dweight_ptr + c, mask=c < C, other=0.0) * invstd * inverse_count
-    for n in range(n_first, n_last):
+    for n in range(n_first, n_end):
         if gate_ptr is not None:
             gate = tl.load(gate_ptr + n * C + c, mask=c < C, other=0.0)
         if grad_means_ptr is not None:
             extra = tl.load(grad_means_ptr + n * C + c, mask=c < C, other=0.0) * share
-        for p in range(p_first, p_last, PIXELS):
-            mask = (c < C) & pixels_left(p, p_last, PIXELS)
-            ptr = tile_pointers(x_ptr, x_strides, n, c, p, UNIT, PIXELS, CHANNELS_LAST)
+        for t in range(t_first, t_end):
+            mask = tile_mask(c, C, t, pixels, UNIT, PIXELS, CHANNELS_LAST)
+            ptr = tile_pointers(x_ptr, x_strides, n, c, t, UNIT, PIXELS, CHANNELS_LAST)
             xc = tl.load(ptr, mask=mask, other=0.0).to(tl.float32) - mean
-            ptr = tile_pointers(grad_ptr, grad_strides, n, c, p, UNIT, PIXELS, CHANNELS_LAST)
+            ptr = tile_pointers(grad_ptr, grad_strides, n, c, t, UNIT, PIXELS, CHANNELS_LAST)
             grad = tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
             if gate_ptr is not None:
                 grad *= gate
@@ -351,5 +373,5 @@ def _norm_act_grad_kernel(
             dz = grad * slope
             if dbias_ptr is not None:
                 dz = tl.fma(-xc, along_x, dz - mean_dz)
-            ptr = tile_pointers(dx_ptr, dx_strides, n, c, p, UNIT, PIXELS, CHANNELS_LAST)
+            ptr = tile_pointers(dx_ptr, dx_strides, n, c, t, UNIT, PIXELS, CHANNELS_LAST)
             tl.store(ptr, (dz * scale).to(dx_ptr.dtype.element_ty), mask=mask)
