@@ -1,0 +1,142 @@
+"""What the norm_act family is tried on: named shapes, their factors, and the two backends."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from cases import HAS_GPU, INTERPRETED, LAYOUTS
+from helpers import leaves_alone
+from torch import Tensor
+
+from revbifpn_kernels.ops.norm_act import batch_statistics_reference
+from revbifpn_kernels.ops.norm_act_cuda import LAUNCHERS
+
+EPS = 1e-3
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+@dataclass
+class Inputs:
+    """A map, its gradient and all that an op may be given beside them."""
+
+    x: Tensor
+    grad: Tensor
+    mean: Tensor
+    invstd: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    gate: Tensor
+    grad_means: Tensor
+
+    @property
+    def norm(self) -> tuple:
+        return self.x, self.mean, self.invstd, self.weight, self.bias
+
+
+@dataclass(frozen=True)
+class Case:
+    """The shape of x, and how it and its gradient lie in memory."""
+
+    shape: tuple[int, int, int, int]
+    layout: str = "contiguous"
+    grad_layout: str = ""
+
+    def maps(self, dtype: torch.dtype, device: str, offset: float = 1.0) -> Tensor:
+        values = torch.randn(self.shape, dtype=torch.float64) + offset
+        return LAYOUTS[self.layout](values.to(device, dtype))
+
+    def inputs(self, dtypes: str = "fp32", device: str = "cpu", affine: bool = True) -> Inputs:
+        N, C, _, _ = self.shape
+        x = self.maps(DTYPES[dtypes], device)
+        grad = torch.randn(self.shape, dtype=torch.float64).to(device, x.dtype)
+        mean, invstd = batch_statistics_reference(x, EPS)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=torch.float64).to(device, mean.dtype)
+
+        weight, bias = (random(C) + 1, random(C)) if affine else (None, None)
+        grad = LAYOUTS[self.grad_layout or self.layout](grad)
+        gate, grad_means = random(N, C).sigmoid(), random(N, C)
+        return Inputs(x, grad, mean, invstd, weight, bias, gate, grad_means)
+
+
+CASES = {
+    "even": Case((2, 3, 8, 12)),
+    "odd": Case((2, 5, 7, 9)),
+    # Chance decides where there are few elements, so there are many channels.
+    "one-pixel": Case((4, 64, 1, 1)),
+    "one-column": Case((3, 20, 11, 1), "channels-last"),
+    "wide": Case((2, 3, 3, 272)),
+    "two-channels": Case((2, 2, 24, 50), "channels-last"),
+    "channels-last": Case((2, 19, 8, 12), "channels-last"),
+    "channels-last-aligned": Case((2, 48, 6, 6), "channels-last"),
+    "strided": Case((2, 3, 6, 10), "strided"),
+    "transposed": Case((2, 3, 6, 10), "transposed"),
+    "slice": Case((2, 3, 8, 12), "slice"),
+    "channels-last-slice": Case((2, 7, 8, 12), "channels-last-slice"),
+    "layouts-differ": Case((2, 6, 8, 12), "channels-last", "slice"),
+    "expanded-gradient": Case((2, 6, 8, 12), "contiguous", "expanded"),
+    "small-maps": Case((9, 20, 7, 7)),
+    "revbifpn": Case((2, 48, 56, 56)),
+}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the ops, with the arguments of the schemas."""
+
+    device: str
+    batch_statistics: Callable
+    norm_act: Callable
+    norm_act_means: Callable
+    norm_act_sums: Callable
+    norm_act_grad: Callable
+
+
+def _backend(device: str, find: Callable[[str], Callable]) -> Backend:
+    def guarded(name: str) -> Callable:
+        return leaves_alone(lambda *args: find(name)(*args))
+
+    def statistics(x, running=(None, None, None), momentum=0.1):
+        # Running statistics are written to: they come first, where the guard does not look.
+        function = leaves_alone(
+            lambda running, x: find("batch_statistics")(x, EPS, *running, momentum), outputs=1
+        )
+        return function(running, x)
+
+    names = "norm_act", "norm_act_means", "norm_act_sums", "norm_act_grad"
+    return Backend(device, statistics, *map(guarded, names))
+
+
+# C++ through the dispatcher; Triton by its launchers, without a GPU interpreted on CPU tensors.
+BACKENDS = {
+    "cpp": _backend("cpu", lambda name: getattr(torch.ops.revbifpn, name)),
+    "triton": _backend("cuda" if HAS_GPU else "cpu", LAUNCHERS.__getitem__),
+}
+
+
+def _grid():
+    for backend in BACKENDS:
+        for case in CASES:
+            for dtypes in DTYPES:
+                if backend == "triton" and dtypes == "fp64":
+                    continue
+                # The real shape is large, and its dtypes are the ones it has in training.
+                if case == "revbifpn" and dtypes not in ("fp32", "bf16"):
+                    continue
+                is_quick = backend == "cpp" or (dtypes == "fp32" and case != "revbifpn")
+                yield pytest.param(
+                    *(BACKENDS[backend], CASES[case], dtypes),
+                    id=f"{backend}-{case}-{dtypes}",
+                    marks=() if is_quick or (case, dtypes) == ("odd", "bf16") else INTERPRETED,
+                )
+
+
+over_grid = pytest.mark.parametrize(("backend", "case", "dtypes"), list(_grid()))
+over_backends = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
