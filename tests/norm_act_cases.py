@@ -66,22 +66,22 @@ class Case:
         return Inputs(x, grad, mean, invstd, weight, bias, gate, grad_means)
 
 
+# Many channels: the judge compares largest errors, which chance decides where there are few.
 CASES = {
-    "even": Case((2, 3, 8, 12)),
-    "odd": Case((2, 5, 7, 9)),
-    # Chance decides where there are few elements, so there are many channels.
+    "even": Case((2, 16, 8, 12)),
+    "odd": Case((2, 17, 7, 9)),
     "one-pixel": Case((4, 64, 1, 1)),
     "one-column": Case((3, 20, 11, 1), "channels-last"),
-    "wide": Case((2, 3, 3, 272)),
+    "wide": Case((2, 16, 3, 272)),
     "two-channels": Case((2, 2, 24, 50), "channels-last"),
     "channels-last": Case((2, 19, 8, 12), "channels-last"),
     "channels-last-aligned": Case((2, 48, 6, 6), "channels-last"),
-    "strided": Case((2, 3, 6, 10), "strided"),
-    "transposed": Case((2, 3, 6, 10), "transposed"),
-    "slice": Case((2, 3, 8, 12), "slice"),
-    "channels-last-slice": Case((2, 7, 8, 12), "channels-last-slice"),
-    "layouts-differ": Case((2, 6, 8, 12), "channels-last", "slice"),
-    "expanded-gradient": Case((2, 6, 8, 12), "contiguous", "expanded"),
+    "strided": Case((2, 16, 6, 10), "strided"),
+    "transposed": Case((2, 16, 6, 10), "transposed"),
+    "slice": Case((2, 16, 8, 12), "slice"),
+    "channels-last-slice": Case((2, 19, 8, 12), "channels-last-slice"),
+    "layouts-differ": Case((2, 16, 8, 12), "channels-last", "slice"),
+    "expanded-gradient": Case((2, 16, 8, 12), "contiguous", "expanded"),
     "small-maps": Case((9, 20, 7, 7)),
     "revbifpn": Case((2, 48, 56, 56)),
 }

@@ -1,9 +1,9 @@
-"""The norm_act family: each op against its reference, and the gradient of a whole squeeze-excite."""
+"""The norm_act family: each op against its reference, and the gradient of a squeeze-excite."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_as_accurate, same_bits
+from helpers import as_dtype, assert_as_accurate, same_bits
 from norm_act_cases import BACKENDS, CASES, EPS, Case, over_backends, over_grid
 
 from revbifpn_kernels.ops import norm_act_cuda
@@ -30,9 +30,11 @@ def running_reference(x, mean, var, momentum):
 
 
 def check_grad(backend, inputs, gate, grad_means, act, is_batch=True):
-    """`norm_act_grad` from the reference's sums."""
+    """`norm_act_grad` from sums that are exact but for their last rounding."""
     arguments = inputs.grad, *inputs.norm
-    sums = norm_act_sums_reference(*arguments, act=act, gated=grad_means is not None)
+    exact = as_dtype(arguments, torch.float64)
+    sums = norm_act_sums_reference(*exact, act=act, gated=grad_means is not None)
+    sums = sums.to(inputs.mean)
     results = backend.norm_act_grad(*arguments, gate, grad_means, sums, act, is_batch)
     options = {"act": act, "is_batch": is_batch}
     assert_as_accurate(results, norm_act_grad_reference, *arguments, gate, grad_means, **options)
@@ -131,7 +133,7 @@ def test_running_statistics_move_as_pytorchs(backend, name):
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 def test_statistics_do_not_cancel(backend, layout):
     """The mean is a thousand deviations off; or the first rows are, which programs see first."""
-    case = Case((3, 4, 24, 60), layout)
+    case = Case((3, 16, 24, 60), layout)
     x = case.maps(torch.float32, backend.device, offset=1000.0)
     assert_as_accurate(backend.batch_statistics(x), batch_statistics_reference, x, eps=EPS)
     x[:, :, :9] -= 1000.0
@@ -149,12 +151,10 @@ def programs(request, monkeypatch):
 
 @pytest.mark.parametrize("programs", [1, 7, 24], indirect=True)
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
-@pytest.mark.parametrize("shape", [(7, 5, 5, 5), (2, 3, 40, 61)], ids=["images", "tiles"])
+@pytest.mark.parametrize("shape", [(7, 20, 5, 5), (2, 16, 40, 61)], ids=["images", "tiles"])
 def test_any_cut_among_programs_is_right_triton(programs, shape, layout):
-    backend, inputs = (
-        BACKENDS["triton"],
-        Case(shape, layout).inputs(device=BACKENDS["triton"].device),
-    )
+    backend = BACKENDS["triton"]
+    inputs = Case(shape, layout).inputs(device=backend.device)
     results = backend.batch_statistics(inputs.x)
     assert_as_accurate(results, batch_statistics_reference, inputs.x, eps=EPS)
     y = backend.norm_act(*inputs.norm, inputs.gate, "silu")

@@ -245,7 +245,7 @@ def plan_batch_statistics(
     channels_last = Geometry.of(x).channels_last
     launch, cut = _plan_maps(_batch_statistics_kernel, maps, channels_last, "channel")
     N, C, pixels = cut.shape
-    parts = torch.empty((3, cut.parts, C), dtype=torch.float32, device=x.device)
+    parts = torch.empty((4, cut.parts, C), dtype=torch.float32, device=x.device)
     count = N * pixels
     combine = _plan_channels(_batch_statistics_combine_kernel, C, {"parts": cut.parts}, "PARTS")
     operands = {
@@ -389,6 +389,8 @@ def _norm_act_grad_cuda(
     )  # fmt: skip
     for launch, operands in planned:
         launch.run(x.device, operands)
+    if len(x) == 0:  # as PyTorch's, whatever the statistics of nothing are
+        dweight.zero_()
     return _filled(result, dx), dweight, dbias
 
 

@@ -126,10 +126,10 @@ def _batch_statistics_kernel(
     parts_ptr, x_ptr, x_strides, N, C, pixels, blocks, chunks, images, chunk, parts,
     UNIT: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """(3, parts, C): mean, sum of squares about it, and count of every part of every channel.
+    """(4, parts, C): two terms of the mean, sum of squares about it, and count of each part.
 
-    Values are taken about the mean of the part's first tile, so squares never exceed those about
-    the part's mean by more than the number of its tiles: nothing cancels.
+    Values are taken about the mean of the part's first tile, the first term, so their squares
+    exceed those about the part's mean at most by a factor of its tiles: nothing cancels.
     """
     C, c, n_first, n_end, t_first, t_end = locate(
         N, C, pixels, blocks, chunks, images, chunk, UNIT, CHANNELS, PIXELS, CHANNELS_LAST
@@ -157,9 +157,26 @@ def _batch_statistics_kernel(
     square = tl.fma(-total, excess, tl.sum(squares, 1, keep_dims=True))
     ptr = parts_ptr + (tl.program_id(0) // blocks).to(tl.int64) * C + c
     size = parts.to(tl.int64) * C
-    tl.store(ptr, shift + excess, mask=c < C)
-    tl.store(ptr + size, tl.where(square < 0.0, 0.0, square), mask=c < C)
-    tl.store(ptr + 2 * size, tl.zeros_like(shift) + count, mask=c < C)
+    tl.store(ptr, shift, mask=c < C)
+    tl.store(ptr + size, excess, mask=c < C)
+    tl.store(ptr + 2 * size, tl.where(square < 0.0, 0.0, square), mask=c < C)
+    tl.store(ptr + 3 * size, tl.zeros_like(shift) + count, mask=c < C)
+
+
+@triton.jit
+def load_parts(parts_ptr, first, parts, c, C, shift, PARTS: tl.constexpr):
+    """Means less `shift`, sums of squares and counts of PARTS parts, [CHANNELS, PARTS] each.
+
+    Shifts cancel without rounding, so a mean's difference is as exact as its second term.
+    """
+    part = first + tl.arange(0, PARTS)[None, :]
+    mask = (c < C) & (part < parts)
+    ptr = parts_ptr + part.to(tl.int64) * C + c
+    size = parts.to(tl.int64) * C
+    difference = tl.load(ptr, mask=mask, other=0.0) - shift
+    difference += tl.load(ptr + size, mask=mask, other=0.0)
+    square = tl.load(ptr + 2 * size, mask=mask, other=0.0)
+    return difference, square, tl.load(ptr + 3 * size, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -180,30 +197,23 @@ def _batch_statistics_combine_kernel(
     """
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
     mask_c = c < C
-    size = parts.to(tl.int64) * C
     shift = tl.load(parts_ptr + c, mask=mask_c, other=0.0)
+    total = tl.zeros_like(shift) + elements
     sums = tl.zeros([CHANNELS, PARTS], tl.float32)
     for first in range(0, parts, PARTS):
-        part = first + tl.arange(0, PARTS)[None, :]
-        mask = mask_c & (part < parts)
-        ptr = parts_ptr + part.to(tl.int64) * C + c
-        count = tl.load(ptr + 2 * size, mask=mask, other=0.0)
-        difference = tl.load(ptr, mask=mask, other=0.0) - shift
+        difference, _, count = load_parts(parts_ptr, first, parts, c, C, shift, PARTS)
         sums = tl.fma(count, difference, sums)
-    mean = shift + tl.div_rn(tl.sum(sums, 1, keep_dims=True), tl.zeros_like(shift) + elements)
+    excess = tl.div_rn(tl.sum(sums, 1, keep_dims=True), total)
     squares = tl.zeros([CHANNELS, PARTS], tl.float32)
     for first in range(0, parts, PARTS):
-        part = first + tl.arange(0, PARTS)[None, :]
-        mask = mask_c & (part < parts)
-        ptr = parts_ptr + part.to(tl.int64) * C + c
-        count = tl.load(ptr + 2 * size, mask=mask, other=0.0)
-        difference = tl.load(ptr, mask=mask, other=0.0) - mean
-        square = tl.load(ptr + size, mask=mask, other=0.0)
+        difference, square, count = load_parts(parts_ptr, first, parts, c, C, shift, PARTS)
+        difference -= excess
         squares += tl.fma(count * difference, difference, square)
-    var = tl.div_rn(tl.sum(squares, 1, keep_dims=True), tl.zeros_like(shift) + elements)
+    mean = shift + excess
+    var = tl.div_rn(tl.sum(squares, 1, keep_dims=True), total)
+    invstd = tl.div_rn(tl.full(var.shape, 1.0, tl.float32), tl.sqrt_rn(var + eps))
     tl.store(mean_ptr + c, mean, mask=mask_c)
-    tl.store(invstd_ptr + c, tl.div_rn(tl.full(var.shape, 1.0, tl.float32), tl.sqrt_rn(var + eps)),
-             mask=mask_c)  # fmt: skip
+    tl.store(invstd_ptr + c, invstd, mask=mask_c)
     if running_mean_ptr is not None:
         move_running(running_mean_ptr, c, mask_c, mean, momentum)
     if running_var_ptr is not None:
