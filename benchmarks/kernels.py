@@ -9,6 +9,7 @@ the budget: what a GPU can issue while it moves the op's compulsory bytes at its
 import argparse
 import csv
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -24,6 +25,7 @@ import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
+from revbifpn_kernels.ops import norm_act_cuda as norm
 from revbifpn_kernels.ops.launch import Launch
 from revbifpn_kernels.ops.resample_add import plan_resample_add
 from revbifpn_kernels.ops.resample_adjoint import plan_resample_adjoint
@@ -51,7 +53,17 @@ FUSIONS = {
     "2": ((64, 528, 22, 22), ((11, 11),)),
     "any": ((64, 48, 57, 57), ((29, 29),)),
 }
+# Maps inside MBConvs: rows aligned to 16 bytes, and not.
+MAPS = {"56x56": (64, 320, 56, 56), "57x57": (64, 48, 57, 57)}
 OPS = ("resample_add", "resample_adjoint", "resample_undo")
+# Maps that an op of the norm_act family reads and writes.
+NORM_PASSES = {
+    "batch_statistics": 1,
+    "norm_act": 2,
+    "norm_act_means": 1,
+    "norm_act_sums": 2,
+    "norm_act_grad": 3,
+}
 COLUMNS = (
     "kernel target dtype layout scales registers spill_bytes shared_bytes instructions_per_element "
     "budget load_bytes store_bytes"
@@ -71,7 +83,10 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     """Every kernel for every target; mixed precision and the smaller fusions for sm_90 only."""
     fields = (options.ops, options.targets, options.dtypes, options.layouts, options.scales)
     for case in itertools.starmap(Case, itertools.product(*fields)):
-        is_common = case.scales in ("2+4+8", "any") and case.dtype != "fp32+bf16"
+        is_norm, is_mixed = case.op in NORM_PASSES, case.dtype == "fp32+bf16"
+        if is_norm != (case.scales in MAPS) or (is_norm and is_mixed):
+            continue
+        is_common = case.scales in ("2+4+8", "any", *MAPS) and not is_mixed
         if case.target == "sm_90" or is_common:
             yield case
 
@@ -88,6 +103,28 @@ def plan_launches(
     if op == "resample_adjoint":
         return [plan_resample_adjoint(x, sources, 1.0, "bilinear")]
     return plan_resample_undo(x, sources, x, x, sources, 1.0, "bilinear", None)
+
+
+def plan_norm_launches(
+    op: str, shape: Sequence[int], dtype: str, layout: str
+) -> list[tuple[Launch, dict]]:
+    """As `plan_launches`, for the norm_act family with all its operands and Hardswish."""
+    x = _unbacked(shape, DTYPES[dtype][0], layout)
+    channel, plane = (torch.empty(size, device="meta") for size in (shape[1], shape[:2]))
+    factors, act = (x, *[channel] * 4), "hardswish"
+    if op == "batch_statistics":
+        batches = torch.empty((), dtype=torch.int64, device="meta")
+        running = channel, channel, batches
+        return norm.plan_batch_statistics(channel, channel, x, 1e-5, *running, 0.1)
+    if op == "norm_act":
+        return [norm.plan_norm_act(x, *factors, plane, act)]
+    if op == "norm_act_means":
+        return [norm.plan_norm_act_means(*factors, act)[:2]]
+    if op == "norm_act_sums":
+        return [norm.plan_norm_act_sums(x, *factors, act, True)[:2]]
+    sums = torch.empty((5, *shape[:2]), device="meta")
+    results = x, channel, channel
+    return norm.plan_norm_act_grad(*results, x, *factors, plane, plane, sums, act, True)
 
 
 def _unbacked(shape: Sequence[int], dtype: torch.dtype, layout: str) -> torch.Tensor:
@@ -140,6 +177,15 @@ class Listing:
             for count, instruction in zip(repeats, self.instructions, strict=True)
             if not instruction.opcode.startswith(("NOP", "s_nop"))
         )
+
+    def executed_nested(self, outer: int, inner: int) -> int:
+        """As `executed`, for a loop that runs `outer` times around one that runs `inner` times."""
+        ((first, last),) = self.loops(1)
+        labels = {label: at for label, at in self.labels.items() if first < at <= last}
+        ((start, end),) = Listing(self.instructions[:last], labels).loops(1)
+        around = last - first + 1
+        within = end - start + 1
+        return self.executed([]) + (outer - 1) * around + outer * (inner - 1) * within
 
     def widest(self, *patterns: str) -> int:
         """Bytes of the widest access whose opcode matches one of `patterns`."""
@@ -212,12 +258,30 @@ def inspect_hip(kernel) -> tuple[Listing, dict]:
 
 def compulsory_bytes(case: Case) -> float:
     """Bytes an op must move, for each element of x."""
+    if case.op in NORM_PASSES:
+        return NORM_PASSES[case.op] * DTYPES[case.dtype][0].itemsize
     shape, sizes = FUSIONS[case.scales]
     x_bytes, source_bytes = (dtype.itemsize for dtype in DTYPES[case.dtype])
     share = sum(h * w for h, w in sizes) / (shape[2] * shape[3])
     maps = {"resample_add": (2, 1), "resample_adjoint": (1, 1), "resample_undo": (3, 2)}
     full, small = maps[case.op]
     return full * x_bytes + small * share * source_bytes
+
+
+def instructions_per_element(launch: Launch, listing: Listing, elements: int) -> float | None:
+    """Those a lane issues for each element of x that it owns; None where the compiler unrolled."""
+    constants, args = launch.constants, launch.args
+    if "PIXELS" in constants:
+        if constants["UNIT"] == 1:
+            return None
+        # As many tiles as a chunk has; the last chunk of a plane may have fewer.
+        executed = listing.executed_nested(args["images"], args["chunk"])
+        return executed * launch.threads * launch.grid[0] / elements
+    if launch.threads:
+        return listing.executed([]) * launch.threads * launch.grid[0] / elements
+    trips = loop_trips(launch)
+    cell = constants.get("CELL_H", 1) * constants.get("CELL_W", 1) * args.get("chain", 1)
+    return None if trips is None else listing.executed(trips) / cell
 
 
 def loop_trips(launch: Launch) -> list[int] | None:
@@ -238,13 +302,16 @@ def measure(case: Case) -> list[dict]:
     """A row for each launch of the case."""
     target = TARGETS[case.target]
     rows = []
-    fusion = FUSIONS[case.scales]
-    for launch, operands in plan_launches(case.op, *fusion, case.dtype, case.layout):
+    if case.op in NORM_PASSES:
+        shape = MAPS[case.scales]
+        planned = plan_norm_launches(case.op, shape, case.dtype, case.layout)
+    else:
+        shape, sizes = FUSIONS[case.scales]
+        planned = plan_launches(case.op, shape, sizes, case.dtype, case.layout)
+    for launch, operands in planned:
         kernel = launch.compile(target, operands)
         listing, resources = (inspect_cuda if target.backend == "cuda" else inspect_hip)(kernel)
-        constants = launch.constants
-        cell = constants.get("CELL_H", 1) * constants.get("CELL_W", 1) * launch.args.get("chain", 1)
-        trips = loop_trips(launch)
+        per_element = instructions_per_element(launch, listing, math.prod(shape))
         budget = compulsory_bytes(case) * INSTRUCTIONS_PER_BYTE[case.target]
         rows.append(
             {
@@ -255,9 +322,7 @@ def measure(case: Case) -> list[dict]:
                 "scales": case.scales,
                 **resources,
                 "shared_bytes": kernel.metadata.shared,
-                "instructions_per_element": ""
-                if trips is None
-                else round(listing.executed(trips) / cell, 1),
+                "instructions_per_element": "" if per_element is None else round(per_element, 1),
                 "budget": round(budget, 1),
                 "load_bytes": listing.widest("LDG", "(global|buffer|flat)_load"),
                 "store_bytes": listing.widest("STG", "(global|buffer|flat)_store"),
@@ -269,11 +334,11 @@ def measure(case: Case) -> list[dict]:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     choices = {
-        "ops": OPS,
+        "ops": (*OPS, *NORM_PASSES),
         "targets": tuple(TARGETS),
         "dtypes": tuple(DTYPES),
         "layouts": ("nchw", "channels_last"),
-        "scales": tuple(FUSIONS),
+        "scales": (*FUSIONS, *MAPS),
     }
     for name, values in choices.items():
         parser.add_argument(f"--{name}", nargs="+", choices=values, default=values)

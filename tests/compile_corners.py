@@ -5,6 +5,7 @@ import itertools
 import torch
 from triton.backends.compiler import GPUTarget
 
+from benchmarks.kernels import NORM_PASSES, plan_norm_launches
 from revbifpn_kernels.ops.resample_add import plan_resample_add
 from revbifpn_kernels.ops.resample_adjoint import plan_resample_adjoint
 from revbifpn_kernels.ops.resample_undo import plan_resample_undo
@@ -31,13 +32,24 @@ def corner_launches(shape, sizes, mode, memory_format, lattice):
     yield from plan_resample_undo(x, sources, x, x, sources, 1.0, mode, lattice)
 
 
+def norm_launches(shape, layout):
+    for op in NORM_PASSES:
+        yield from plan_norm_launches(op, shape, "fp32", layout)
+
+
+def compile_all(name, variant, launches):
+    for launch, operands in launches:
+        launch.compile(GPUTarget("cuda", 90, 32), operands)
+        print(f"{name} {variant} {launch.kernel.__name__}")
+
+
 def main():
     formats = (torch.contiguous_format, torch.channels_last)
     variants = itertools.product(("bilinear", "nearest"), formats, (None, 2.0**-10))
     for (name, corner), variant in itertools.product(CORNERS.items(), list(variants)):
-        for launch, operands in corner_launches(*corner, *variant):
-            launch.compile(GPUTarget("cuda", 90, 32), operands)
-            print(f"{name} {variant} {launch.kernel.__name__}")
+        compile_all(name, variant, corner_launches(*corner, *variant))
+    for (name, (shape, _)), layout in itertools.product(CORNERS.items(), ("nchw", "channels_last")):
+        compile_all(name, layout, norm_launches(shape, layout))
 
 
 if __name__ == "__main__":

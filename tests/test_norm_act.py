@@ -116,7 +116,7 @@ def test_slopes_at_the_kinks_are_pytorchs(backend, act):
 
 
 @over_backends
-@pytest.mark.parametrize("name", ["odd", "channels-last", "small-maps"])
+@pytest.mark.parametrize("name", ["odd", "channels-last"])
 def test_running_statistics_move_as_pytorchs(backend, name):
     x = CASES[name].inputs(device=backend.device).x
     C = x.shape[1]
@@ -133,10 +133,10 @@ def test_running_statistics_move_as_pytorchs(backend, name):
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 def test_statistics_do_not_cancel(backend, layout):
     """The mean is a thousand deviations off; or the first rows are, which programs see first."""
-    case = Case((3, 16, 24, 60), layout)
+    case = Case((2, 16, 16, 40), layout)
     x = case.maps(torch.float32, backend.device, offset=1000.0)
     assert_as_accurate(backend.batch_statistics(x), batch_statistics_reference, x, eps=EPS)
-    x[:, :, :9] -= 1000.0
+    x[:, :, :7] -= 1000.0
     assert_as_accurate(backend.batch_statistics(x), batch_statistics_reference, x, eps=EPS)
 
 
@@ -149,9 +149,9 @@ def programs(request, monkeypatch):
     norm_act_cuda._plan.cache_clear()
 
 
-@pytest.mark.parametrize("programs", [1, 7, 24], indirect=True)
+@pytest.mark.parametrize("programs", [1, 5], indirect=True)
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
-@pytest.mark.parametrize("shape", [(7, 20, 5, 5), (2, 16, 40, 61)], ids=["images", "tiles"])
+@pytest.mark.parametrize("shape", [(7, 20, 5, 5), (2, 16, 16, 31)], ids=["images", "tiles"])
 def test_any_cut_among_programs_is_right_triton(programs, shape, layout):
     backend = BACKENDS["triton"]
     inputs = Case(shape, layout).inputs(device=backend.device)
@@ -167,6 +167,9 @@ def test_any_cut_among_programs_is_right_triton(programs, shape, layout):
     check_grad(backend, inputs, inputs.gate, inputs.grad_means, "silu")
 
 
+SQUEEZE_EXCITED = (("cpp", "fp32"), ("cpp", "fp64"), ("triton", "fp32"))
+
+
 def squeeze_excite(x, weight, bias, mix):
     """act(batch norm(x)), gated by its own means."""
     y = F.silu(F.batch_norm(x, None, None, weight, bias, training=True, eps=EPS))
@@ -179,12 +182,13 @@ def squeeze_excite_gradients(x, grad, weight, bias, mix):
         return torch.autograd.grad(squeeze_excite(*leaves), leaves, grad)
 
 
-@pytest.mark.parametrize("dtypes", ["fp32", "fp64"])
-@pytest.mark.parametrize("name", ["odd", "channels-last", "small-maps"])
-@over_backends
+@pytest.mark.parametrize("name", ["odd", "channels-last"])
+@pytest.mark.parametrize(
+    ("backend", "dtypes"),
+    [(BACKENDS[name], dtypes) for name, dtypes in SQUEEZE_EXCITED],
+    ids=map("-".join, SQUEEZE_EXCITED),
+)
 def test_squeeze_excite_has_the_gradient_of_autograd(backend, name, dtypes):
-    if backend is BACKENDS["triton"] and dtypes == "fp64":
-        dtypes = "fp32"  # no kernel; seeds differ, so this is another draw
     inputs = CASES[name].inputs(dtypes, backend.device)
     x, grad, weight, bias = inputs.x, inputs.grad, inputs.weight, inputs.bias
     mix = torch.randn(2 * [x.shape[1]], dtype=torch.float64).to(weight)

@@ -21,7 +21,7 @@ def run_all(backend, inputs, act="hardswish"):
     }
 
 
-@pytest.mark.parametrize("name", ["odd", "channels-last", "wide"])
+@pytest.mark.parametrize("name", ["odd", "channels-last"])
 @over_backends
 def test_the_same_bits_again(backend, name):
     inputs = CASES[name].inputs(device=backend.device)
@@ -52,10 +52,9 @@ def test_gradient_may_lie_otherwise(backend, layout):
 
 
 @pytest.mark.parametrize("act", ["identity", "relu", "hardswish", "silu"])
-@pytest.mark.parametrize("name", ["odd", "channels-last"])
 @over_backends
-def test_nan_spreads_to_what_depends_on_it(backend, name, act):
-    inputs = CASES[name].inputs(device=backend.device)
+def test_nan_spreads_to_what_depends_on_it(backend, act):
+    inputs = CASES["odd"].inputs(device=backend.device)
     inputs.x[1, 2, 3, 4] = torch.nan
     results = run_all(backend, inputs, act)
     channel = torch.zeros(inputs.x.shape[1], dtype=torch.bool, device=inputs.x.device)

@@ -38,7 +38,7 @@ SHORT_PLANE = 4
 # Tiles of a streaming program, which loads its channels' factors once.
 MAX_TILES = 16
 # Elements side by side in memory that a tile holds at least, where the map has them.
-SHORTEST_RUN = 64
+SHORTEST_RUN = 16
 # How much more than the fewest lanes a tile with longer runs may take.
 IDLE_ALLOWED = 1.08
 CHANNELS_OF_TOTALS = 8
