@@ -36,7 +36,7 @@ PROGRAMS = 132 * 8
 # Tiles of a plane that are walked faster than a launch adds up chunks.
 SHORT_PLANE = 4
 # Tiles of a streaming program, which loads its channels' factors once.
-MAX_TILES = 16
+MAX_TILES = 32
 # Elements side by side in memory that a tile holds at least, where the map has them.
 SHORTEST_RUN = 16
 # How much more than the fewest lanes a tile with longer runs may take.
