@@ -6,9 +6,17 @@ import pytest
 import torch
 from cases import random_maps
 from helpers import assert_as_accurate, same_bits
+from norm_act_cases import BACKENDS, EPS, Case
 from torch.utils._pytree import tree_map
 
 from revbifpn_kernels import resample_add, resample_add_, resample_adjoint, resample_undo
+from revbifpn_kernels.ops.norm_act import (
+    batch_statistics_reference,
+    norm_act_grad_reference,
+    norm_act_reference,
+    norm_act_sums_reference,
+)
+from revbifpn_kernels.ops.norm_act_cuda import LAUNCHERS
 from revbifpn_kernels.ops.resample_add import resample_add_reference
 from revbifpn_kernels.ops.resample_adjoint import resample_adjoint_reference
 from revbifpn_kernels.ops.resample_undo import resample_undo_reference
@@ -99,7 +107,7 @@ def far_apart(maps):
     """`maps` with 2³¹ elements between its images; memory that nobody touches costs nothing."""
     N, C, H, W = maps.shape
     stride = 2**31 + 64
-    storage = torch.empty(stride * (N - 1) + maps[0].numel(), dtype=maps.dtype)
+    storage = torch.empty(stride * (N - 1) + maps[0].numel(), dtype=maps.dtype, device=maps.device)
     far = storage.as_strided(maps.shape, (stride, H * W, W, 1))
     return far.copy_(maps)
 
@@ -112,3 +120,26 @@ def test_strides_beyond_2_31():
     expected = resample_add(y, sources)
     assert_as_accurate(expected, resample_add_reference, y, sources)
     assert same_bits(resample_add_(y, sources), expected)
+
+
+NORM_OPS = {"cpp": lambda name: getattr(torch.ops.revbifpn, name), "triton": LAUNCHERS.__getitem__}
+
+
+@pytest.mark.parametrize("name", NORM_OPS)
+def test_norm_act_with_strides_beyond_2_31(name):
+    """Without the guard of the cases, which copies all that lies between the images."""
+    find, device = NORM_OPS[name], BACKENDS[name].device
+    near = Case((2, 16, 8, 12)).inputs("bf16", device)
+    norm = far_apart(near.x), *near.norm[1:]
+    arguments = far_apart(near.grad), *norm
+    statistics = find("batch_statistics")(norm[0], EPS, None, None, None, 0.1)
+    assert_as_accurate(statistics, batch_statistics_reference, near.x, eps=EPS)
+    y = find("norm_act")(*norm, near.gate, "silu")
+    assert_as_accurate(y, norm_act_reference, *near.norm, near.gate, act="silu")
+    sums = find("norm_act_sums")(*arguments, "silu", True)
+    options = {"act": "silu", "gated": True}
+    assert_as_accurate(sums, norm_act_sums_reference, near.grad, *near.norm, **options)
+    gates = near.gate, near.grad_means
+    results = find("norm_act_grad")(*arguments, *gates, sums, "silu", True)
+    reference = norm_act_grad_reference
+    assert_as_accurate(results, reference, near.grad, *near.norm, *gates, act="silu")

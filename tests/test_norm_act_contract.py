@@ -5,6 +5,9 @@ import torch
 from helpers import same_bits
 from norm_act_cases import BACKENDS, CASES, EPS, Case, over_backends
 
+from benchmarks.kernels import NORM_PASSES, plan_norm_launches
+from revbifpn_kernels.ops.kernels.norm_act import COUNTS
+
 OPS = torch.ops.revbifpn
 
 
@@ -85,6 +88,23 @@ def test_empty_batch(backend, layout):
     dx, dweight, dbias = results["grads"]
     assert dx.shape == inputs.x.shape
     assert dweight.eq(0).all() and dbias.eq(0).all()
+
+
+def specialised(shape, layout):
+    """All of the planned launches that Triton compiles anew for, beside dtypes and alignment."""
+    for op in NORM_PASSES:
+        for launch, _ in plan_norm_launches(op, shape, "bf16", layout):
+            strides = {name: value for name, value in launch.args.items() if name not in COUNTS}
+            yield launch.kernel.__name__, launch.constants, strides
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("shape", [(48, 56, 56), (320, 7, 7), (3, 5, 9)], ids=str)
+def test_another_batch_is_no_new_kernel(shape, layout):
+    expected = list(specialised((64, *shape), layout))
+    assert len(expected) == 7
+    for batch in (1, 2, 63, 1024):
+        assert list(specialised((batch, *shape), layout)) == expected
 
 
 def meta_arguments(op):

@@ -3,10 +3,9 @@
 norm_act 1 launch, batch_statistics 2, norm_act_grad 2. norm_act_means and norm_act_sums 1, and one
 more to add up chunks where there are too few planes to fill a GPU.
 
-norm_act_grad folds the N sums of its channels in a launch of its own, C programs' worth of work:
-a program of the streaming launch owns one image's tile as a rule, and would read 2 to 6 numbers for
-each of N images and channel beside the 2 or 3 maps' worth of its tile, for a batch of 64 images of
-7×7 as much as the tile itself.
+norm_act_grad folds the N sums of its channels in a launch of its own. Every streaming program would
+have to read 2 to 6 numbers for each of its channels and each of N images, beside 2 numbers a pixel
+for some of the images: at 64 images of 7×7, more than its own maps.
 """
 
 import functools
@@ -225,25 +224,21 @@ def _filled(result: Tensor, written: Tensor) -> Tensor:
     return result if written is result else result.copy_(written)
 
 
-def _factors(mean, invstd, weight, bias) -> dict[str, Tensor | None]:
-    names = "mean_ptr", "invstd_ptr", "weight_ptr", "bias_ptr"
-    return {
-        name: values if values is None else values.contiguous()
-        for name, values in zip(names, (mean, invstd, weight, bias), strict=True)
-    }
-
-
 def _contiguous(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.contiguous()
+
+
+def _factors(*factors: Tensor | None) -> dict[str, Tensor | None]:
+    names = "mean_ptr", "invstd_ptr", "weight_ptr", "bias_ptr"
+    return dict(zip(names, map(_contiguous, factors), strict=True))
 
 
 def plan_batch_statistics(
     mean, invstd, x, eps, running_mean, running_var, batches, momentum
 ) -> list[tuple[Launch, dict]]:
     """The launches that write mean and invstd, for an x whose planes are dense and not empty."""
-    maps = {"x": x}
     channels_last = Geometry.of(x).channels_last
-    launch, cut = _plan_maps(_batch_statistics_kernel, maps, channels_last, "channel")
+    launch, cut = _plan_maps(_batch_statistics_kernel, {"x": x}, channels_last, "channel")
     N, C, pixels = cut.shape
     parts = torch.empty((4, cut.parts, C), dtype=torch.float32, device=x.device)
     count = N * pixels
@@ -285,8 +280,7 @@ def _batch_statistics_cuda(x, eps, running_mean, running_var, batches, momentum)
 def plan_norm_act(y, x, mean, invstd, weight, bias, gate, act) -> tuple[Launch, dict]:
     """The launch that writes y, for maps whose planes are dense in x's format."""
     channels_last = Geometry.of(x).channels_last
-    maps = {"y": y, "x": x}
-    launch, _ = _plan_maps(_norm_act_kernel, maps, channels_last, "pixel", ACT=act)
+    launch, _ = _plan_maps(_norm_act_kernel, {"y": y, "x": x}, channels_last, "pixel", ACT=act)
     factors = _factors(mean, invstd, weight, bias)
     return launch, {"y_ptr": y, "x_ptr": x, **factors, "gate_ptr": _contiguous(gate)}
 
@@ -303,8 +297,7 @@ def _norm_act_cuda(x, mean, invstd, weight, bias, gate, act) -> Tensor:
 def plan_norm_act_means(x, mean, invstd, weight, bias, act) -> tuple[Launch, dict, Tensor]:
     """The launch that writes the means of each chunk of pixels, and these: (chunks, N, C)."""
     channels_last = Geometry.of(x).channels_last
-    maps = {"x": x}
-    launch, cut = _plan_maps(_norm_act_means_kernel, maps, channels_last, "plane", ACT=act)
+    launch, cut = _plan_maps(_norm_act_means_kernel, {"x": x}, channels_last, "plane", ACT=act)
     means = torch.empty((cut.chunks, *x.shape[:2]), dtype=torch.float32, device=x.device)
     factors = _factors(mean, invstd, weight, bias)
     share = 1.0 / cut.shape[2]

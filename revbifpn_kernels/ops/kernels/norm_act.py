@@ -97,7 +97,9 @@ def tile_pointers(
     ptr, strides, n, c, t, UNIT: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr
 ):
     """[CHANNELS, PIXELS] pointers to tile t of image n; strides of n, c and pixels."""
-    p = t * PIXELS
+    # Interpreted, loops count in Python's numbers, which would take on a stride's 32 bits.
+    n = tl.full([], n, tl.int64)
+    p = tl.full([], t, tl.int64) * PIXELS
     offs_p = tl.arange(0, PIXELS)[None, :]
     if CHANNELS_LAST:
         base = ptr + (n * strides[0] + p * strides[2]) * UNIT
