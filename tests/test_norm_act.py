@@ -200,5 +200,8 @@ def test_squeeze_excite_has_the_gradient_of_autograd(backend, name, dtypes):
     grad_means, dmix = torch.autograd.grad(gate, [means, leaf], sums[4])
     gate = gate.detach()
     results = backend.norm_act_grad(grad, x, *factors, gate, grad_means, sums, "silu", True)
-    reference = squeeze_excite_gradients
-    assert_as_accurate((*results, dmix), reference, x, grad, weight, bias, mix)
+    ours, arguments = (*results, dmix), (x, grad, weight, bias, mix)
+    if dtypes == "fp64":  # autograd's own rounding is no measure of a chain of ops
+        torch.testing.assert_close(ours, squeeze_excite_gradients(*arguments))
+    else:
+        assert_as_accurate(ours, squeeze_excite_gradients, *arguments)
