@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from cases import HAS_GPU, INTERPRETED, LAYOUTS
+from cases import HAS_GPU, INTERPRETED
+from cases import LAYOUTS as COMMON_LAYOUTS
 from helpers import leaves_alone
 from torch import Tensor
 
@@ -19,6 +20,24 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+
+
+def _cropped(values: Tensor) -> Tensor:
+    """Rows side by side in memory, but with NaN between them."""
+    N, C, H, W = values.shape
+    frame = values.new_full((N, C, H, W + 3), torch.nan)
+    frame[..., 1 : W + 1] = values
+    return frame[..., 1 : W + 1]
+
+
+def _apart(values: Tensor) -> Tensor:
+    """One NaN between images, which no 16 bytes divide."""
+    frame = values.new_full((len(values), values[0].numel() + 1), torch.nan)
+    frame[:, :-1] = values.flatten(1)
+    return frame[:, :-1].view(values.shape)
+
+
+LAYOUTS = COMMON_LAYOUTS | {"cropped": _cropped, "apart": _apart}
 
 
 @dataclass
@@ -81,10 +100,13 @@ CASES = {
     "channels-last-aligned": Case((2, 48, 6, 6), "channels-last"),
     "strided": Case((2, 16, 6, 10), "strided"),
     "transposed": Case((2, 16, 6, 10), "transposed"),
+    "cropped": Case((2, 16, 6, 10), "cropped"),
+    "apart": Case((2, 16, 8, 12), "apart", "contiguous"),
     "slice": Case((2, 16, 8, 12), "slice"),
     "channels-last-slice": Case((2, 19, 8, 12), "channels-last-slice"),
     "layouts-differ": Case((2, 16, 8, 12), "channels-last", "slice"),
     "expanded-gradient": Case((2, 16, 8, 12), "contiguous", "expanded"),
+    "many-images": Case((65, 16, 1, 2)),
     "small-maps": Case((9, 20, 7, 7)),
     "revbifpn": Case((2, 48, 56, 56)),
 }
@@ -126,8 +148,8 @@ BACKENDS = {
 
 # Interpreted Triton is slow: by default it is tried on a selection.
 _TRITON_CASES = (
-    "odd one-pixel channels-last channels-last-aligned strided slice channels-last-slice "
-    "layouts-differ"
+    "odd one-pixel channels-last channels-last-aligned strided cropped apart slice "
+    "channels-last-slice layouts-differ many-images"
 ).split()
 
 
