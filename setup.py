@@ -25,6 +25,7 @@ COMPILE_FLAGS = [
     "-fno-trapping-math",
     "-fvisibility=hidden",
     "-Wall",
+    "-Wno-psabi",  # vectors are arguments of inlined functions only
     f"-DPy_LIMITED_API={PYTHON_ABI}",
     f"-DTORCH_TARGET_VERSION={TORCH_ABI}",
 ]

@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstdint>
+#include <type_traits>
 
-#include "resample.h"
+#include "norm_act.h"
 
 #ifdef __x86_64__
 #include <immintrin.h>

@@ -4,12 +4,12 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
 from . import replay
-from .ops.depthwise_weight_grad import depthwise_weight_grad
+from .fused_mbconv import Stage, can_run, run_stages
 from .replay import quiet
 
 # Given the number of channels; given nothing.
@@ -92,6 +92,10 @@ class MBConv(nn.Sequential):
             parts["drop_path"] = DropPath(drop_path)
         super().__init__(OrderedDict(parts))
 
+    def forward(self, x: Tensor) -> Tensor:
+        stages = _stages_of(self) if can_run(x) else None
+        return super().forward(x) if stages is None else run_stages(stages, x)
+
 
 class ConvNorm(nn.Sequential):
     """Convolution without bias → norm [→ activation]; sides are kept at stride 1."""
@@ -107,8 +111,7 @@ class ConvNorm(nn.Sequential):
         norm_layer: NormLayer = NORM_LAYER,
         act_layer: ActLayer | None = None,
     ) -> None:
-        is_pointwise = kernel_size == stride == groups == 1
-        conv = (PointwiseConv2d if is_pointwise else DepthwiseConv2d)(
+        conv = nn.Conv2d(
             in_channels,
             out_channels,
             kernel_size,
@@ -121,65 +124,6 @@ class ConvNorm(nn.Sequential):
         if act_layer is not None:
             parts["act"] = act_layer()
         super().__init__(OrderedDict(parts))
-
-
-class PointwiseConv2d(nn.Conv2d):
-    """A 1×1 convolution, on a CPU's channels_last maps a matrix product, which is faster there.
-
-    Forward and backward of 24 to 320 channels take 0.35 to 0.8 times as long on 2 threads of a
-    2-core Xeon, 0.7 to 1.15 on one (torch 2.12, batch 4, 2026-11-24).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cpu or x.stride(1) != 1:
-            return super().forward(x)
-        # Dense, as convolutions make it: how a product rounds depends on the strides, and exact
-        # mode needs the same bits of a stream's half as of a map of its own.
-        x = x.contiguous(memory_format=torch.channels_last)
-        pixels = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
-        return pixels.permute(0, 3, 1, 2)
-
-
-class DepthwiseConv2d(nn.Conv2d):
-    """A depthwise convolution; on CPUs its weights' gradient is `depthwise_weight_grad`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Of 3×3 kernels PyTorch's own gradient is as fast.
-        is_slow = self.kernel_size[0] > 3 and x.is_cpu and x.stride(1) == 1
-        if not is_slow or not self._is_trained_plainly():
-            return super().forward(x)
-        return _Depthwise.apply(x, self.weight, self.stride[0], self.padding[0])
-
-    def _is_trained_plainly(self) -> bool:
-        is_traced = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
-        return torch.is_grad_enabled() and self.weight.requires_grad and not is_traced
-
-
-class _Depthwise(torch.autograd.Function):
-    """F.conv2d(x, weight, None, stride, padding, groups=C) with our gradient of the weight."""
-
-    @staticmethod
-    def forward(ctx, x, weight, stride, padding):
-        ctx.save_for_backward(x, weight)
-        ctx.stride, ctx.padding = stride, padding
-        return F.conv2d(x, weight, None, stride, padding, groups=len(weight))
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        stride, padding = ctx.stride, ctx.padding
-        needs_x, needs_weight = ctx.needs_input_grad[:2]
-        is_ours = needs_weight and not torch.is_grad_enabled()  # PyTorch's differentiates again
-        sides = [stride] * 2, [padding] * 2, [1] * 2
-        mask = [needs_x, needs_weight and not is_ours, False]
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, *sides, False, [0, 0], len(weight), mask
-        )
-        if is_ours:
-            grad_weight = depthwise_weight_grad(
-                x, grad, kernel_size=weight.shape[-1], stride=stride, padding=padding
-            )
-        return grad_x, grad_weight, None, None
 
 
 class SqueezeExcite(nn.Module):
@@ -231,5 +175,76 @@ def _check_mbconv(kernel_size, stride, expand_ratio, se_ratio, drop_path) -> Non
             raise ValueError(f"MBConv: {name} must be {wanted}, got {value}")
 
 
-quiet.TYPES.update({MBConv, ConvNorm, PointwiseConv2d, DepthwiseConv2d, SqueezeExcite})
-quiet.TYPES.update({BatchNorm2d, DropPath})
+quiet.TYPES.update({MBConv, ConvNorm, SqueezeExcite, BatchNorm2d, DropPath})
+
+_ACTS = {
+    nn.Hardswish: "hardswish",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    nn.Identity: "identity",
+}
+
+
+def _stages_of(mbconv: MBConv) -> list[Stage] | None:
+    """What `fused_mbconv` runs, or None where modules must: others than ours, or watched ones."""
+    if nn_module._has_any_global_hook():
+        return None
+    stages: list[Stage] = []
+    for name, part in mbconv._modules.items():
+        if not _is_unwatched(part):
+            return None
+        if type(part) is ConvNorm:
+            stage = _conv_norm_stage(part)
+        elif type(part) is SqueezeExcite and name == "squeeze_excite":
+            stage = _squeezed(stages.pop(), part)
+        elif type(part) is DropPath and name == "drop_path":
+            rate = part.probability if part.training else 0.0
+            stage = stages.pop()._replace(drop_path=rate)
+        else:
+            return None
+        if stage is None:
+            return None
+        stages.append(stage)
+    return stages
+
+
+def _conv_norm_stage(part: ConvNorm) -> Stage | None:
+    conv, norm = part.conv, part.norm
+    act = part._modules.get("act")
+    is_known = (
+        len(part._modules) == 2 + (act is not None)
+        and type(conv) is nn.Conv2d
+        and type(norm) in (BatchNorm2d, nn.BatchNorm2d)
+        and (act is None or type(act) in _ACTS)
+        and all(_is_unwatched(inner) for inner in part._modules.values())
+        and conv.bias is None
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and norm.track_running_stats
+        and norm.momentum is not None
+    )
+    return Stage(conv, norm, "identity" if act is None else _ACTS[type(act)]) if is_known else None
+
+
+def _squeezed(stage: Stage, part: SqueezeExcite) -> Stage | None:
+    inner = part.reduce, part.act, part.expand
+    is_known = (
+        type(part.act) in _ACTS
+        and all(type(conv) is nn.Conv2d and conv.bias is not None for conv in inner[::2])
+        and all(_is_unwatched(module) for module in inner)
+    )
+    return (
+        stage._replace(squeeze=inner[::2], squeeze_act=_ACTS[type(part.act)]) if is_known else None
+    )
+
+
+def _is_unwatched(part: nn.Module) -> bool:
+    return not (
+        part._forward_hooks
+        or part._forward_pre_hooks
+        or part._backward_hooks
+        or part._backward_pre_hooks
+        or part._compiled_call_impl
+        or "forward" in part.__dict__
+    )

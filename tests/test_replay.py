@@ -3,6 +3,7 @@
 import numpy
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from chains import (
     LATTICE,
@@ -123,15 +124,15 @@ def test_no_generator_is_asked_unless_a_transform_draws(monkeypatch):
 
 
 @pytest.mark.parametrize("make", [transform, mbconv])
+@torch._dynamo.config.patch(recompile_limit=64)  # beyond it modules run as if not compiled
 def test_compiled_transforms(make):
     chain, twin = exact_pair(silos, 1, make)
-    for half in (chain[0].down, chain[0].up):
-        for key in half:
-            half[key] = torch.compile(half[key], backend="eager")
+    for silo in (chain[0], twin[0]):  # what is compiled need not have the bits of what is not
+        for half in (silo.down, silo.up):
+            for key in half:
+                half[key] = torch.compile(half[key], backend="eager")
     xs = streams(silos)
-    expected = gradients_of(twin, xs)
-    ours = {k.replace("._orig_mod", ""): v for k, v in gradients_of(chain, xs).items()}
-    assert_same_bits(ours, expected)
+    assert_same_bits(gradients_of(chain, xs), gradients_of(twin, xs))
 
 
 def test_user_blocks_repeat_by_submodule():

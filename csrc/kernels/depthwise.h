@@ -1,48 +1,24 @@
 // The weights' gradient of a depthwise convolution, in channels_last: lanes run over channels.
 
-constexpr int64_t LANES = DepthwiseJob<float>::LANES;
 constexpr int MOST_TAPS = 8; // sums that fit the registers beside what is loaded
-
-template <class Acc> struct LaneVector {
-  typedef Acc Type __attribute__((vector_size(LANES * sizeof(Acc))));
-};
-
-/// `lanes` channels from `pixel` on; zeros in the lanes behind them.
-template <class T>
-REVBIFPN_INLINE void load(const T *pixel, int64_t lanes,
-                          typename LaneVector<accumulator_t<T>>::Type &values) {
-  if (lanes == LANES) {
-    for (int64_t lane = 0; lane < LANES; ++lane)
-      values[lane] = widen(pixel[lane]);
-  } else {
-    values = values - values;
-    for (int64_t lane = 0; lane < lanes; ++lane)
-      values[lane] = widen(pixel[lane]);
-  }
-}
 
 /// sums[t] += over a row: grad[column] * x[column * stride + shift + t], where that is inside.
 template <int TAPS, class T, class Vector>
 REVBIFPN_INLINE void add_row(const DepthwiseJob<accumulator_t<T>> &job, const T *x, const T *grad,
                              int64_t shift, int64_t lanes, Vector *sums) {
   Vector row[TAPS] = {};
-  Vector gradient = {}, pixel = {};
   for (int64_t column = 0; column < job.grad.width; ++column) {
-    load(grad + column * job.grad.stride_w, lanes, gradient);
+    const Vector gradient = load_lanes(grad + column * job.grad.stride_w, lanes);
     const int64_t first = column * job.stride + shift;
     if (first >= 0 && first + TAPS <= job.x.width) {
 #pragma GCC unroll 8
-      for (int t = 0; t < TAPS; ++t) {
-        load(x + (first + t) * job.x.stride_w, lanes, pixel);
-        row[t] += gradient * pixel;
-      }
+      for (int t = 0; t < TAPS; ++t)
+        row[t] += gradient * load_lanes(x + (first + t) * job.x.stride_w, lanes);
     } else {
 #pragma GCC unroll 8
       for (int t = 0; t < TAPS; ++t)
-        if (first + t >= 0 && first + t < job.x.width) {
-          load(x + (first + t) * job.x.stride_w, lanes, pixel);
-          row[t] += gradient * pixel;
-        }
+        if (first + t >= 0 && first + t < job.x.width)
+          row[t] += gradient * load_lanes(x + (first + t) * job.x.stride_w, lanes);
     }
   }
   // Row by row, so that an error grows with the rows and columns, not with the pixels.
@@ -58,7 +34,7 @@ void depthwise_taps(const DepthwiseJob<accumulator_t<T>> &job, int64_t n, int64_
   const int64_t lanes = std::min(LANES, job.channels);
   const int64_t channel = std::min(block * LANES, job.channels - lanes);
   const int64_t first_lane = block * LANES - channel;
-  using Vector = typename LaneVector<accumulator_t<T>>::Type;
+  using Vector = lane_vector<accumulator_t<T>>;
   Vector sums[TAPS] = {};
   for (int64_t row = 0; row < job.grad.height; ++row) {
     const int64_t x_row = row * job.stride + kernel_row - job.padding;

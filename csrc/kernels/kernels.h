@@ -5,6 +5,7 @@
 namespace revbifpn::REVBIFPN_ISA {
 
 #include "elements.h"
+#include "lanes.h"
 #include "rows.h"
 #include "columns.h"
 
@@ -12,13 +13,24 @@ namespace revbifpn::REVBIFPN_ISA {
 #include "adjoint.h"
 #include "depthwise.h"
 
+#include "activations.h"
+#include "norm_act.h"
+
+#define REVBIFPN_INSTANTIATE_NORM(name, T)                                                         \
+  template void name<T>(const NormJob<accumulator_t<T>> &, int64_t, int64_t, double *);
 #define REVBIFPN_INSTANTIATE(T)                                                                    \
   template void add_units<T>(const AddJob<accumulator_t<T>> &, int64_t, int64_t,                   \
                              accumulator_t<T> *);                                                  \
   template void adjoint_units<T>(const AdjointJob<accumulator_t<T>> &, int64_t, int64_t,           \
                                  accumulator_t<T> *);                                              \
   template void depthwise_units<T>(const DepthwiseJob<accumulator_t<T>> &, int64_t, int64_t,       \
-                                   accumulator_t<T> *);
+                                   accumulator_t<T> *);                                            \
+  REVBIFPN_INSTANTIATE_NORM(statistics_units, T)                                                   \
+  REVBIFPN_INSTANTIATE_NORM(means_units, T)                                                        \
+  REVBIFPN_INSTANTIATE_NORM(norm_act_units, T)                                                     \
+  REVBIFPN_INSTANTIATE_NORM(plain_sums_units, T)                                                   \
+  REVBIFPN_INSTANTIATE_NORM(gated_sums_units, T)                                                   \
+  REVBIFPN_INSTANTIATE_NORM(norm_grad_units, T)
 REVBIFPN_INSTANTIATE(double)
 REVBIFPN_INSTANTIATE(float)
 REVBIFPN_INSTANTIATE(BFloat16)

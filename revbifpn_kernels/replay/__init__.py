@@ -7,8 +7,8 @@ modules held then (`held`), and must not move running statistics again (`observe
 on modules, and no generator is asked for its state unless a transform draws.
 """
 
-from .observe import call
+from .observe import call, recorder
 from .runs import Replay, Tracked, is_replaying, run
 from .step import Step
 
-__all__ = ["Replay", "Step", "Tracked", "call", "is_replaying", "run"]
+__all__ = ["Replay", "Step", "Tracked", "call", "is_replaying", "recorder", "run"]

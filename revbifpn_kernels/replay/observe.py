@@ -52,16 +52,22 @@ def call(func: Callable, *args, **kwargs):
     return observer.__torch_function__(func, (), args, kwargs)
 
 
-def observed(observer: TorchFunctionMode, module: nn.Module, x: tuple, parts: list[nn.Module]):
+def recorder() -> "First | Second | None":
+    """What a module that keeps its own numbers between its two runs hands them to."""
+    return getattr(_thread, "recorder", None)
+
+
+def observed(observer: "First | Second", module: nn.Module, x: tuple, parts: list[nn.Module]):
     """Run `module` under the observer; quiet modules need not be watched call by call."""
-    if getattr(observer, "stand_ins", None) or not is_quiet(parts):
-        with observer:
-            return module(*x)
-    _thread.observer = observer
+    _thread.recorder = observer
     try:
+        if getattr(observer, "stand_ins", None) or not is_quiet(parts):
+            with observer:
+                return module(*x)
+        _thread.observer = observer
         return module(*x)
     finally:
-        _thread.observer = None
+        _thread.observer = _thread.recorder = None
 
 
 class First(TorchFunctionMode):
@@ -71,6 +77,17 @@ class First(TorchFunctionMode):
         super().__init__()
         self.run = run
         self.counters = counters
+
+    def recall(self, kind: type) -> None:
+        """Nothing yet."""
+
+    def remember(self, event, moved: list[Tensor]) -> None:
+        """Keep `event` for the second run, which must not move the buffers `moved` again."""
+        self.run.events.append(event)
+        self.run.moved += moved
+
+    def used(self, parameter: Tensor | None) -> Tensor | None:
+        return parameter
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -102,6 +119,18 @@ class Second(TorchFunctionMode):
         self.run = run
         self.events = iter(run.events)
         self.stand_ins = stand_ins
+
+    def recall(self, kind: type):
+        """What the first run remembered there."""
+        self.run.is_checkpointed |= _is_checkpointed()
+        event = next(self.events, None)
+        if not isinstance(event, kind):
+            raise NotRepeatable("normalised a batch, which it did not do there in its first run")
+        return event
+
+    def used(self, parameter: Tensor | None) -> Tensor | None:
+        """What takes a parameter's place."""
+        return self.stand_ins.get(id(parameter), parameter)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -1,0 +1,51 @@
+// Vectors of 16 neighbours in memory: channels of a pixel, or pixels of a plane.
+
+constexpr int64_t LANES = 16;
+
+// Leaves a loop over all lanes to the vectoriser: unrolled before, it would convert one by one.
+#define REVBIFPN_LANES _Pragma("GCC unroll 1") for (int64_t lane = 0; lane < LANES; ++lane)
+
+template <class Acc> struct LaneVector {
+  typedef Acc Type __attribute__((vector_size(LANES * sizeof(Acc))));
+};
+template <class Acc> using lane_vector = typename LaneVector<Acc>::Type;
+
+/// The first `lanes` values; zeros in the lanes behind them.
+template <class T>
+REVBIFPN_INLINE lane_vector<accumulator_t<T>> load_lanes(const T *values, int64_t lanes = LANES) {
+  using Acc = accumulator_t<T>;
+  lane_vector<Acc> vector;
+  if (std::is_same_v<T, Acc> && lanes == LANES) {
+    __builtin_memcpy(&vector, values, sizeof(vector));
+    return vector;
+  }
+  Acc wide[LANES] = {};
+  if (lanes == LANES)
+    REVBIFPN_LANES wide[lane] = widen(values[lane]);
+  else
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      wide[lane] = widen(values[lane]);
+  __builtin_memcpy(&vector, wide, sizeof(vector));
+  return vector;
+}
+
+template <class T>
+REVBIFPN_INLINE void store_lanes(const lane_vector<accumulator_t<T>> &vector, T *values,
+                                 int64_t lanes = LANES) {
+  using Acc = accumulator_t<T>;
+  if (std::is_same_v<T, Acc> && lanes == LANES) {
+    __builtin_memcpy(values, &vector, sizeof(vector));
+    return;
+  }
+  Acc wide[LANES];
+  __builtin_memcpy(wide, &vector, sizeof(vector));
+  if (lanes == LANES)
+    REVBIFPN_LANES values[lane] = narrow<T>(wide[lane]);
+  else
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      values[lane] = narrow<T>(wide[lane]);
+}
+
+template <class Acc> REVBIFPN_INLINE lane_vector<Acc> broadcast(Acc value) {
+  return lane_vector<Acc>{} + value;
+}

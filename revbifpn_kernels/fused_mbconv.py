@@ -1,0 +1,356 @@
+"""MBConv as one autograd Function on the fused norms of `ops/norm_act.py`.
+
+A stage is a convolution, its norm, an activation and a gate, of squeeze-excite or of stochastic
+depth: u = conv(x), y = act(norm(u)) · gate. Its maps pass through memory once where modules take a
+pass each for norm, activation and gate. For a second run statistics and gates are kept, (C,) and
+(N, C) numbers, so that it neither reduces a batch nor asks squeeze-excite again.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from . import replay
+from .ops.depthwise_weight_grad import depthwise_weight_grad
+from .ops.launch import Geometry
+from .ops.norm_act import ACTIVATIONS, norm_act_reference, sums_dtype
+
+_ops = torch.ops.revbifpn
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# PyTorch's gradient of smaller depthwise kernels' weights is as fast as ours.
+SMALLEST_OWN_KERNEL = 5
+
+
+class Stage(NamedTuple):
+    """A convolution, its norm and what follows."""
+
+    conv: nn.Conv2d
+    norm: nn.BatchNorm2d
+    act: str
+    squeeze: tuple[nn.Conv2d, nn.Conv2d] | None = None  # of squeeze-excite
+    squeeze_act: str = "identity"
+    drop_path: float = 0.0
+
+    def parameters(self) -> list[Tensor | None]:
+        convs = self.squeeze or ()
+        own = [self.conv.weight, self.norm.weight, self.norm.bias]
+        return own + [p for conv in convs for p in (conv.weight, conv.bias)]
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether the norm takes its statistics from the batch."""
+        return self.norm.training or self.norm.running_mean is None
+
+    def moved(self) -> list[Tensor]:
+        """The buffers that a first run moves."""
+        buffers = self.norm._buffers.values() if self.norm.training else ()
+        return [buffer for buffer in buffers if buffer is not None]
+
+
+class Memory(NamedTuple):
+    """What the second run of a stage need not compute again."""
+
+    mean: Tensor  # (C,), as invstd
+    invstd: Tensor
+    gate: Tensor | None  # (N, C)
+    means: Tensor | None  # (N, C), what squeeze-excite saw
+
+
+class Memories(NamedTuple):
+    """Those of all stages."""
+
+    stages: list[Memory]
+
+    def tensors(self) -> Iterator[Tensor]:
+        return (t for memory in self.stages for t in memory if t is not None)
+
+
+class Maps(NamedTuple):
+    """What a stage's gradient needs: its input, and the convolution's result."""
+
+    x: Tensor
+    u: Tensor
+
+
+def can_run(x: Tensor) -> bool:
+    """Whether there are kernels for x, and nobody wants to see the operations one by one."""
+    return (
+        x.dim() == 4
+        and x.numel() > 0
+        and x.dtype in DTYPES
+        and (x.is_cpu or (x.is_cuda and x.dtype != torch.float64))
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def run_stages(stages: Sequence[Stage], x: Tensor) -> Tensor:
+    """The result of the stages one after the other, with a graph if one is wanted."""
+    recorder = replay.recorder()
+    known = None if recorder is None else recorder.recall(Memories)
+    parameters = [p for stage in stages for p in stage.parameters()]
+    if recorder is not None:
+        parameters = [recorder.used(p) for p in parameters]
+    device = x.device.type
+    with contextlib.ExitStack() as inside:
+        if recorder is not None:  # who watches calls need not see ours
+            inside.enter_context(torch._C.DisableTorchFunction())
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+            inside.enter_context(torch.autocast(device, enabled=False))
+        call = _Call(stages, known.stages if known else None)
+        wants_graph = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, *parameters)
+        )
+        y = _Stages.apply(call, x, *parameters) if wants_graph else call.forward(x, parameters)
+    if recorder is not None and known is None:
+        recorder.remember(Memories(call.memories), [b for s in stages for b in s.moved()])
+    return y
+
+
+class _Call:
+    """One run of stages."""
+
+    def __init__(self, stages: Sequence[Stage], known: list[Memory] | None) -> None:
+        self.stages = stages
+        self.is_second = known is not None
+        self.memories: list[Memory] = known or []
+        self.maps: list[Maps] = []
+
+    def split(self, parameters: Sequence[Tensor | None]) -> list[Sequence[Tensor | None]]:
+        """The parameters of each stage."""
+        parts, begin = [], 0
+        for stage in self.stages:
+            end = begin + (3 if stage.squeeze is None else 7)
+            parts.append(parameters[begin:end])
+            begin = end
+        return parts
+
+    def forward(self, x: Tensor, parameters: Sequence[Tensor | None]) -> Tensor:
+        for k, (stage, own) in enumerate(zip(self.stages, self.split(parameters), strict=True)):
+            weight, gamma, beta, *squeeze = own
+            u = _convolve(stage.conv, x, weight.to(x.dtype))
+            if not self.is_second:
+                self.memories.append(_measure(stage, u, gamma, beta, squeeze))
+            memory = self.memories[k]
+            self.maps.append(Maps(x, u))
+            x = _ops.norm_act(u, memory.mean, memory.invstd, gamma, beta, memory.gate, stage.act)
+        return x
+
+
+def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze) -> Memory:
+    """Statistics and gates of a first run; running statistics move."""
+    norm = stage.norm
+    if stage.is_batch:
+        if u.numel() == u.shape[1]:
+            raise ValueError(
+                f"MBConv: batch norm needs more than 1 value a channel in training, got maps of "
+                f"{tuple(u.shape)}"
+            )
+        running = (norm.running_mean, norm.running_var) if norm.training else (None, None)
+        counter = norm.num_batches_tracked if norm.training else None
+        statistics = _ops.batch_statistics(u, norm.eps, *running, counter, norm.momentum or 0.0)
+    else:
+        dtype = sums_dtype(u)
+        variance = norm.running_var.to(dtype)
+        mean = norm.running_mean.to(dtype, copy=True)  # it may move before the backward
+        statistics = mean, (variance + norm.eps).rsqrt()
+    gate = means = None
+    if stage.squeeze is not None:
+        means = _ops.norm_act_means(u, *statistics, gamma, beta, stage.act)
+        gate = _Squeeze(stage.squeeze_act, squeeze, means).gates
+    elif stage.drop_path > 0:
+        keep = 1.0 - stage.drop_path
+        mask = torch.empty(u.shape[0], 1, dtype=sums_dtype(u), device=u.device)
+        gate = mask.bernoulli_(keep).div_(keep).repeat(1, u.shape[1])
+    return Memory(*statistics, gate, means)
+
+
+class _Squeeze:
+    """Squeeze-excite's gates from the means, both (N, C)."""
+
+    def __init__(self, act: str, parameters: Sequence[Tensor], means: Tensor) -> None:
+        weights = (p.to(means.dtype) for p in parameters)
+        reduce, reduce_bias, expand, expand_bias = weights
+        self.act, self.means = act, means
+        self.reduce, self.expand = reduce.flatten(1), expand.flatten(1)
+        self.before = torch.addmm(reduce_bias, means, self.reduce.t())
+        self.hidden = ACTIVATIONS[act](self.before)
+        self.logits = torch.addmm(expand_bias, self.hidden, self.expand.t())
+        self.gates = F.hardsigmoid(self.logits)
+
+    def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The gradients of the means and of the parameters, flat."""
+        grad_logits = torch.ops.aten.hardsigmoid_backward(grad, self.logits)
+        grad_hidden = _act_backward(self.act, grad_logits @ self.expand, self.before)
+        parameters = [grad_hidden.t() @ self.means, grad_hidden.sum(0)]
+        parameters += [grad_logits.t() @ self.hidden, grad_logits.sum(0)]
+        return grad_hidden @ self.reduce, parameters
+
+
+def _act_backward(act: str, grad: Tensor, z: Tensor) -> Tensor:
+    if act == "hardswish":
+        return torch.ops.aten.hardswish_backward(grad, z)
+    if act == "silu":
+        return torch.ops.aten.silu_backward(grad, z)
+    return torch.ops.aten.threshold_backward(grad, z, 0) if act == "relu" else grad
+
+
+def _is_product(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether a 1×1 convolution is a matrix product of pixels: faster on a CPU's channels_last.
+
+    Forward and backward of 24 to 320 channels take 0.35 to 0.8 times as long on 2 threads of a
+    2-core Xeon, 0.7 to 1.15 on one (torch 2.12, batch 4, 2026-11-24).
+    """
+    is_pointwise = conv.kernel_size == conv.stride == (1, 1) and conv.groups == 1
+    return is_pointwise and x.is_cpu and Geometry.of(x).channels_last
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """(N·H·W, C) of dense channels_last maps."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
+    if not _is_product(conv, x):
+        return F.conv2d(x, weight, None, conv.stride, conv.padding, groups=conv.groups)
+    # Dense, as convolutions make it: how a product rounds depends on the strides, and exact mode
+    # needs the same bits of a stream's half as of a map of its own.
+    x = x.contiguous(memory_format=torch.channels_last)
+    n, _, h, w = x.shape
+    y = torch.mm(_pixels(x), weight.flatten(1).t())
+    return y.view(n, h, w, len(weight)).permute(0, 3, 1, 2)
+
+
+def _convolve_backward(
+    conv: nn.Conv2d, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and weight."""
+    needs_x, needs_weight = needs
+    kernel = conv.kernel_size[0]
+    if _is_product(conv, x):
+        flat, (n, _, h, w) = _pixels(grad), x.shape
+        grad_x = torch.mm(flat, weight.flatten(1)).view(n, h, w, -1).permute(0, 3, 1, 2)
+        pixels = _pixels(x.contiguous(memory_format=torch.channels_last))
+        return grad_x, torch.mm(flat.t(), pixels).view_as(weight) if needs_weight else None
+    is_own = (
+        needs_weight
+        and x.is_cpu
+        and x.stride(1) == 1
+        and conv.groups == x.shape[1] == len(weight)
+        and kernel >= SMALLEST_OWN_KERNEL
+    )
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0],
+        conv.groups, [needs_x, needs_weight and not is_own, False],
+    )  # fmt: skip
+    if is_own:
+        sizes = {"stride": conv.stride[0], "padding": conv.padding[0]}
+        grad_weight = depthwise_weight_grad(x, grad, kernel_size=kernel, **sizes)
+    return grad_x, grad_weight
+
+
+def _like(grad: Tensor, maps: Tensor) -> Tensor:
+    """`grad` in the memory format and dtype of `maps`, which the kernels walk together."""
+    if grad.stride() == maps.stride() and grad.dtype == maps.dtype:
+        return grad
+    return torch.empty_like(maps).copy_(grad)
+
+
+class _Stages(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call: _Call, x: Tensor, *parameters: Tensor | None):
+        y = call.forward(x, parameters)
+        maps = [t for pair in call.maps for t in pair]
+        ctx.save_for_backward(*parameters, *maps)
+        call.maps.clear()
+        ctx.call = call
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        call, needs = ctx.call, ctx.needs_input_grad[1:]
+        saved, count = ctx.saved_tensors, len(needs) - 1
+        parameters, maps = saved[:count], saved[count:]
+        if torch.is_grad_enabled():
+            return None, *_differentiable(call, (maps[0], *parameters), grad, needs)
+        parts = list(zip(call.stages, call.split(parameters), call.split(needs[1:]), strict=True))
+        grads: list[Tensor | None] = []
+        with torch.autocast(grad.device.type, enabled=False):
+            for k in reversed(range(len(parts))):
+                stage, own, wanted = parts[k]
+                is_needed = k > 0 or needs[0], wanted[0]
+                grad, own_grads = _stage_backward(
+                    stage, grad, Maps(*maps[2 * k : 2 * k + 2]), call.memories[k], own, is_needed
+                )
+                grads = own_grads + grads
+        grads = [g if need else None for g, need in zip(grads, needs[1:], strict=True)]
+        return None, grad if needs[0] else None, *grads
+
+
+def _stage_backward(
+    stage: Stage,
+    grad: Tensor,
+    maps: Maps,
+    memory: Memory,
+    parameters: Sequence[Tensor | None],
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradients of a stage's input and of its parameters."""
+    weight, gamma, beta, *squeeze = parameters
+    norm = memory.mean, memory.invstd, gamma, beta
+    grad = _like(grad, maps.u)
+    sums = _ops.norm_act_sums(grad, maps.u, *norm, stage.act, stage.squeeze is not None)
+    grad_means, squeeze_grads = None, []
+    if stage.squeeze is not None:
+        excited = _Squeeze(stage.squeeze_act, squeeze, memory.means)
+        grad_means, squeeze_grads = excited.backward(sums[4])
+    grad_u, grad_gamma, grad_beta = _ops.norm_act_grad(
+        grad, maps.u, *norm, memory.gate, grad_means, sums, stage.act, stage.is_batch
+    )
+    grad_x, grad_weight = _convolve_backward(
+        stage.conv, grad_u, maps.x, weight.to(maps.x.dtype), needs
+    )
+    grads = [grad_weight, grad_gamma, grad_beta, *squeeze_grads]
+    return grad_x, [
+        None if g is None or p is None else g.view_as(p).to(p.dtype)
+        for g, p in zip(grads, parameters, strict=True)
+    ]
+
+
+def _differentiable(
+    call: _Call, inputs: Sequence[Tensor | None], grad: Tensor, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients as a graph of PyTorch's operations, which can be differentiated again."""
+    y, *parameters = inputs
+    parts = zip(call.stages, call.split(parameters), call.memories, strict=True)
+    for stage, own, memory in parts:
+        y = _composed(stage, y, own, memory)
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return [next(found) if need else None for need in needs]
+
+
+def _composed(stage: Stage, x: Tensor, parameters, memory: Memory) -> Tensor:
+    """A stage of PyTorch's operations."""
+    weight, gamma, beta, *squeeze = parameters
+    conv, (mean, invstd, gate, _) = stage.conv, memory
+    u = F.conv2d(x, weight.to(x.dtype), None, conv.stride, conv.padding, groups=conv.groups)
+    if stage.is_batch:
+        variance, mean = torch.var_mean(u.to(mean.dtype), (0, 2, 3), correction=0)
+        invstd = (variance + stage.norm.eps).rsqrt()
+    y = norm_act_reference(u, mean, invstd, gamma, beta, None, stage.act)
+    if squeeze:
+        reduce, reduce_bias, expand, expand_bias = squeeze
+        means = y.to(mean.dtype).mean((2, 3))
+        hidden = F.linear(means, reduce.flatten(1), reduce_bias)
+        logits = F.linear(ACTIVATIONS[stage.squeeze_act](hidden), expand.flatten(1), expand_bias)
+        gate = F.hardtanh(logits / 6 + 0.5, 0.0, 1.0)  # hardsigmoid has no second derivative
+    return y if gate is None else y * gate[:, :, None, None].to(y.dtype)
