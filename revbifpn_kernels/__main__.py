@@ -9,7 +9,6 @@ import torch
 
 from . import SIZES, __version__, create_model, macs, training_memory
 
-OPS = ("resample_add", "resample_add_", "resample_add_out", "resample_adjoint", "resample_undo")
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 MIB = 2**20
 
@@ -38,13 +37,18 @@ def print_devices() -> None:
 
 
 def print_backends() -> None:
-    for op in OPS:
-        found = [
-            f"{backend} ({key})"
-            for key, backend in (("CPU", "C++"), ("CUDA", "Triton"))
-            if torch._C._dispatch_has_kernel_for_dispatch_key(f"revbifpn::{op}", key)
-        ]
-        print(f"  {op:20}{', '.join(found)}")
+    """Every operator that the library has registered, and what runs it on each device."""
+    for op in sorted(torch._C._dispatch_get_all_op_names()):
+        if op.startswith("revbifpn::"):
+            kernels = (
+                f"{backend if _has_kernel(op, device) else 'no kernel'} ({device})"
+                for device, backend in (("CPU", "C++"), ("CUDA", "Triton"))
+            )
+            print(f"  {op.removeprefix('revbifpn::'):24}{', '.join(kernels)}")
+
+
+def _has_kernel(op: str, device: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op, device)
 
 
 def print_models(names: list[str], side: int | None, dtype: str, reversible: bool) -> None:

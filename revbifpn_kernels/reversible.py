@@ -256,8 +256,8 @@ def compute_of(block: Reversible) -> Callable:
 def _wants_graph(chain: nn.Module) -> bool:
     """Whether blocks keep a graph of their own: not inside a transform, which is recomputed."""
     is_replica = getattr(chain, "_is_replica", False)  # DataParallel's hide their parameters
-    can_keep = torch.is_grad_enabled() and not torch.compiler.is_exporting()
-    return can_keep and not is_replica and not is_replaying()
+    is_recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return torch.is_grad_enabled() and not (is_replica or is_recorded or is_replaying())
 
 
 def _enter(chain: nn.Module, xs: Streams, lattice: float | None) -> Streams:

@@ -1,6 +1,7 @@
 """Files of weights: the authors' and ours, and files that are none."""
 
 import pickle
+import traceback
 
 import golden
 import pytest
@@ -8,6 +9,7 @@ import torch
 from tiny import tiny
 
 from revbifpn_kernels import create_model, load_official, revbifpn_s0, to_official
+from revbifpn_kernels.models import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +31,13 @@ def test_there_and_back_without_a_copy(official):
     assert back["head.fc.weight"] is net.classifier.weight
 
 
-@pytest.mark.parametrize("suffix", [".pth.tar", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".pth.tar", ".safetensors", ".SAFETENSORS"])
 @pytest.mark.parametrize("names", ["official", "ours"])
 def test_files(official, tmp_path, suffix, names):
     source = revbifpn_s0()
     weights = official if names == "official" else source.state_dict()
     path = tmp_path / f"revbifpn_s0{suffix}"
-    if suffix == ".safetensors":
+    if suffix.lower() == ".safetensors":
         save_file = pytest.importorskip("safetensors.torch", reason="an extra").save_file
         save_file(dict(weights), path)
     else:
@@ -45,10 +47,15 @@ def test_files(official, tmp_path, suffix, names):
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
 
 
-def test_nested_as_training_scripts_save_it(official, tmp_path):
-    torch.save({"state_dict": official, "epoch": 3}, tmp_path / "last.pth")
-    net = revbifpn_s0(checkpoint=str(tmp_path / "last.pth"))
-    assert torch.equal(net.classifier.bias, official["head.fc.bias"])
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.module."])
+def test_as_training_scripts_save_it(official, tmp_path, key, wrapper):
+    saved = {key: {wrapper + name: tensor for name, tensor in official.items()}, "epoch": 3}
+    torch.save(saved, tmp_path / "last.pth")
+    net = revbifpn_s0()
+    load_official(net, saved)
+    for loaded in (net, revbifpn_s0(checkpoint=str(tmp_path / "last.pth"))):
+        assert torch.equal(loaded.classifier.bias, official["head.fc.bias"])
 
 
 def test_backbones_take_what_they_have(official):
@@ -62,12 +69,80 @@ def test_backbones_take_what_they_have(official):
 def test_other_classes_keep_their_classifier(official):
     net = revbifpn_s0(num_classes=5)
     before = net.classifier.weight.clone()
-    with pytest.warns(UserWarning, match="1000 classes and the model 5"):
+    with pytest.warns(UserWarning, match="1000 classes and the model 5") as warned:
         load_official(net, official)
+    assert warned[0].filename == __file__
     assert torch.equal(net.classifier.weight, before)
     assert torch.equal(
         to_official(net)["head.final_conv.norm.bias"], official["head.final_conv.norm.bias"]
     )
+
+
+@pytest.mark.parametrize("names", ["official", "ours"])
+def test_a_classifier_that_was_taken_out_is_passed_over(official, names):
+    net, source = revbifpn_s0(), revbifpn_s0()
+    net.reset_classifier(0)
+    load_official(source, official)
+    weights = official if names == "official" else source.state_dict()
+    checkpoints.fitting("test", net, weights, pytest.fail)
+    load_official(net, official)
+    assert torch.equal(net.head.final.norm.bias, source.head.final.norm.bias)
+
+
+def test_warnings_name_the_callers_file(official, tmp_path):
+    torch.save(official, tmp_path / "s0.pth")
+    with pytest.warns(UserWarning, match="keeps its initialisation") as warned:
+        revbifpn_s0(num_classes=5, checkpoint=tmp_path / "s0.pth")
+    assert warned[0].filename == __file__
+
+
+@pytest.mark.parametrize("classes", [1000, 5])
+@pytest.mark.parametrize(
+    "damage",
+    [{"head.fc.bias": torch.zeros(7)}, {"head.fc.bias": None}, {"head.fc.weight": None}],
+    ids=["seven", "no-bias", "no-weight"],
+)
+def test_damaged_classifiers(official, classes, damage):
+    weights = {n: w for n, w in (official | damage).items() if w is not None}
+    net = revbifpn_s0(num_classes=classes)
+    before = state(net)
+    with pytest.raises(ValueError, match="not of this model: it .*classifier"):
+        load_official(net, weights)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda w: w.numpy(), "must hold tensors by name"),
+        (lambda w: None, "must hold tensors by name"),
+        (lambda w: w.to_sparse(), "another kind.*floating-point, got torch.sparse_coo"),
+        (lambda w: w.to("meta"), "another kind.*got meta"),
+        (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "got quantized"),
+        (lambda w: w.to(torch.complex64), "got complex"),
+        (lambda w: w.to(torch.int8), "expected floating-point, got integer"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor|.*deprecated")
+def test_tensors_that_are_none(official, spoil, message):
+    name = "head.fc.weight"
+    net = revbifpn_s0()
+    before = state(net)
+    with pytest.raises(ValueError, match=f"load_official: .*{message}"):
+        load_official(net, official | {name: spoil(official[name])})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_sources_that_are_none(official):
+    for source in ([1], 5, {**official, 5: torch.zeros(1)}):
+        with pytest.raises(ValueError, match="the checkpoint must hold tensors by name, got"):
+            load_official(revbifpn_s0(), source)
+    with torch.device("meta"):
+        net = revbifpn_s0()
+    with pytest.raises(ValueError, match="model must hold memory, got one on the meta device"):
+        load_official(net, official)
+    with pytest.raises(TypeError, match="checkpoint must be a path or None, got int"):
+        revbifpn_s0(checkpoint=5)
 
 
 def test_frozen_norms_take_the_same_weights(official):
@@ -102,12 +177,14 @@ def damaged(official, path, kind):
         path.write_bytes(path.read_bytes()[:-5000])
     elif kind == "malicious":
         path.write_bytes(pickle.dumps({"rev_stack.1": Malicious()}))
+    elif kind == "empty":
+        path.write_bytes(b"")
     elif kind == "text":
         path.write_text("accuracy,1.0\n")
     elif kind == "list":
         torch.save([torch.zeros(3)], path)
     elif kind == "training state":
-        torch.save({"epoch": 3, "model": official}, path)
+        torch.save({"epoch": 3, "weights": official}, path)
     elif kind == "incomplete":
         torch.save(dict(list(official.items())[:-1]), path)
     elif kind == "more":
@@ -119,9 +196,10 @@ def damaged(official, path, kind):
     [
         ("truncated", "is damaged or no checkpoint"),
         ("malicious", "nothing of it was executed"),
+        ("empty", "is damaged or no checkpoint"),
         ("text", "no checkpoint"),
         ("list", "must hold tensors by name, got list"),
-        ("training state", "must hold tensors by name, got dict of epoch, model"),
+        ("training state", "must hold tensors by name, got dict of epoch, weights"),
         ("incomplete", "lacks 1 of 1874 tensors"),
         ("more", "has 1 that the model lacks, such as rev_stack.1.more"),
     ],
@@ -134,8 +212,9 @@ def test_files_that_are_no_checkpoint(official, tmp_path, kind, message):
     with pytest.raises(ValueError, match=f"load_official: .*{message}"):
         load_official(net, path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         revbifpn_s0(checkpoint=path)
+    assert "Re-running" not in "".join(traceback.format_exception(raised.value))  # unsafely
 
 
 @pytest.mark.parametrize("size", ["revbifpn_s1", "revbifpn_s3"])
@@ -149,9 +228,19 @@ def test_checkpoints_of_another_size(size):
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
+def test_other_kernels_are_no_other_size(official):
+    with pytest.raises(ValueError, match="another shape") as raised:
+        load_official(revbifpn_s0(kernels=(3, 3, 3, 3)), official)
+    assert "looks like" not in str(raised.value)
+
+
 def test_names_that_are_not_the_authors(tmp_path):
     net = tiny()
     with pytest.raises(ValueError, match="expected the authors' names.*got body.0"):
         load_official(net, net.state_dict())
-    with pytest.raises(FileNotFoundError, match="load_checkpoint: there is no file"):
-        create_model("revbifpn_s0", checkpoint=tmp_path / "none.pth")
+    for path, message in (
+        (tmp_path / "none.pth", "none.pth does not exist"),
+        (tmp_path, "is a dir"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"load_checkpoint: .*{message}"):
+            create_model("revbifpn_s0", checkpoint=path)

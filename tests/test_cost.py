@@ -9,7 +9,7 @@ from tiny import tiny
 
 from benchmarks.memory import held_and_peak
 from revbifpn_kernels import create_model, macs, revbifpn_s0, training_memory
-from revbifpn_kernels.__main__ import main
+from revbifpn_kernels.__main__ import main, print_backends
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MIB = 2**20
@@ -68,6 +68,37 @@ def test_counting_leaves_the_model_alone():
     training_memory(net, (2, 3, 64, 64), autocast=torch.bfloat16)
     assert net.training and all(p.grad is None for p in net.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_counting_calls_no_hooks_of_users():
+    net, calls = tiny(), []
+    for module in net.modules():
+        module.register_forward_hook(lambda module, args, output: calls.append(output))
+    macs(net, 64)
+    training_memory(net, (2, 3, 64, 64))
+    assert not calls
+
+
+@pytest.mark.parametrize("side", [0, 31, 64.0, True])
+def test_sides_that_no_model_takes(side):
+    with pytest.raises(ValueError, match=f"macs: side must be a whole number .* got {side}"):
+        macs(tiny(), side)
+
+
+def test_a_frozen_model_holds_nothing():
+    assert training_memory(tiny().requires_grad_(False), (2, 3, 64, 64)).held < MIB
+
+
+def test_info_shows_every_operator_and_device(capsys, monkeypatch):
+    names = ["aten::add", "revbifpn::resample_add", "revbifpn::new"]
+    monkeypatch.setattr(torch._C, "_dispatch_get_all_op_names", lambda: names)
+    monkeypatch.setattr(
+        torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: key == "CPU"
+    )
+    print_backends()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    kernels = "C++ (CPU), no kernel (CUDA)".split()
+    assert lines == [["new", *kernels], ["resample_add", *kernels]]
 
 
 def test_info(capsys):

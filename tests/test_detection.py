@@ -56,7 +56,7 @@ def test_detectors(make):
 
 @pytest.mark.parametrize("side", [(64, 96), (97, 131), (33, 50)])
 def test_maps_of_images_of_any_size(side):
-    maps = backbone(levels=(1, 2, 3), extra=2).eval()(torch.randn(1, 3, *side))
+    maps = backbone(levels=iter((1, 2, 3)), extra=2).eval()(torch.randn(1, 3, *side))
     assert list(maps) == ["0", "1", "2", "pool", "pool1"]
     for stride, x in zip((8, 16, 32, 64, 128), maps.values(), strict=True):
         assert x.shape == (1, 16, -(-side[0] // stride), -(-side[1] // stride))

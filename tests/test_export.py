@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import TWO_LEVELS, tiny
+from torch.export import Dim
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -20,17 +21,33 @@ def test_export(num_classes, no_grad):
         torch.testing.assert_close(exported(image), expected)
 
 
-def test_export_with_dynamic_sizes():
+@pytest.mark.parametrize("is_bounded", [False, True])
+def test_export_with_dynamic_sizes(is_bounded):
     net = tiny(**TWO_LEVELS).eval()
-    sizes = {
-        "image": {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
-    }
-    program = torch.export.export(net, (torch.randn(2, 3, 64, 96),), dynamic_shapes=sizes)
+    sides = [Dim(name, min=32, max=512) for name in "hw"] if is_bounded else [Dim.AUTO, Dim.AUTO]
+    program = torch.export.export(
+        net,
+        (torch.randn(2, 3, 64, 96),),
+        dynamic_shapes={"image": {0: Dim.AUTO, 2: sides[0], 3: sides[1]}},
+        # Whether a level is smaller than the one before, bounds alone do not prove to PyTorch.
+        prefer_deferred_runtime_asserts_over_guards=is_bounded,
+    )
     exported = program.module()
-    for shape in ((1, 3, 128, 64), (3, 3, 96, 224)):
+    for shape in ((1, 3, 128, 64), (3, 3, 96, 224), (2, 3, 97, 131)):
         image = torch.randn(shape)
         with torch.no_grad():
             torch.testing.assert_close(exported(image), net(image))
+
+
+@pytest.mark.parametrize("no_grad", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_tracing(no_grad):
+    net = tiny(**TWO_LEVELS).eval()
+    image = torch.randn(2, 3, 64, 96)
+    with torch.set_grad_enabled(not no_grad):  # PyTorch's own check compares with and without
+        traced = torch.jit.trace(net, (image,), check_trace=no_grad)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(image), net(image), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_classes": 0, "lattice": 2.0**-12}])

@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("timm", reason="an extra")
 import timm
+from timm.models import group_parameters
 
 from revbifpn_kernels import revbifpn_s0, to_official
 
@@ -35,6 +36,20 @@ def test_features_and_head():
     assert net(image).shape == (1, 5)
 
 
+def test_without_pooling():
+    net = timm.create_model(NAME, num_classes=0, global_pool="").eval()
+    image = torch.randn(1, 3, 64, 64)
+    assert torch.equal(net(image), net.forward_features(image))
+    net.reset_classifier(0, "avg")
+    assert net(image).shape == (1, net.num_features)
+    for classes, pool in ((5, ""), (5, "max"), (0, "max")):
+        with pytest.raises(ValueError, match=f"global_pool must be 'avg', .*got '{pool}'"):
+            net.reset_classifier(classes, pool)
+        with pytest.raises(ValueError, match=f"global_pool must be 'avg', .*got '{pool}'"):
+            timm.create_model(NAME, num_classes=classes, global_pool=pool)
+    assert net.num_classes == 0
+
+
 @pytest.mark.parametrize("indices", [(1, 3), (0,), 2])
 def test_features_only(indices):
     net = timm.create_model(NAME, features_only=True, out_indices=indices).eval()
@@ -45,22 +60,53 @@ def test_features_only(indices):
     assert widths == {(1, 3): [64, 320], (0,): [48], 2: [128, 320]}[indices]
 
 
+@pytest.mark.parametrize("feature_cls", ["hook", "list", "dict", "fx"])
+def test_features_by_taking_layers_out(feature_cls):
+    with pytest.raises(ValueError, match=f"feature_cls must be 'getter', got '{feature_cls}'"):
+        timm.create_model(NAME, features_only=True, feature_cls=feature_cls)
+
+
 def test_intermediates():
     net = timm.create_model(NAME, num_classes=3).eval()
     image = torch.randn(1, 3, 64, 64)
     last, maps = net.forward_intermediates(image, indices=[0, 2])
     assert torch.equal(last, net.forward_features(image))
-    assert all(torch.equal(m, net.pyramid(image)[k]) for m, k in zip(maps, (0, 2), strict=True))
+    pyramid = net.pyramid(image)
+    assert all(torch.equal(m, pyramid[k]) for m, k in zip(maps, (0, 2), strict=True))
+    last, _ = net.forward_intermediates(image, stop_early=True)
+    assert torch.equal(last, pyramid[-1])
+    assert net.prune_intermediate_layers([0, 2]) == [0, 2]
+    assert net.num_classes == 0 and not net.state_dict().keys() & {"classifier.weight"}
+    assert len(net(image)) == 4
 
 
-def test_official_files(tmp_path):
-    source = revbifpn_s0()
-    path = str(tmp_path / "official.pth")
-    torch.save({name: t.detach() for name, t in to_official(source).items()}, path)
+@pytest.mark.parametrize("coarse, blocks", [(False, 15), (True, 5)])
+def test_groups_of_parameters(coarse, blocks):
+    net = timm.create_model(NAME)
+    groups = group_parameters(net, net.group_matcher(coarse=coarse))
+    parts = [{name.split(".")[0] for name in names} for names in groups.values()]
+    assert parts == [{"body"}] * blocks + [{"neck"}, {"head"}, {"classifier"}]
+    assert {name for names in groups.values() for name in names} == {
+        n for n, _ in net.named_parameters()
+    }
+
+
+@pytest.fixture(scope="module")
+def source():
+    return revbifpn_s0().eval()
+
+
+@pytest.fixture(scope="module")
+def path(source, tmp_path_factory):
+    path = tmp_path_factory.mktemp("official") / "official.pth"
+    torch.save({name: tensor.detach() for name, tensor in to_official(source).items()}, path)
+    return str(path)
+
+
+def test_official_files(source, path):
     image = torch.randn(1, 3, 64, 64)
-    expected = source.eval()(image)
     net = timm.create_model(NAME, checkpoint_path=path).eval()
-    assert torch.equal(net(image), expected)
+    assert torch.equal(net(image), source(image))
     overlay = {"file": path}
     net = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=7)
     assert torch.equal(net.head.final.conv.weight, source.head.final.conv.weight)
@@ -68,6 +114,28 @@ def test_official_files(tmp_path):
         NAME, pretrained=True, pretrained_cfg_overlay=overlay, features_only=True
     ).eval()
     assert all(torch.equal(a, b) for a, b in zip(net(image), source.pyramid(image), strict=True))
+
+
+def test_official_files_without_a_classifier_and_in_a_wrapper(source, path):
+    net = timm.create_model(NAME, checkpoint_path=path, num_classes=0)
+    assert torch.equal(net.head.final.norm.bias, source.head.final.norm.bias)
+    backbone = timm.create_model(NAME, features_only=True)
+    backbone.load_state_dict({f"model.{n}": w for n, w in torch.load(path).items()})
+    name = "body.14.up.3_0.project.conv.weight"
+    assert torch.equal(backbone.model.state_dict()[name], source.state_dict()[name])
+
+
+@pytest.mark.parametrize("num_classes", [1000, 7])
+@pytest.mark.parametrize("kind", ["half", "foreign"])
+def test_incomplete_files(path, tmp_path, kind, num_classes):
+    weights = torch.load(path)
+    weights = dict(list(weights.items())[::2]) if kind == "half" else {"foo": torch.zeros(1)}
+    torch.save(weights, tmp_path / "some.pth")
+    overlay = {"file": str(tmp_path / "some.pth")}
+    with pytest.raises(ValueError, match="revbifpn_s0: the checkpoint is not of this model"):
+        timm.create_model(
+            NAME, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes
+        )
 
 
 def test_gradient_checkpointing_is_the_engine():
@@ -81,6 +149,31 @@ def test_gradient_checkpointing_is_the_engine():
 def test_registered_whichever_is_imported_first(first):
     second = {"revbifpn_kernels": "timm", "timm": "revbifpn_kernels"}[first]
     code = f"import {first}, {second}, timm; assert timm.is_model('{NAME}')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_registered_after_somebody_asked_whether_timm_is_installed():
+    code = (
+        "import importlib.util, revbifpn_kernels\n"
+        "assert importlib.util.find_spec('timm') and importlib.util.find_spec('timm')\n"
+        f"import timm; assert timm.is_model('{NAME}')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("first", ["revbifpn_kernels", "timm"])
+def test_an_old_timm_costs_its_own_models_only(first, tmp_path):
+    (tmp_path / "timm.py").write_text("__version__ = '0.4.12'")
+    second = {"revbifpn_kernels": "timm", "timm": "revbifpn_kernels"}[first]
+    code = (
+        f"import sys; sys.path[:0] = {[str(tmp_path), *sys.path]}\n"
+        "import warnings; warnings.simplefilter('error')\n"
+        f"import {first}\n"
+        "with warnings.catch_warnings(record=True) as warned:\n"
+        "    warnings.simplefilter('always')\n"
+        f"    import {second}\n"
+        "assert 'must be >= 1.0.3, got 0.4.12' in str(warned[-1].message)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

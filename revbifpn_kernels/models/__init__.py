@@ -1,5 +1,6 @@
 """RevBiFPN S0–S6: sizes, the network, the published checkpoints, adapters."""
 
+from .checkpoints import load_official
 from .cost import macs, training_memory
 from .create import (
     create_model,
@@ -12,7 +13,7 @@ from .create import (
     revbifpn_s6,
 )
 from .detection import DetectionBackbone
-from .official import load_official, to_official
+from .official import to_official
 from .registration import register_with_timm
 from .revbifpn import RevBiFPN
 from .sizes import SIZES, Config

@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..mbconv import SqueezeExcite
 from ..silo import RevSilo
+from .checks import whole
 from .revbifpn import RevBiFPN
+from .sizes import MIN_SIDE
 
 
 class Macs(NamedTuple):
@@ -52,7 +54,7 @@ class Memory(NamedTuple):
 
 def macs(model: RevBiFPN, side: int | None = None) -> Macs:
     """Count the operations on one image of `side` pixels (`config.resolution` unless given)."""
-    side = side or model.config.resolution
+    side = model.config.resolution if side is None else whole("macs", "side", side, MIN_SIDE)
     counts = dict.fromkeys(Macs._fields, 0)
     with FakeTensorMode() as fakes, torch.no_grad():
         twin = _fake(model, fakes).eval()
@@ -101,16 +103,20 @@ def training_memory(
             loss = sum(y.sum() for y in tree_leaves(outputs))
             del outputs
             held = allocations.now
-            loss.backward()
+            if loss.requires_grad:  # not that of a frozen model
+                loss.backward()
     return Memory(held, allocations.peak)
 
 
 def _fake(model: RevBiFPN, fakes: FakeTensorMode) -> RevBiFPN:
-    """A copy on fake tensors of a CPU."""
+    """A copy on fake tensors of a CPU, without forward hooks: those of users only watch."""
     tensors = (*model.parameters(), *model.buffers())
     with fakes:
         memo = {id(t): _like(t) for t in tensors}
-    return copy.deepcopy(model, memo)
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        module._forward_hooks.clear()  # those before forward stay: pruning makes weights there
+    return twin
 
 
 def _like(tensor: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from .official import load_checkpoint
+from .checkpoints import load_checkpoint
 from .revbifpn import RevBiFPN
 from .sizes import FIELDS, SIZES, Config
 
@@ -13,16 +14,18 @@ from .sizes import FIELDS, SIZES, Config
 def create_model(
     name: str,
     num_classes: int = 1000,
+    *,
     neck: bool = True,
     reversible: bool = True,
     checkpoint: str | Path | None = None,
-    **overrides,
+    **overrides: Any,
 ) -> RevBiFPN:
     """Return a RevBiFPN of a published size.
 
     Args:
         name: "revbifpn_s0" … "revbifpn_s6".
-        num_classes: 0 for a backbone, whose forward returns the pyramid.
+        num_classes: 0 for a backbone, whose forward returns the pyramid, a list of maps. (Made by
+            timm, a model with 0 classes keeps its head and returns the pooled features.)
         neck: False leaves out the neck: the pyramid is the streams of the body.
         reversible: False trains under plain autograd.
         checkpoint: A file of weights, ours or the authors', `torch.save`d or safetensors. A
@@ -32,7 +35,11 @@ def create_model(
     Raises:
         ValueError: The name or an override is unknown, a value is out of range, or the checkpoint
             is not of this model.
+        TypeError: `checkpoint` is no path.
     """
+    if not isinstance(checkpoint, str | Path | None):
+        got = type(checkpoint).__name__
+        raise TypeError(f"create_model: checkpoint must be a path or None, got {got}")
     config = config_of(name, num_classes, neck, overrides)
     model = RevBiFPN(config, reversible=reversible)
     if checkpoint is not None:
@@ -40,9 +47,9 @@ def create_model(
     return model
 
 
-def config_of(name: str, num_classes: int, neck: bool, overrides: Mapping) -> Config:
+def config_of(name: str, num_classes: int, neck: bool, overrides: Mapping[str, Any]) -> Config:
     """The configuration of a published size with changes; unknown names raise."""
-    if name not in SIZES:
+    if not isinstance(name, str) or name not in SIZES:
         raise ValueError(f"create_model: no model is called {name!r}{_nearest(name, SIZES)}")
     for override in overrides:
         if override not in FIELDS:
@@ -57,36 +64,36 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else f"; expected one of {known}"
 
 
-def revbifpn_s0(num_classes=1000, neck=True, reversible=True, checkpoint=None, **overrides):
+def revbifpn_s0(num_classes: int = 1000, **options: Any) -> RevBiFPN:
     """RevBiFPN-S0: 3.4 M parameters, 0.31 G MACs at 224 pixels; arguments of `create_model`."""
-    return create_model("revbifpn_s0", num_classes, neck, reversible, checkpoint, **overrides)
+    return create_model("revbifpn_s0", num_classes, **options)
 
 
-def revbifpn_s1(num_classes=1000, neck=True, reversible=True, checkpoint=None, **overrides):
+def revbifpn_s1(num_classes: int = 1000, **options: Any) -> RevBiFPN:
     """RevBiFPN-S1: 5.1 M parameters, 0.62 G MACs at 256 pixels; arguments of `create_model`."""
-    return create_model("revbifpn_s1", num_classes, neck, reversible, checkpoint, **overrides)
+    return create_model("revbifpn_s1", num_classes, **options)
 
 
-def revbifpn_s2(num_classes=1000, neck=True, reversible=True, checkpoint=None, **overrides):
+def revbifpn_s2(num_classes: int = 1000, **options: Any) -> RevBiFPN:
     """RevBiFPN-S2: 10.6 M parameters, 1.37 G MACs at 256 pixels; arguments of `create_model`."""
-    return create_model("revbifpn_s2", num_classes, neck, reversible, checkpoint, **overrides)
+    return create_model("revbifpn_s2", num_classes, **options)
 
 
-def revbifpn_s3(num_classes=1000, neck=True, reversible=True, checkpoint=None, **overrides):
+def revbifpn_s3(num_classes: int = 1000, **options: Any) -> RevBiFPN:
     """RevBiFPN-S3: 19.6 M parameters, 3.33 G MACs at 288 pixels; arguments of `create_model`."""
-    return create_model("revbifpn_s3", num_classes, neck, reversible, checkpoint, **overrides)
+    return create_model("revbifpn_s3", num_classes, **options)
 
 
-def revbifpn_s4(num_classes=1000, neck=True, reversible=True, checkpoint=None, **overrides):
+def revbifpn_s4(num_classes: int = 1000, **options: Any) -> RevBiFPN:
     """RevBiFPN-S4: 48.7 M parameters, 10.6 G MACs at 320 pixels; arguments of `create_model`."""
-    return create_model("revbifpn_s4", num_classes, neck, reversible, checkpoint, **overrides)
+    return create_model("revbifpn_s4", num_classes, **options)
 
 
-def revbifpn_s5(num_classes=1000, neck=True, reversible=True, checkpoint=None, **overrides):
+def revbifpn_s5(num_classes: int = 1000, **options: Any) -> RevBiFPN:
     """RevBiFPN-S5: 82.0 M parameters, 21.8 G MACs at 352 pixels; arguments of `create_model`."""
-    return create_model("revbifpn_s5", num_classes, neck, reversible, checkpoint, **overrides)
+    return create_model("revbifpn_s5", num_classes, **options)
 
 
-def revbifpn_s6(num_classes=1000, neck=True, reversible=True, checkpoint=None, **overrides):
+def revbifpn_s6(num_classes: int = 1000, **options: Any) -> RevBiFPN:
     """RevBiFPN-S6: 142.3 M parameters, 38.1 G MACs at 352 pixels; arguments of `create_model`."""
-    return create_model("revbifpn_s6", num_classes, neck, reversible, checkpoint, **overrides)
+    return create_model("revbifpn_s6", num_classes, **options)

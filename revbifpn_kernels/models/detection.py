@@ -1,11 +1,12 @@
 """RevBiFPN as the backbone of torchvision's detectors."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import as_whole, whole
 from .revbifpn import RevBiFPN
 
 
@@ -26,7 +27,8 @@ class DetectionBackbone(nn.Module):
         extra: How many coarser maps to add.
 
     Raises:
-        ValueError: The model has a head, or lacks a level.
+        TypeError, ValueError: The model is no RevBiFPN, has a head, or lacks a level; a number is
+            out of range.
     """
 
     def __init__(
@@ -34,22 +36,16 @@ class DetectionBackbone(nn.Module):
         model: RevBiFPN,
         out_channels: int = 256,
         *,
-        levels: Sequence[int] = (0, 1, 2, 3),
+        levels: Iterable[int] = (0, 1, 2, 3),
         extra: int = 1,
     ) -> None:
         super().__init__()
-        if model.head is not None:
-            raise ValueError(
-                "DetectionBackbone: model must have no head, which would not be trained; make it "
-                "with num_classes=0"
-            )
-        if not levels or not set(levels) <= set(range(model.config.levels)):
-            raise ValueError(
-                f"DetectionBackbone: levels must be among 0 to {model.config.levels - 1}, got "
-                f"{tuple(levels)}"
-            )
+        _check_model(model)
+        out_channels = whole("DetectionBackbone", "out_channels", out_channels, 1)
+        extra = whole("DetectionBackbone", "extra", extra)
+        levels = _checked_levels(model, levels)
         self.model = model
-        self.out_channels, self.levels, self.extra = out_channels, tuple(levels), extra
+        self.out_channels, self.levels, self.extra = out_channels, levels, extra
         widths = model.config.pyramid_widths
         self.laterals = nn.ModuleList(nn.Conv2d(widths[k], out_channels, 1) for k in levels)
         for lateral in self.laterals:
@@ -63,3 +59,28 @@ class DetectionBackbone(nn.Module):
         for k in range(self.extra):
             named["pool" if k == 0 else f"pool{k}"] = maps[-1] = F.max_pool2d(maps[-1], 1, 2)
         return named
+
+
+def _check_model(model: RevBiFPN) -> None:
+    if not isinstance(model, RevBiFPN):
+        raise TypeError(
+            f"DetectionBackbone: model must be a RevBiFPN, got {type(model).__name__}; timm's "
+            "wrappers do not fit"
+        )
+    if model.head is not None:
+        raise ValueError(
+            "DetectionBackbone: model must have no head, which would not be trained; make it by "
+            "create_model of revbifpn_kernels with num_classes=0 (timm's keeps the head)"
+        )
+
+
+def _checked_levels(model: RevBiFPN, levels: Iterable[int]) -> tuple[int, ...]:
+    finest_to_coarsest = range(model.config.levels)
+    given = tuple(levels) if isinstance(levels, Iterable) else None
+    checked = tuple(map(as_whole, given or ()))
+    if not checked or not all(level in finest_to_coarsest for level in checked):
+        raise ValueError(
+            f"DetectionBackbone: levels must be among 0 to {finest_to_coarsest[-1]}, one or more, "
+            f"got {levels if given is None else given!r}"
+        )
+    return checked

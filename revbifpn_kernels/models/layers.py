@@ -28,9 +28,10 @@ class Stem(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         n, c, height, width = image.shape
         s = STEM_STRIDE
-        if height % s or width % s:
-            image = F.pad(image, (0, -width % s, 0, -height % s))
-        h, w = image.shape[2] // s, image.shape[3] // s
+        h, w = (height + s - 1) // s, (width + s - 1) // s
+        # A branch on the sides would fix them in an exported program.
+        if torch.compiler.is_exporting() or height % s or width % s:
+            image = F.pad(image, (0, w * s - width, 0, h * s - height))
         pixels = image.reshape(n, c, h, s, w, s)
         copies, rest = divmod(self.channels // s**2, self.in_chans)
         if image.is_cpu or image.is_contiguous(memory_format=torch.channels_last):

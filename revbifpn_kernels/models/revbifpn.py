@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .body import body
+from .checks import whole
 from .layers import Head, Neck, Stem
-from .sizes import Config
-
-MIN_SIDE = 32
+from .sizes import MIN_SIDE, Config
 
 
 class RevBiFPN(nn.Module):
@@ -23,14 +23,19 @@ class RevBiFPN(nn.Module):
     Between forward and backward it holds its last streams, the pyramid, and what the classifier
     needs; neck and head run again in the backward, as the body does. In training an image that is
     not finite raises before any running statistic moves; on a GPU the check does not wait, and
-    ends the process' CUDA context with the same message.
+    ends the process' CUDA context with the same message. The image alone is guarded: weights that
+    are not finite, and values that overflow on the way, spoil the statistics as in any network.
 
     Args:
         config: The numbers, see `Config` and `SIZES`.
         reversible: False trains under plain autograd; may be switched at any time.
 
+    Attributes:
+        num_classes: Of the classifier now; `config.num_classes` is what the model was made with.
+
     Raises:
-        ValueError: A number in `config` is out of range; an image has the wrong shape.
+        TypeError, ValueError: A number in `config` is out of range, `reversible` is neither True
+            nor False; an image has the wrong shape or dtype.
     """
 
     def __init__(self, config: Config, *, reversible: bool = True) -> None:
@@ -40,10 +45,10 @@ class RevBiFPN(nn.Module):
         self.stem = Stem(config.in_chans, config.widths[0])
         self.body = body(config)
         self.neck = Neck(config) if config.neck else None
-        self.head: Head | None = None
+        self.head = Head(config) if config.num_classes else None
+        self.dropout = nn.Dropout(config.drop_rate)
+        self.classifier: nn.Module = nn.Identity()
         if config.num_classes:
-            self.head = Head(config)
-            self.dropout = nn.Dropout(config.drop_rate)
             self.classifier = nn.Linear(config.features, config.num_classes)
         self.reversible = reversible
         self._initialise()
@@ -55,6 +60,8 @@ class RevBiFPN(nn.Module):
 
     @reversible.setter
     def reversible(self, reversible: bool) -> None:
+        if not isinstance(reversible, bool):
+            raise TypeError(f"RevBiFPN: reversible must be True or False, got {reversible!r}")
         for part in (self.body, self.neck, self.head):
             if part is not None:
                 part.reversible = reversible
@@ -104,12 +111,15 @@ class RevBiFPN(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put a new classifier in place; with 0 classes the model returns pooled features.
 
+        A model without a head has no classifier to take out, and none can be put on it.
+
         Raises:
-            ValueError: Another pooling than "avg" is asked for.
+            ValueError: The classes cannot be counted, or another pooling than "avg" is asked for.
         """
+        num_classes = whole("RevBiFPN", "num_classes", num_classes)
         if global_pool not in (None, "avg"):
             raise ValueError(f"RevBiFPN: global_pool must be 'avg', got {global_pool!r}")
-        if self.head is None:
+        if self.head is None and num_classes:
             raise RuntimeError("RevBiFPN: a model made with num_classes=0 has no head to reset")
         self.num_classes = num_classes
         like = next(self.parameters())
@@ -120,6 +130,7 @@ class RevBiFPN(nn.Module):
             )
 
     def _check_image(self, image: Tensor) -> None:
+        self._check_dtype(image)
         shape = tuple(image.shape)
         in_chans = self.config.in_chans
         if len(shape) != 4 or shape[1] != in_chans:
@@ -131,10 +142,12 @@ class RevBiFPN(nn.Module):
         if not self.training:
             return
         coarsest = self.config.strides[-1]
-        if shape[0] * -(-shape[2] // coarsest) * -(-shape[3] // coarsest) < 2:
+        pixels = shape[0] * -(-shape[2] // coarsest) * -(-shape[3] // coarsest)
+        if pixels < 2 and any(map(_needs_pixels, self.modules())):
+            got = f"{shape}, of 1/{coarsest} the side there" if shape[0] else f"no image: {shape}"
             raise ValueError(
                 "RevBiFPN: image must hold a batch whose coarsest maps have 2 pixels or more in "
-                f"training, for batch norm; got {shape}, of 1/{coarsest} the side there"
+                f"training, for batch norm; got {got}"
             )
         # A device-side check: asking the host would make it wait for the GPU in every step.
         torch._assert_async(
@@ -143,9 +156,35 @@ class RevBiFPN(nn.Module):
             "spoilt all running statistics",
         )
 
+    def _check_dtype(self, image: Tensor) -> None:
+        if not isinstance(image, Tensor):
+            raise TypeError(f"RevBiFPN: image must be a tensor, got {type(image).__name__}")
+        if not image.is_floating_point():
+            raise TypeError(
+                f"RevBiFPN: image must be floating-point, such as image / 255, got {image.dtype}"
+            )
+        weight = next(self.parameters(), None)
+        # FSDP and quantisation put others in place of the weights, and convert on the way.
+        is_plain = type(weight) is nn.Parameter and weight.dim() == 4
+        if is_plain and image.dtype != weight.dtype and not _is_autocast(image.device.type):
+            raise TypeError(
+                f"RevBiFPN: image must have the model's dtype {weight.dtype} outside autocast, got "
+                f"{image.dtype}"
+            )
+
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+
+def _is_autocast(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def _needs_pixels(module: nn.Module) -> bool:
+    """Whether it is a batch norm that normalises by this process' batch."""
+    is_local = isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
+    return is_local and module.training

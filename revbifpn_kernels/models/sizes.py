@@ -1,7 +1,7 @@
 """The numbers of RevBiFPN-S0 … S6, and what may be changed about them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,11 +9,13 @@ from torch import nn
 
 from ..mbconv import NORM_LAYER, ActLayer, NormLayer
 from ..ops.checks import check_lattice, check_mode
+from .checks import as_real, as_whole
 
 WIDTHS = (48, 64, 80, 160)
 NECK_WIDTHS = (48, 64, 128, 320)
 FEATURES = 1280
 STEM_STRIDE = 4
+MIN_SIDE = 32  # of an image, pixels
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Config:
         resolution: Side of the images that the size was made for, in pixels. Others work too.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last silo; it grows linearly from the first on.
-        num_classes: 0 leaves out the head: the model returns its pyramid.
+        num_classes: 0 leaves out the head: the model returns its pyramid. A model's own
+            `num_classes` says how many its classifier has now.
         neck: False leaves out the neck: the pyramid is the streams.
         in_chans: Channels of an image, at most widths[0] / 16.
         kernels: Of the residual blocks' depthwise convolutions, odd.
@@ -85,22 +88,25 @@ class Config:
 
 
 def _check(config: Config) -> None:
-    levels = len(config.widths) if isinstance(config.widths, Sequence) else 0
-    for name in _PER_LEVEL:
-        values = getattr(config, name)
-        if levels < 2 or not isinstance(values, Sequence) or len(values) != levels:
+    _check_levels(config)
+    for names, kind, is_right, wanted in _RULES:
+        for name in names.split():
+            value = getattr(config, name)
+            is_per_level = name in _PER_LEVEL
+            converted = [kind(v) for v in (value if is_per_level else (value,))]
+            if not all(v is not None and is_right(v) for v in converted):
+                raise ValueError(f"RevBiFPN: {name} must be {wanted}, got {value!r}")
+            # A list could change after the check, and NumPy's numbers are no Python numbers.
+            object.__setattr__(config, name, tuple(converted) if is_per_level else converted[0])
+    narrowest = min(*config.widths, *config.neck_widths) // 2  # half a stream, in its blocks
+    for name in ("expand_ratios", "neck_expand_ratios"):
+        ratios = getattr(config, name)
+        if int(narrowest * min(ratios)) < 1:
             raise ValueError(
-                f"RevBiFPN: {name} must have an entry for each level, as many as widths and at "
-                f"least 2, got {values}"
+                f"RevBiFPN: {name} must leave a channel of {narrowest}, the narrowest, got {ratios}"
             )
-        object.__setattr__(config, name, tuple(values))  # a list could change after the check
-    for name, is_right, wanted in _RULES:
-        value = getattr(config, name)
-        values = value if isinstance(value, tuple) else (value,)
-        if not all(isinstance(v, int | float) and is_right(v) for v in values):
-            raise ValueError(f"RevBiFPN: {name} must be {wanted}, got {value}")
     room = config.widths[0] // STEM_STRIDE**2
-    if not 1 <= config.in_chans <= room:
+    if config.in_chans > room:
         raise ValueError(
             f"RevBiFPN: in_chans must be 1 to widths[0] / 16 = {room}, got {config.in_chans}; the "
             "stem repeats an image's channels and never mixes them, so that many channels need "
@@ -108,39 +114,44 @@ def _check(config: Config) -> None:
         )
 
 
-def _is_width(value) -> bool:
-    return value > 0 and value % 16 == 0
+def _check_levels(config: Config) -> None:
+    levels = len(config.widths) if isinstance(config.widths, Sequence) else 0
+    for name in _PER_LEVEL:
+        values = getattr(config, name)
+        if levels < 2 or not isinstance(values, Sequence) or len(values) != levels:
+            raise ValueError(
+                f"RevBiFPN: {name} must have an entry for each level, as many as widths and at "
+                f"least 2, got {values!r}"
+            )
 
 
-def _is_odd(value) -> bool:
-    return value > 0 and value % 2 == 1
+def _as_flag(value) -> bool | None:
+    return value if isinstance(value, bool) else None
 
 
-def _is_rate(value) -> bool:
-    return 0 <= value < 1
+def _as_maker(value) -> Callable | None:
+    """What makes modules; a module is callable too, but makes none."""
+    return value if callable(value) and not isinstance(value, nn.Module) else None
 
 
-_RULES = (
-    ("widths", _is_width, "multiples of 16"),
-    ("neck_widths", _is_width, "multiples of 16"),
-    ("features", lambda v: v > 0 and v == int(v), "a positive whole number"),
-    ("extra_silos", lambda v: v >= 0 and v == int(v), "a whole number from 0 on"),
-    ("drop_rate", _is_rate, "in [0, 1)"),
-    ("drop_path_rate", _is_rate, "in [0, 1)"),
-    ("num_classes", lambda v: v >= 0 and v == int(v), "a whole number from 0 on"),
-    ("in_chans", lambda v: v > 0 and v == int(v), "a positive whole number"),
-    ("kernels", _is_odd, "odd"),
-    ("extra_kernels", lambda v: v >= 0 and v % 2 == 0, "even, from 0 on"),
-    ("neck_kernel", _is_odd, "odd"),
-    ("expand_ratios", lambda v: v > 0, "positive"),
-    ("neck_expand_ratios", lambda v: v > 0, "positive"),
-    ("se_ratios", lambda v: 0 <= v <= 1, "in [0, 1]"),
-    ("neck_se_ratios", lambda v: 0 <= v <= 1, "in [0, 1]"),
-)
 _PER_LEVEL = (
     "widths neck_widths kernels extra_kernels expand_ratios se_ratios neck_expand_ratios "
     "neck_se_ratios"
 ).split()
+_RULES: tuple[tuple[str, Callable, Callable, str], ...] = (
+    ("widths neck_widths", as_whole, lambda v: v > 0 and v % 16 == 0, "multiples of 16"),
+    ("kernels neck_kernel", as_whole, lambda v: v > 0 and v % 2 == 1, "odd"),
+    ("extra_kernels", as_whole, lambda v: v >= 0 and v % 2 == 0, "even, from 0 on"),
+    ("features in_chans", as_whole, lambda v: v > 0, "a positive whole number"),
+    ("extra_silos num_classes", as_whole, lambda v: v >= 0, "a whole number from 0 on"),
+    ("resolution", as_whole, lambda v: v >= MIN_SIDE, f"a whole number from {MIN_SIDE} on"),
+    ("drop_rate drop_path_rate", as_real, lambda v: 0 <= v < 1, "in [0, 1)"),
+    ("expand_ratios neck_expand_ratios", as_real, lambda v: v > 0, "positive"),
+    ("se_ratios neck_se_ratios", as_real, lambda v: 0 <= v <= 1, "in [0, 1]"),
+    ("neck", _as_flag, lambda v: True, "True or False"),
+    ("norm_layer", _as_maker, lambda v: True, "a class or function of the number of channels"),
+    ("act_layer", _as_maker, lambda v: True, "a class or function without arguments"),
+)
 
 
 def _scaled(width: float, extra_silos: int, resolution: int, drop_rate, drop_path_rate=0.0):

@@ -1,0 +1,203 @@
+"""Weights from files and state_dicts, under our names or the authors': all of them, or none."""
+
+import pickle
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .official import is_official, translated
+from .revbifpn import RevBiFPN
+from .sizes import SIZES
+
+COUNTER = ".num_batches_tracked"
+CLASSIFIER = ("classifier.weight", "classifier.bias")
+NESTS = ("state_dict", "model")  # where training scripts put weights
+WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put before names
+
+
+def load_official(model: RevBiFPN, source: str | Path | Mapping[str, Tensor]) -> None:
+    """Copy a published checkpoint into `model`: a file or a state_dict with the authors' names.
+
+    Parts that `model` lacks (neck, head, classifier) are passed over. A classifier of another
+    number of classes is left as it is, with a warning. A file is read without executing anything in
+    it. The dictionaries of training scripts ({"state_dict": …}, {"model": …}) and names with
+    "module." before them are taken as well.
+
+    Raises:
+        ValueError: It is no checkpoint of this model; then nothing of `model` has changed.
+    """
+    weights = _unwrapped("load_official", source)
+    if not is_official(weights):
+        raise ValueError(
+            "load_official: expected the authors' names, such as rev_stack.1.…, got "
+            f"{_few(weights)}"
+        )
+    _load("load_official", model, weights)
+
+
+def load_checkpoint(model: RevBiFPN, path: str | Path) -> None:
+    """Copy a file of weights, under our names or the authors', into `model`."""
+    weights = _unwrapped("load_checkpoint", path)
+    _load("load_official" if is_official(weights) else "load_checkpoint", model, weights)
+
+
+def fitting(
+    op: str, model: RevBiFPN, source: Mapping[str, Tensor], notify: Callable[[str], object]
+) -> dict[str, Tensor]:
+    """`source` under our names, complete and of this model but for a classifier of other classes.
+
+    Raises:
+        ValueError: It is not; nothing of `model` changes here.
+    """
+    own = model.state_dict()
+    if any(tensor.is_meta for tensor in own.values()):
+        raise ValueError(
+            f"{op}: model must hold memory, got one on the meta device; give it some by "
+            "model.to_empty(device=…)"
+        )
+    weights = translated(model, _unwrapped(op, source))
+    # Norms that do not count batches, such as frozen ones, take the same checkpoints.
+    weights = {n: w for n, w in weights.items() if n in own or not n.endswith(COUNTER)}
+    left_out: set[str] = set()
+    if other_classes := _other_classes(own, weights):
+        notify(
+            f"{op}: the classifier keeps its initialisation, because the checkpoint has "
+            f"{other_classes} classes and the model {model.num_classes}"
+        )
+        left_out = set(CLASSIFIER)
+    expected = {name: tensor for name, tensor in own.items() if name not in left_out}
+    weights = {name: tensor for name, tensor in weights.items() if name not in left_out}
+    if complaint := _complaint(expected, weights):
+        hint = _size_hint(model, weights)
+        raise ValueError(f"{op}: the checkpoint is not of this model: it {complaint}{hint}")
+    return weights
+
+
+def _load(op: str, model: RevBiFPN, source: Mapping[str, Tensor]) -> None:
+    # Not strict, because a classifier may be left out.
+    model.load_state_dict(fitting(op, model, source, _warn), strict=False)
+
+
+def _warn(message: str) -> None:
+    """To the caller of the library, by whichever of its functions he came."""
+    package = __name__.partition(".")[0] + "."
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(package):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+def _other_classes(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> int | None:
+    """How many classes a classifier of `weights` has, if it is whole and for other classes."""
+    if not all(name in own and name in weights for name in CLASSIFIER):
+        return None
+    weight, bias = (weights[name] for name in CLASSIFIER)
+    features = own[CLASSIFIER[0]].shape[1:]
+    is_whole = weight.dim() == 2 and weight.shape[1:] == features and bias.shape == weight.shape[:1]
+    return len(bias) if is_whole and bias.shape != own[CLASSIFIER[1]].shape else None
+
+
+def _unwrapped(op: str, source: str | Path | Mapping) -> dict[str, Tensor]:
+    """The tensors of a file or a dictionary, by the names that a bare model would give them."""
+    where = str(source) if isinstance(source, str | Path) else "the checkpoint"
+    weights = _read(op, Path(source)) if isinstance(source, str | Path) else source
+    if isinstance(weights, Mapping):
+        nested = [weights[key] for key in NESTS if isinstance(weights.get(key), Mapping)]
+        weights = dict((nested or [weights])[0])
+    if not isinstance(weights, dict) or not all(map(_is_named_tensor, weights.items())):
+        raise ValueError(
+            f"{op}: {where} must hold tensors by name, got {type(weights).__name__}"
+            f"{' of ' + _few(weights) if isinstance(weights, Mapping) else ''}"
+        )
+    while weights and all(name.startswith(WRAPPERS) for name in weights):
+        weights = {name.partition(".")[2]: tensor for name, tensor in weights.items()}
+    return weights
+
+
+def _is_named_tensor(item: tuple) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+
+
+def _read(op: str, path: Path):
+    """What a file holds; nothing in it is executed."""
+    if not path.is_file():
+        what = "is a directory" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{op}: {path} {what}")
+    try:
+        if path.suffix.lower() == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{op}: reading {path} needs `pip install safetensors`") from error
+    except Exception as error:
+        # PyTorch's messages about unsafe files advise to execute them.
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+            raise ValueError(
+                f"{op}: {path} holds more than tensors, or no checkpoint at all; nothing of it was "
+                "executed"
+            ) from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{op}: {path} is damaged or no checkpoint: {reason}") from error
+
+
+def _complaint(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+    """What keeps `weights` from being copied into `own`, tensor by tensor; empty if nothing."""
+    missing = [name for name in own if name not in weights]
+    unexpected = [name for name in weights if name not in own]
+    common = [name for name in own if name in weights]
+    kinds = [name for name in common if not _is_kind_of(weights[name], own[name])]
+    shapes = [n for n in common if n not in kinds and weights[n].shape != own[n].shape]
+    parts = []
+    if missing:
+        parts.append(f"lacks {len(missing)} of {len(own)} tensors, such as {missing[0]}")
+    if unexpected:
+        parts.append(f"has {len(unexpected)} that the model lacks, such as {unexpected[0]}")
+    for names, what, property_of in (
+        (kinds, "kind", _kind),
+        (shapes, "shape", lambda tensor: tuple(tensor.shape)),
+    ):
+        if names:
+            name = names[0]
+            got = f"{name} expected {property_of(own[name])}, got {property_of(weights[name])}"
+            parts.append(f"has {len(names)} of another {what}: {got}")
+    return "; it ".join(parts)
+
+
+def _is_kind_of(tensor: Tensor, own: Tensor) -> bool:
+    # Counters of batches may be floating-point, as whoever casts a whole state_dict makes them.
+    kinds = _kind(tensor), _kind(own)
+    return kinds[0] == kinds[1] or kinds == ("floating-point", "integer")
+
+
+def _kind(tensor: Tensor) -> str:
+    """What must agree for a copy to keep the values; precisions may differ."""
+    if tensor.is_meta:
+        return "meta"
+    if tensor.is_quantized:
+        return "quantized"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return "nested" if tensor.is_nested else str(tensor.layout)
+    if tensor.is_complex():
+        return "complex"
+    return "floating-point" if tensor.is_floating_point() else "integer"
+
+
+def _size_hint(model: RevBiFPN, weights: Mapping[str, Tensor]) -> str:
+    """Which published size has the checkpoint's width, if the model has another."""
+    first = weights.get("body.0.levels.0.f.project.norm.weight")
+    width = 0 if first is None else 2 * first.numel()
+    if width in (0, model.config.widths[0]):
+        return ""
+    sizes = [name for name, config in SIZES.items() if config.widths[0] == width]
+    return f"; it looks like {sizes[0]}" if sizes else f"; its finest stream has {width} channels"
+
+
+def _few(weights: Mapping) -> str:
+    names = [str(name) for name in list(weights)[:3]]
+    return f"{', '.join(names) or 'nothing'}{', …' if len(weights) > 3 else ''}"
