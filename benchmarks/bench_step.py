@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from . import harness, rivals
-from .counts import largest_batch
+from .counts import fake_network, largest_batch
 from .harness import MIB, Row, Timing
 from .operators import launches
 from .rivals import NETWORKS
-from .roofline import Peaks, measure_peaks, work_of
+from .roofline import Peaks, Work, measure_peaks, work_of
 from .training import Split, Step, memory_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -176,15 +176,18 @@ def _memory_columns(contender: Contender) -> Row:
 
 
 def _roof_columns(contender: Contender, run, peaks: Peaks, timing: Timing) -> Row:
-    with torch.device("meta"):
-        net = NETWORKS[contender.network].make()
     shape = (contender.batch, 3, contender.side, contender.side)
-    work = work_of(net, shape, autocast=DTYPES[run.dtype])
+    work = _work(contender.network, shape, DTYPES[run.dtype])
     return {
         "gflop": f"{sum(w.flop for w in work) / 1e9:.3f}",
         "traffic_mib": f"{sum(w.traffic for w in work) / MIB:.1f}",
         "share_of_roof": f"{peaks.roof_ms(work) / timing.p50:.4f}",
     }
+
+
+@functools.cache
+def _work(network: str, shape: tuple[int, ...], autocast: torch.dtype | None) -> list[Work]:
+    return work_of(fake_network(network), shape, autocast=autocast)
 
 
 def row_of(contender: Contender, run, machine: Row) -> Row:
@@ -217,6 +220,7 @@ def bench_largest(name: str, provider: str, run) -> list[Contender]:
     budget = int(run.memory * 2**30)
     batch = largest_batch(name, provider, side, budget, DTYPES[run.dtype])
     (contender,) = contenders_of(name, run, (provider,), min(batch, MOST_IMAGES), None)
+    contender.note = "" if batch else "out of memory"
     contender.attempt(lambda: prepare(contender, run))
     contender.attempt(lambda: time_alone(contender, run))
     return [contender]
@@ -285,7 +289,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="bf16 is autocast")
     parser.add_argument("--layout", choices=("nchw", "channels_last"), default="nchw")
     parser.add_argument("--memory", type=float, metavar="GIB",
-                        help="time the largest batches in it too; default on a GPU: its own")  # fmt: skip
+                        help="time the largest batches in it; default: a GPU's own")  # fmt: skip
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--seconds", type=float, default=160.0, help="of timing, in all")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR|CSV")

@@ -4,6 +4,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from revbifpn_kernels import create_model, training_memory
 
@@ -20,11 +21,13 @@ class PerImage:
     Attributes:
         held: Between forward and backward, an image.
         peak: At the worst moment, an image.
+        parameters: Of the network.
         constant: Parameters, gradients, momentum, and what the step itself needs besides.
     """
 
     held: float
     peak: float
+    parameters: int
     constant: float
 
     def batch_in(self, budget: int) -> int:
@@ -39,24 +42,27 @@ def per_image(
     autocast: torch.dtype | None = None,
     extra_silos: int | None = None,
 ) -> PerImage:
-    """The slope between batches of two and four: what does not grow with the batch cancels."""
-    with torch.device("meta"):
-        net = PROVIDERS[provider](_make(name, extra_silos))
-    return slope(net, side, autocast)
-
-
-def slope(net: torch.nn.Module, side: int, autocast: torch.dtype | None = None) -> PerImage:
+    """Counted on fake tensors; `extra_silos` as in `create_model`, the published ones if None."""
+    net = PROVIDERS[provider](fake_network(name, extra_silos))
     two, four = (training_memory(net, (n, 3, side, side), autocast=autocast) for n in (2, 4))
-    held, peak = ((b - a) / 2 for a, b in zip(two, four, strict=True))
+    return slope(net, *two, *four)
+
+
+def slope(net: nn.Module, held_2: int, peak_2: int, held_4: int, peak_4: int) -> PerImage:
+    """From steps of two and of four images: what does not grow with the batch cancels."""
     parameters = sum(p.nbytes for p in net.parameters())
-    return PerImage(held, peak, COPIES * parameters + two.peak - 2 * peak)
+    peak = (peak_4 - peak_2) / 2
+    constant = COPIES * parameters + peak_2 - 2 * peak
+    return PerImage((held_4 - held_2) / 2, peak, parameters, constant)
 
 
-def _make(name: str, extra_silos: int | None) -> torch.nn.Module:
-    if extra_silos is None:
-        return NETWORKS[name].make()
-    options = {"drop_rate": 0.0, "drop_path_rate": 0.0, "reversible": False}
-    return create_model(name, extra_silos=extra_silos, **options)
+def fake_network(name: str, extra_silos: int | None = None) -> nn.Module:
+    """A network that stores activations, on the meta device: no memory, no initialisation."""
+    with torch.device("meta"):
+        if extra_silos is None:
+            return NETWORKS[name].make()
+        options = {"drop_rate": 0.0, "drop_path_rate": 0.0, "reversible": False}
+        return create_model(name, extra_silos=extra_silos, **options)
 
 
 def largest_batch(

@@ -2,8 +2,8 @@
 
 Counted are the convolutions and matrix products of a step with stored activations: their floating
 point operations (2 a multiply-add), and as compulsory traffic each one's inputs and outputs, read
-or written once. Norms, activations, additions and resampling count as fused into them, and computing
-again counts as no work: no provider reaches the roof, and all of a network stand under the same.
+or written once. Norms, activations, additions and resampling count as fused into them, and to
+compute again counts as no work: no provider reaches the roof, all of a network stand under it.
 """
 
 from typing import NamedTuple
