@@ -1,5 +1,6 @@
 """Counts and times the operators of a call, by kind."""
 
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -43,6 +44,8 @@ def operators(call: Callable[[], object]) -> Counter[str]:
 class OperatorTimes(TorchDispatchMode):
     """Times each operator by its kind, and by the level of the largest map that it touches.
 
+    On a CPU in processor time of the calling thread, so let PyTorch have one thread.
+
     Args:
         batch, side: Of the images; a quarter of the side is level 0, each further level half.
 
@@ -64,14 +67,14 @@ class OperatorTimes(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
         name = func._overloadpacket.__name__
         self.kinds[kind_of(name, args, tensors, self.batch)].append(ms)
-        self.levels[level_of(tensors, self.side)].append(ms)
+        self.levels[level_of(tensors, self.batch, self.side)].append(ms)
         return result
 
     def _timed(self, func, args, kwargs):
         if self.device == "cpu":
-            start = time.perf_counter()
+            start = time.thread_time()  # other jobs on this machine do not count
             result = func(*args, **kwargs)
-            return result, (time.perf_counter() - start) * 1e3
+            return result, (time.thread_time() - start) * 1e3
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(SPIN_CYCLES)  # the host gets ahead
         start.record()
@@ -81,6 +84,7 @@ class OperatorTimes(TorchDispatchMode):
         return result, start.elapsed_time(end)
 
 
+COARSEST = 3
 ACTIVATIONS = ("hardswish", "silu", "relu", "threshold", "sigmoid", "hardsigmoid", "gelu")
 
 
@@ -120,12 +124,22 @@ def _kind_of_convolution(name: str, args: tuple) -> str:
     return "convolution, 1×1" if is_pointwise else "convolution, dense"
 
 
-def level_of(tensors: list[Tensor], side: int) -> str:
-    """By the height of the largest map; "none" for operators on weights, statistics and gates."""
-    heights = [t.shape[2] for t in tensors if t.dim() == 4 and t.shape[2] > 8 and t.shape[1] > 8]
-    if not heights:
+def level_of(tensors: list[Tensor], batch: int, side: int) -> str:
+    """By the height of the largest map; "none" for what works on weights, statistics, gates."""
+    height = max((_height(t, batch) for t in tensors), default=1)
+    if height <= 1:
         return "none"
     level = 0
-    while max(heights) * (8 << level) <= side:
+    while height * (8 << level) <= side:
         level += 1
-    return f"level {level}"
+    return f"level {level}" if level <= COARSEST else "none"
+
+
+def _height(tensor: Tensor, batch: int) -> int:
+    """Of a batch of square maps, also as a matrix with a row a pixel; else 1."""
+    if tensor.dim() == 4 and tensor.shape[0] == batch:
+        return tensor.shape[2]
+    if tensor.dim() == 2 and tensor.shape[0] % batch == 0:
+        height = math.isqrt(tensor.shape[0] // batch)
+        return height if batch * height**2 == tensor.shape[0] else 1
+    return 1
