@@ -23,6 +23,7 @@ LINES = {
     ("hrnet", "stored"): ("#5b3a6b", "D", "HRNet"),
     ("bifpn", "stored"): ("#a8c686", "P", "BiFPN"),
 }
+RIVALS = {family: style for (family, _), style in LINES.items() if family != "revbifpn"}
 PROVIDERS = {
     "reversible": ("#0b4f8a", "o", "reversible"),
     "exact": ("#4f94cd", "D", "reversible, exact"),
@@ -189,9 +190,7 @@ def draw_roofline(steps: Sequence[Row], peaks: Sequence[Row]) -> plt.Figure | No
               label=f"roof: {top:.0f} GFLOP/s, {bandwidth:.0f} GB/s")  # fmt: skip
     seen = set()
     for row in steps:
-        is_ours = row["op"].startswith("revbifpn")
-        style = PROVIDERS[row["provider"]] if is_ours else LINES[family_of(row["op"]), "stored"]
-        color, marker, label = style
+        color, marker, label = RIVALS.get(family_of(row["op"]), PROVIDERS[row["provider"]])
         achieved = number(row, "gflop") / number(row, "ms_p50") * 1e3
         axes.plot(_intensity(row), achieved, marker, color=color, mec="black", mew=0.5, ms=8,
                   label=None if label in seen else label)  # fmt: skip

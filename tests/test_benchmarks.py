@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import tiny
+from tiny import TWO_LEVELS, tiny
 from torch import nn
 
 from benchmarks import bench_memory, bench_step, counts, harness, operators, rivals, step_report
@@ -33,8 +33,8 @@ def options(tmp_path, *arguments):
 @pytest.fixture
 def small(monkeypatch):
     """A network in the table that takes no time."""
-    make = Network(lambda: tiny(reversible=False), 64, "RevBiFPN")
-    monkeypatch.setitem(NETWORKS, "tiny", make)
+    network = Network(lambda: tiny(reversible=False, **TWO_LEVELS), 64, "RevBiFPN")
+    monkeypatch.setitem(NETWORKS, "tiny", network)
     return "tiny"
 
 
@@ -44,7 +44,7 @@ def test_the_table_has_all_networks():
     assert NETWORKS["efficientnet_b7"].side == 600 and NETWORKS["revbifpn_s6"].side == 352
 
 
-@pytest.mark.parametrize("name", ["revbifpn_s0", "efficientnet_b0", "hrnet_w18", "bifpn_b0"])
+@pytest.mark.parametrize("name", ["efficientnet_b0", "hrnet_w18", "bifpn_b0"])
 def test_rivals_train_on_fake_tensors(name):
     memory = training_memory(counts.fake_network(name), (2, 3, 64, 64))
     assert 0 < memory.held <= memory.peak
@@ -88,11 +88,13 @@ def test_the_count_equals_a_real_step():
     assert counted.peak <= peak <= counted.peak + MIB  # workspaces
 
 
-def test_the_largest_side_fits_and_the_next_does_not(small):
+def test_the_largest_side_fits_and_the_next_does_not(monkeypatch):
+    monkeypatch.setitem(NETWORKS, "convolutions", Network(conv_net, 64, "plain"))
     budget = 24 * MIB
-    side = counts.largest_side(small, "stored", budget)
-    assert counts.per_image(small, "stored", side).batch_in(budget) >= 1
-    assert counts.per_image(small, "stored", side + counts.MULTIPLE).batch_in(budget) == 0
+    side = counts.largest_side("convolutions", "stored", budget)
+    assert side == 448  # 112 bytes a pixel
+    assert counts.largest_batch("convolutions", "stored", side, budget) == 1
+    assert counts.largest_batch("convolutions", "stored", side + 32, budget) == 0
 
 
 def test_work_of_a_step():
@@ -123,7 +125,8 @@ def test_kinds_of_operators():
 
 
 def test_rows_of_a_step(small, tmp_path):
-    assert bench_step.main(options(tmp_path, "--models", small)) == 0
+    modes = ("--providers", "reversible", "stored")
+    assert bench_step.main(options(tmp_path, "--models", small, *modes)) == 0
     rows = harness.read_rows(tmp_path / "rows.csv")
     found = {(row["provider"], row["mode"]): row for row in rows if row["op"] == small}
     assert {mode for _, mode in found} == {"fwd", "bwd", "update", "step", "eval"}
@@ -140,11 +143,12 @@ def test_rows_of_a_step(small, tmp_path):
 
 def test_a_wrong_provider_gets_no_time(small, tmp_path, monkeypatch):
     def sabotaged(net):
-        net.body.register_forward_hook(lambda *call: tuple(1.01 * y for y in call[2]))
+        net.register_forward_hook(lambda module, args, logits: 1.01 * logits)
         return net
 
     monkeypatch.setitem(rivals.PROVIDERS, "checkpoint", sabotaged)
-    assert bench_step.main(options(tmp_path, "--models", small)) == 1
+    modes = ("--providers", "checkpoint", "stored")
+    assert bench_step.main(options(tmp_path, "--models", small, *modes)) == 1
     rows = harness.read_rows(tmp_path / "rows.csv")
     (wrong,) = (row for row in rows if row["provider"] == "checkpoint")
     assert wrong["note"].startswith("WRONG: gradients differ") and wrong["ms_p50"] == ""
@@ -199,7 +203,8 @@ def test_the_report_says_what_the_rows_say(small, tmp_path):
     results = tmp_path / "results"
     harness.record(results / "memory.csv", counted_rows())
     machine = str(results / "cpu-torch2.csv")
-    bench_step.main([*options(tmp_path, "--models", small), "--output", machine])
+    modes = ("--providers", "reversible", "stored")
+    bench_step.main([*options(tmp_path, "--models", small, *modes), "--output", machine])
     failed = harness.read_rows(results / "cpu-torch2.csv")[-1]
     harness.record(
         results / "cpu-torch2.csv",
