@@ -291,7 +291,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory", type=float, metavar="GIB",
                         help="time the largest batches in it; default: a GPU's own")  # fmt: skip
     parser.add_argument("--threads", type=int, help="of the CPU")
-    parser.add_argument("--seconds", type=float, default=160.0, help="of timing, in all")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of timing, in all")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR|CSV")
     run = parser.parse_args(arguments)
     _fill_defaults(run)
