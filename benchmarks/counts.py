@@ -11,6 +11,7 @@ from revbifpn_kernels import create_model, training_memory
 from .rivals import NETWORKS, PROVIDERS
 
 MULTIPLE = 32  # of the sides that are tried: what every network here takes
+FEW = 2  # images: a batch and twice that give the slope
 COPIES = 3  # parameters, their gradients, the momentum of SGD
 
 
@@ -41,19 +42,27 @@ def per_image(
     side: int,
     autocast: torch.dtype | None = None,
     extra_silos: int | None = None,
+    images: int = FEW,
 ) -> PerImage:
-    """Counted on fake tensors; `extra_silos` as in `create_model`, the published ones if None."""
+    """Counted on fake tensors, of batches of `images` and twice as many.
+
+    `extra_silos` as in `create_model`, the published ones if None.
+    """
     net = PROVIDERS[provider](fake_network(name, extra_silos))
-    two, four = (training_memory(net, (n, 3, side, side), autocast=autocast) for n in (2, 4))
-    return slope(net, *two, *four)
+    few, twice = (
+        training_memory(net, (n, 3, side, side), autocast=autocast) for n in (images, 2 * images)
+    )
+    return slope(net, few, twice, images)
 
 
-def slope(net: nn.Module, held_2: int, peak_2: int, held_4: int, peak_4: int) -> PerImage:
-    """From steps of two and of four images: what does not grow with the batch cancels."""
+def slope(
+    net: nn.Module, few: tuple[int, int], twice: tuple[int, int], images: int = FEW
+) -> PerImage:
+    """From (held, peak) of a few and of twice as many images: what does not grow cancels."""
     parameters = sum(p.nbytes for p in net.parameters())
-    peak = (peak_4 - peak_2) / 2
-    constant = COPIES * parameters + peak_2 - 2 * peak
-    return PerImage((held_4 - held_2) / 2, peak, parameters, constant)
+    held, peak = ((b - a) / images for a, b in zip(few, twice, strict=True))
+    constant = COPIES * parameters + few[1] - images * peak
+    return PerImage(held, peak, parameters, constant)
 
 
 def fake_network(name: str, extra_silos: int | None = None) -> nn.Module:

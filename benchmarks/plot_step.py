@@ -131,7 +131,7 @@ def draw_depth(rows: Iterable[Row]) -> plt.Figure | None:
     axes.set(yscale="log", xlabel="extra silos of S0, four levels", ylabel="MiB an image adds")
     axes.grid(lw=0.3)
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
-    figure.supxlabel("224 px, fp32, counted on fake tensors, batches of 2 and 4", fontsize=7)
+    figure.supxlabel("224 px, fp32, counted on fake tensors, batches of 128 and 256", fontsize=7)
     return figure
 
 

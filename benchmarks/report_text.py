@@ -9,8 +9,9 @@ HOW_COUNTED = """
 - *Memory* is on top of parameters, gradients and momentum. *Held* stays between forward and
   backward, *peak* is the most at any moment of a step, *transient* the difference, *state* is
   parameters, gradients and momentum of SGD. *What an image adds* is the slope between batches of
-  two and four, so that what does not grow with the batch cancels. Counted on fake tensors,
-  allocation by allocation; workspaces inside operators are not in it, in real steps they are.
+  two and four (128 and 256 against depth), so that what does not grow with it cancels. Counted
+  on fake tensors, allocation by allocation; workspaces inside operators are not in it, in real
+  steps they are.
 - *A step* is forward, backward and update by SGD with momentum; medians, in turns in one run.
   Before timing, gradients of all modes are compared with those of stored activations.
 - *Launches*: kernels on a GPU, on a CPU operators that compute or copy; forward and backward.

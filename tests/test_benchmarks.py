@@ -70,7 +70,7 @@ def test_providers_have_the_same_weights_and_gradients(small):
 
 def test_slope():
     net = conv_net()
-    found = counts.slope(net, 110, 1200, 130, 1400)  # held, peak of two; of four
+    found = counts.slope(net, (110, 1200), (130, 1400))  # held, peak of two; of four
     assert (found.held, found.peak) == (10, 100)
     parameters = sum(p.numel() for p in net.parameters()) * 4
     assert found.constant == 3 * parameters + 1000
