@@ -8,7 +8,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 PYTEST_ARGS ?= -n auto
 ASAN := build/asan
 
-.PHONY: $(VENV) bench bench-stack test test-asan lint wheel kernels clean
+.PHONY: $(VENV) bench bench-stack bench-step bench-memory report test test-asan lint wheel kernels clean
 
 $(VENV): $(INSTALLED)
 
@@ -27,6 +27,19 @@ bench-stack: $(INSTALLED)
 	$(RUN) -m benchmarks.bench_stack
 	$(RUN) -m benchmarks.lattice
 	$(RUN) -m benchmarks.plot
+
+# OFFICIAL=DIR, a checkout of the authors' repository, times their network too.
+bench-step: $(INSTALLED)
+	$(RUN) -m benchmarks.bench_step $(if $(OFFICIAL),--official $(OFFICIAL))
+	$(RUN) -m benchmarks.profile_step $(if $(OFFICIAL),--official $(OFFICIAL))
+	$(RUN) -m benchmarks.step_report
+
+bench-memory: $(INSTALLED)
+	$(RUN) -m benchmarks.bench_memory
+	$(RUN) -m benchmarks.step_report
+
+report: $(INSTALLED)
+	$(RUN) -m benchmarks.step_report
 
 test: $(INSTALLED)
 	$(RUN) -m pytest $(PYTEST_ARGS)

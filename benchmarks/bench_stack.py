@@ -8,24 +8,22 @@ import argparse
 import copy
 import functools
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from revbifpn_kernels import ReversibleSequential
 
 from . import harness, stacks
 from .harness import MIB, Row
 from .memory import held_and_peak
+from .operators import operators
+from .rivals import LATTICE, checkpoint_blocks
 
 RESULTS = Path(__file__).parent / "results"
-LATTICE = 2.0**-12
 DEPTHS = (2, 4, 8, 16, 32)
 
 
@@ -47,26 +45,14 @@ class Case:
         return "fp32+bf16" if self.is_autocast else "fp32"
 
 
-class Checkpointed(nn.Module):
-    """The same blocks under plain autograd, each recomputed in the backward by PyTorch."""
-
-    def __init__(self, chain: ReversibleSequential) -> None:
-        super().__init__()
-        self.blocks = chain
-
-    def forward(self, *xs: Tensor):
-        for block in self.blocks:
-            block.reversible = False
-            xs = checkpoint(block, *xs, use_reentrant=False)
-        return xs
-
-
 def providers_of(chain: ReversibleSequential) -> dict[str, nn.Module]:
     """The rivals, with the same weights."""
-    rivals = {name: copy.deepcopy(chain) for name in ("reversible", "exact", "stored")}
+    names = ("reversible", "exact", "stored", "checkpoint")
+    rivals = {name: copy.deepcopy(chain) for name in names}
     rivals["exact"].lattice = LATTICE
-    rivals["stored"].reversible = False
-    return rivals | {"checkpoint": Checkpointed(copy.deepcopy(chain))}
+    rivals["stored"].reversible = rivals["checkpoint"].reversible = False
+    checkpoint_blocks(rivals["checkpoint"])
+    return rivals
 
 
 def step_of(net: nn.Module, xs, cotangents, is_autocast: bool) -> Callable[[], Tensor]:
@@ -80,24 +66,6 @@ def step_of(net: nn.Module, xs, cotangents, is_autocast: bool) -> Callable[[], T
     return forward
 
 
-class _Operators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not func.is_view:
-            self.counts[func._overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def operators(forward: Callable[[], Tensor]) -> Counter[str]:
-    """Operator calls of a step that compute or copy: about the launches on a GPU."""
-    with _Operators() as counter:
-        forward().backward()
-    return counter.counts
-
-
 def print_operators() -> None:
     """Operator calls of a step of four silos, reversible beside stored."""
     chain, xs = stacks.silo_stack(4), stacks.streams(2, 64)
@@ -106,7 +74,7 @@ def print_operators() -> None:
         chain.reversible = name == "reversible"
         forward = step_of(chain, xs, [torch.ones_like(x) for x in xs], False)
         forward().backward()  # later steps add to gradients that are there
-        counts[name] = operators(forward)
+        counts[name] = operators(functools.partial(_step, forward))
     for name, count in sorted(counts["reversible"].items(), key=lambda item: -item[1]):
         print(f"{name:34}{count:7}{counts['stored'][name]:7}")
     print(f"{'all':34}{counts['reversible'].total():7}{counts['stored'].total():7}")
@@ -146,7 +114,7 @@ def bench(case: Case, run: argparse.Namespace, machine: Row) -> list[Row]:
     for name, forward in forwards.items():
         held, peak = held_and_peak(forward, run.device)  # parameters have their gradients already
         rows[name] |= {"saved_mib": f"{held / MIB:.3f}", "peak_mib": f"{peak / MIB:.3f}"}
-        rows[name]["note"] = f"{operators(forward).total()} operators"
+        rows[name]["note"] = f"{operators(functools.partial(_step, forward)).total()} operators"
     if case.is_timed:
         calls = {name: functools.partial(_step, forward) for name, forward in forwards.items()}
         times = harness.measure_interleaved(calls, run.clock, seconds=run.seconds, rounds=(3, 15))

@@ -30,23 +30,34 @@ versions() {
 export -f versions
 
 # Without PyTorch's caching, each tensor is an allocation whose end the sanitizer knows.
-sanitize() {
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
-        python3 -m pytest -q -x -p no:cacheprovider tests/test_resample_*.py \
-        -k "triton and (odd or strided or channels-last) and fp32"
+sanitize() { # tool, tests, expression
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
+        python3 -m pytest -q -x -p no:cacheprovider $2 -k "$3"
 }
 export -f sanitize
 
-step versions 20 bash -c versions
-step build 75 python3 setup.py --quiet build_ext --inplace
-step compile 35 python3 -m benchmarks.compile_ahead --target sm_90
-step bench 115 python3 -m benchmarks.bench_ops --device cuda --output "$OUT"
-step bench-stack 90 python3 -m benchmarks.bench_stack --device cuda --output "$OUT"
-step figures 25 python3 -m benchmarks.plot "$OUT"/*-torch*.csv --output "$OUT"
-step round-trip 20 python3 -m benchmarks.round_trip --output "$OUT"
-step tests 90 python3 -m pytest -q -n 4 -p no:cacheprovider
-step kernels 30 python3 -m benchmarks.kernels --targets sm_90 --output "$OUT/kernels.csv"
-step sanitizer 40 bash -c sanitize
+report() {
+    cp benchmarks/results/memory.csv "$OUT" # counts, which hold for any machine
+    python3 -m benchmarks.plot "$OUT"/*-torch*.csv --output "$OUT/figures"
+    python3 -m benchmarks.step_report --results "$OUT" --figures "$OUT/figures" --output "$OUT/REPORT.md"
+}
+export -f report
+export OUT
+
+# The limits sum to less than nine minutes; what decides comes first.
+PER_IMAGE="revbifpn_s0 revbifpn_s4 revbifpn_s6 efficientnet_b0 efficientnet_b4 efficientnet_b7 hrnet_w48"
+step versions 10 bash -c versions
+step build 55 python3 setup.py --quiet build_ext --inplace
+step graphs 30 python3 -m pytest -q -p no:cacheprovider tests/test_reversible_cuda.py -k graph
+step tests 80 python3 -m pytest -q -n 8 -p no:cacheprovider
+step bench-step 150 python3 -m benchmarks.bench_step --device cuda --seconds 30 --output "$OUT"
+step bench-memory 40 python3 -m benchmarks.bench_memory --device cuda --parts real --models $PER_IMAGE --output "$OUT"
+step profile 20 python3 -m benchmarks.profile_step --device cuda --models revbifpn_s0 --repeats 3 --output "$OUT"
+step compile 30 python3 -m benchmarks.compile_ahead --target sm_90
+step bench 50 python3 -m benchmarks.bench_ops --device cuda --output "$OUT"
+step memcheck 30 bash -c 'sanitize memcheck "tests/test_resample_*.py" "triton and odd and fp32"'
+step racecheck 20 bash -c 'sanitize racecheck tests/test_resample_add.py "triton and odd and fp32"'
+step report 20 bash -c report
 
 if [ ${#failed[@]} -gt 0 ]; then
     echo "FAILED: ${failed[*]}" | tee -a "$LOG"

@@ -18,7 +18,8 @@ import torch
 MIB = 2**20
 COLUMNS = (
     "date commit device torch triton cuda op provider mode dtype shape ms_p20 ms_p50 ms_p80 gbps "
-    "peak_mib saved_mib note layout threads share_of_copy share_of_clone"
+    "peak_mib saved_mib note layout threads share_of_copy share_of_clone images_per_s operators "
+    "parameters_mib gradients_mib optimizer_mib gflop traffic_mib share_of_roof largest"
 ).split()
 KEY = ("op", "provider", "mode", "dtype", "shape", "layout", "threads")
 SHORTEST_CPU_SAMPLE_MS = 2.0  # below it the clock and the scheduler show

@@ -57,7 +57,7 @@ def macs(model: RevBiFPN, side: int | None = None) -> Macs:
     side = model.config.resolution if side is None else whole("macs", "side", side, MIN_SIDE)
     counts = dict.fromkeys(Macs._fields, 0)
     with FakeTensorMode() as fakes, torch.no_grad():
-        twin = _fake(model, fakes).eval()
+        twin = fake_copy(model, fakes).eval()
         for module in twin.modules():
             if isinstance(module, SqueezeExcite | nn.Conv2d | nn.Linear | nn.BatchNorm2d | RevSilo):
                 module.register_forward_hook(lambda *call: _count(counts, *call))
@@ -82,7 +82,7 @@ def _count(counts: dict[str, int], module: nn.Module, args: tuple, output) -> No
 
 
 def training_memory(
-    model: RevBiFPN,
+    model: nn.Module,
     shape: tuple[int, int, int, int],
     *,
     autocast: torch.dtype | None = None,
@@ -90,10 +90,11 @@ def training_memory(
     """Count the memory of a training step on a batch of `shape`, allocation by allocation.
 
     The step runs on fake tensors: no arithmetic, seconds for the largest model. The loss is the sum
-    of all outputs; memory that libraries use inside an operator (workspaces) is not in it.
+    of all outputs; memory that libraries use inside an operator (workspaces) is not in it. Any
+    module that maps such a batch to tensors can be counted, the `model` itself is left alone.
     """
     with FakeTensorMode() as fakes:
-        twin = _fake(model, fakes).train()
+        twin = fake_copy(model, fakes).train()
         image = torch.empty(shape, dtype=next(twin.parameters()).dtype)
         for parameter in twin.parameters():
             parameter.grad = torch.empty_like(parameter)
@@ -108,8 +109,8 @@ def training_memory(
     return Memory(held, allocations.peak)
 
 
-def _fake(model: RevBiFPN, fakes: FakeTensorMode) -> RevBiFPN:
-    """A copy on fake tensors of a CPU, without forward hooks: those of users only watch."""
+def fake_copy(model: nn.Module, fakes: FakeTensorMode) -> nn.Module:
+    """Return a copy on fake tensors of a CPU, without forward hooks: those of users only watch."""
     tensors = (*model.parameters(), *model.buffers())
     with fakes:
         memo = {id(t): _like(t) for t in tensors}
