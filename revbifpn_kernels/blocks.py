@@ -188,7 +188,8 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
 def _halves_and_room(x: Tensor):
     """The halves of x, and memory for the result and its halves where no graph is kept."""
     # What the compiler traces it fuses itself, and exported programs write to no slices.
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if torch.is_grad_enabled() or is_traced:
         return _halves(x), None, (None, None)
     room = torch.empty_like(x)
     return _halves(x), room, _halves(room)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import replay
 from .ops.depthwise_weight_grad import depthwise_weight_grad
@@ -45,6 +46,17 @@ class Stage(NamedTuple):
     def is_batch(self) -> bool:
         """Whether the norm takes its statistics from the batch."""
         return self.norm.training or self.norm.running_mean is None
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether convolution and norm have the dtypes that go with x, and plain tensors."""
+        dtype, norm = sums_dtype(x), self.norm
+        held = norm.weight, norm.bias, norm.running_mean, norm.running_var
+        is_cast = torch.is_autocast_enabled(x.device.type)
+        return (
+            (is_cast or self.conv.weight.dtype == x.dtype)
+            and all(t is None or t.dtype == dtype for t in held)
+            and not any(map(is_traceable_wrapper_subclass, self.parameters()))
+        )
 
     def moved(self) -> list[Tensor]:
         """The buffers that a first run moves."""
@@ -209,8 +221,8 @@ def _is_product(conv: nn.Conv2d, x: Tensor) -> bool:
     Forward and backward of 24 to 320 channels take 0.35 to 0.8 times as long on 2 threads of a
     2-core Xeon, 0.7 to 1.15 on one (torch 2.12, batch 4, 2026-11-24).
     """
-    is_pointwise = conv.kernel_size == conv.stride == (1, 1) and conv.groups == 1
-    return is_pointwise and x.is_cpu and Geometry.of(x).channels_last
+    is_dense = conv.kernel_size == conv.stride == (1, 1) and conv.groups == 1
+    return is_dense and conv.padding == (0, 0) and x.is_cpu and Geometry.of(x).channels_last
 
 
 def _pixels(x: Tensor) -> Tensor:

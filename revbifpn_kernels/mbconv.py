@@ -94,7 +94,9 @@ class MBConv(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         stages = _stages_of(self) if can_run(x) else None
-        return super().forward(x) if stages is None else run_stages(stages, x)
+        if stages is None or not all(stage.fits(x) for stage in stages):
+            return super().forward(x)
+        return run_stages(stages, x)
 
 
 class ConvNorm(nn.Sequential):
@@ -177,6 +179,7 @@ def _check_mbconv(kernel_size, stride, expand_ratio, se_ratio, drop_path) -> Non
 
 quiet.TYPES.update({MBConv, ConvNorm, SqueezeExcite, BatchNorm2d, DropPath})
 
+_ORDER = ("expand", "depthwise", "squeeze_excite", "project", "drop_path")
 _ACTS = {
     nn.Hardswish: "hardswish",
     nn.ReLU: "relu",
@@ -187,55 +190,58 @@ _ACTS = {
 
 def _stages_of(mbconv: MBConv) -> list[Stage] | None:
     """What `fused_mbconv` runs, or None where modules must: others than ours, or watched ones."""
-    if nn_module._has_any_global_hook():
+    parts = mbconv._modules
+    is_ours = tuple(name for name in _ORDER if name in parts) == tuple(parts)
+    if not is_ours or "project" not in parts or nn_module._has_any_global_hook():
         return None
-    stages: list[Stage] = []
-    for name, part in mbconv._modules.items():
-        if not _is_unwatched(part):
+    if not all(_is_unwatched(part) for part in parts.values()):
+        return None
+    convs = [parts[name] for name in ("expand", "depthwise", "project") if name in parts]
+    if not all(_is_plain_conv_norm(part) for part in convs):
+        return None
+    stages = [Stage(part.conv, part.norm, _act_of(part)) for part in convs]
+    if (gate := parts.get("squeeze_excite")) is not None:
+        if not _is_plain_squeeze_excite(gate):
             return None
-        if type(part) is ConvNorm:
-            stage = _conv_norm_stage(part)
-        elif type(part) is SqueezeExcite and name == "squeeze_excite":
-            stage = _squeezed(stages.pop(), part)
-        elif type(part) is DropPath and name == "drop_path":
-            rate = part.probability if part.training else 0.0
-            stage = stages.pop()._replace(drop_path=rate)
-        else:
+        squeeze = gate.reduce, gate.expand
+        stages[-2] = stages[-2]._replace(squeeze=squeeze, squeeze_act=_ACTS[type(gate.act)])
+    if (drop := parts.get("drop_path")) is not None:
+        if type(drop) is not DropPath:
             return None
-        if stage is None:
-            return None
-        stages.append(stage)
+        stages[-1] = stages[-1]._replace(drop_path=drop.probability if drop.training else 0.0)
     return stages
 
 
-def _conv_norm_stage(part: ConvNorm) -> Stage | None:
+def _act_of(part: ConvNorm) -> str:
+    return _ACTS[type(part.act)] if "act" in part._modules else "identity"
+
+
+def _is_plain_conv_norm(part: nn.Module) -> bool:
+    if type(part) is not ConvNorm or not all(map(_is_unwatched, part._modules.values())):
+        return False
     conv, norm = part.conv, part.norm
-    act = part._modules.get("act")
-    is_known = (
-        len(part._modules) == 2 + (act is not None)
+    return (
+        part._modules.keys() <= {"conv", "norm", "act"}
         and type(conv) is nn.Conv2d
         and type(norm) in (BatchNorm2d, nn.BatchNorm2d)
-        and (act is None or type(act) in _ACTS)
-        and all(_is_unwatched(inner) for inner in part._modules.values())
+        and ("act" not in part._modules or type(part.act) in _ACTS)
         and conv.bias is None
         and conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
+        and all(len(set(sides)) == 1 for sides in (conv.kernel_size, conv.stride, conv.padding))
         and norm.track_running_stats
         and norm.momentum is not None
     )
-    return Stage(conv, norm, "identity" if act is None else _ACTS[type(act)]) if is_known else None
 
 
-def _squeezed(stage: Stage, part: SqueezeExcite) -> Stage | None:
-    inner = part.reduce, part.act, part.expand
-    is_known = (
-        type(part.act) in _ACTS
-        and all(type(conv) is nn.Conv2d and conv.bias is not None for conv in inner[::2])
-        and all(_is_unwatched(module) for module in inner)
-    )
-    return (
-        stage._replace(squeeze=inner[::2], squeeze_act=_ACTS[type(part.act)]) if is_known else None
+def _is_plain_squeeze_excite(part: nn.Module) -> bool:
+    if type(part) is not SqueezeExcite or not all(map(_is_unwatched, part._modules.values())):
+        return False
+    convs = part.reduce, part.expand
+    return type(part.act) in _ACTS and all(
+        type(conv) is nn.Conv2d and conv.kernel_size == (1, 1) and conv.bias is not None
+        for conv in convs
     )
 
 
