@@ -79,8 +79,10 @@ class RevBlock(Reversible):
         needs_grad = name == "g" or step.needs_grad[0]
         rerun = step.rerun(name, getattr(self, name), source, name, needs_grad)
         resample_add_out(y, [rerun.output], x, alpha=-1.0, lattice=self.lattice)
-        # Dense and of the transform's precision: batch norm's backward is slow on slices.
-        pulled = rerun.pull(torch.empty_like(rerun.output).copy_(grad))
+        if not getattr(getattr(self, name), "reads_slices", False) or rerun.output.dtype != y.dtype:
+            # Dense and of the transform's precision: batch norm's backward is slow on slices.
+            grad = torch.empty_like(rerun.output).copy_(grad)
+        pulled = rerun.pull(grad)
         if pulled is None:
             total.copy_(grad_source)
         else:

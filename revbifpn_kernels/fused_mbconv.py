@@ -38,9 +38,11 @@ class Stage(NamedTuple):
     drop_path: float = 0.0
 
     def parameters(self) -> list[Tensor | None]:
-        convs = self.squeeze or ()
-        own = [self.conv.weight, self.norm.weight, self.norm.bias]
-        return own + [p for conv in convs for p in (conv.weight, conv.bias)]
+        norm = self.norm._parameters
+        own = [self.conv._parameters["weight"], norm["weight"], norm["bias"]]
+        for conv in self.squeeze or ():
+            own += [conv._parameters["weight"], conv._parameters["bias"]]
+        return own
 
     @property
     def is_batch(self) -> bool:
@@ -49,13 +51,14 @@ class Stage(NamedTuple):
 
     def fits(self, x: Tensor) -> bool:
         """Whether convolution and norm have the dtypes that go with x, and plain tensors."""
-        dtype, norm = sums_dtype(x), self.norm
-        held = norm.weight, norm.bias, norm.running_mean, norm.running_var
+        weight, *held = parameters = self.parameters()
+        statistics = self.norm._buffers["running_mean"], self.norm._buffers["running_var"]
         is_cast = torch.is_autocast_enabled(x.device.type)
+        dtype = sums_dtype(x)
         return (
-            (is_cast or self.conv.weight.dtype == x.dtype)
-            and all(t is None or t.dtype == dtype for t in held)
-            and not any(map(is_traceable_wrapper_subclass, self.parameters()))
+            (is_cast or weight.dtype == x.dtype)
+            and all(t is None or t.dtype == dtype for t in (*held, *statistics))
+            and not any(map(is_traceable_wrapper_subclass, parameters))
         )
 
     def moved(self) -> list[Tensor]:
@@ -111,20 +114,24 @@ def run_stages(stages: Sequence[Stage], x: Tensor) -> Tensor:
     if recorder is not None:
         parameters = [recorder.used(p) for p in parameters]
     device = x.device.type
-    with contextlib.ExitStack() as inside:
-        if recorder is not None:  # who watches calls need not see ours
-            inside.enter_context(torch._C.DisableTorchFunction())
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
-            inside.enter_context(torch.autocast(device, enabled=False))
-        call = _Call(stages, known.stages if known else None)
-        wants_graph = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (x, *parameters)
-        )
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    call = _Call(stages, known.stages if known else None)
+    wants_graph = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, *parameters)
+    )
+    # Who watches calls need not see ours.
+    unseen = contextlib.nullcontext() if recorder is None else torch._C.DisableTorchFunction()
+    with _without_autocast(device), unseen:
         y = _Stages.apply(call, x, *parameters) if wants_graph else call.forward(x, parameters)
     if recorder is not None and known is None:
         recorder.remember(Memories(call.memories), [b for s in stages for b in s.moved()])
     return y
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager:
+    is_on = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else contextlib.nullcontext()
 
 
 class _Call:
@@ -148,7 +155,7 @@ class _Call:
     def forward(self, x: Tensor, parameters: Sequence[Tensor | None]) -> Tensor:
         for k, (stage, own) in enumerate(zip(self.stages, self.split(parameters), strict=True)):
             weight, gamma, beta, *squeeze = own
-            u = _convolve(stage.conv, x, weight.to(x.dtype))
+            u = _convolve(stage.conv, x, _as(weight, x.dtype))
             if not self.is_second:
                 self.memories.append(_measure(stage, u, gamma, beta, squeeze))
             memory = self.memories[k]
@@ -159,21 +166,22 @@ class _Call:
 
 def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze) -> Memory:
     """Statistics and gates of a first run; running statistics move."""
-    norm = stage.norm
+    norm, buffers = stage.norm, stage.norm._buffers
+    mean, var = buffers["running_mean"], buffers["running_var"]
     if stage.is_batch:
         if u.numel() == u.shape[1]:
             raise ValueError(
                 f"MBConv: batch norm needs more than 1 value a channel in training, got maps of "
                 f"{tuple(u.shape)}"
             )
-        running = (norm.running_mean, norm.running_var) if norm.training else (None, None)
-        counter = norm.num_batches_tracked if norm.training else None
-        statistics = _ops.batch_statistics(u, norm.eps, *running, counter, norm.momentum or 0.0)
+        statistics = _ops.batch_statistics(
+            u, norm.eps, mean, var, buffers["num_batches_tracked"], norm.momentum
+        )
     else:
         dtype = sums_dtype(u)
-        variance = norm.running_var.to(dtype)
-        mean = norm.running_mean.to(dtype, copy=True)  # it may move before the backward
-        statistics = mean, (variance + norm.eps).rsqrt()
+        # A backward wants the mean of now, and the buffer may move before it.
+        mean = mean.to(dtype, copy=torch.is_grad_enabled() or replay.recorder() is not None)
+        statistics = mean, (var.to(dtype) + norm.eps).rsqrt()
     gate = means = None
     if stage.squeeze is not None:
         means = _ops.norm_act_means(u, *statistics, gamma, beta, stage.act)
@@ -189,8 +197,7 @@ class _Squeeze:
     """Squeeze-excite's gates from the means, both (N, C)."""
 
     def __init__(self, act: str, parameters: Sequence[Tensor], means: Tensor) -> None:
-        weights = (p.to(means.dtype) for p in parameters)
-        reduce, reduce_bias, expand, expand_bias = weights
+        reduce, reduce_bias, expand, expand_bias = parameters
         self.act, self.means = act, means
         self.reduce, self.expand = reduce.flatten(1), expand.flatten(1)
         self.before = torch.addmm(reduce_bias, means, self.reduce.t())
@@ -269,10 +276,17 @@ def _convolve_backward(
     return grad_x, grad_weight
 
 
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, without the call where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def _like(grad: Tensor, maps: Tensor) -> Tensor:
-    """`grad` in the memory format and dtype of `maps`, which the kernels walk together."""
-    if grad.stride() == maps.stride() and grad.dtype == maps.dtype:
-        return grad
+    """`grad` in the memory format and dtype of `maps`, which the kernels walk together; channels of
+    larger maps are left where they are."""
+    if grad.dtype == maps.dtype and 0 not in grad.stride():
+        if Geometry.of(grad).channels_last == Geometry.of(maps).channels_last:
+            return grad
     return torch.empty_like(maps).copy_(grad)
 
 
@@ -295,14 +309,15 @@ class _Stages(torch.autograd.Function):
             return None, *_differentiable(call, (maps[0], *parameters), grad, needs)
         parts = list(zip(call.stages, call.split(parameters), call.split(needs[1:]), strict=True))
         grads: list[Tensor | None] = []
-        with torch.autocast(grad.device.type, enabled=False):
-            for k in reversed(range(len(parts))):
-                stage, own, wanted = parts[k]
-                is_needed = k > 0 or needs[0], wanted[0]
+        for k in reversed(range(len(parts))):
+            stage, own, wanted = parts[k]
+            is_needed = k > 0 or needs[0], wanted[0]
+            pair = Maps(*maps[2 * k : 2 * k + 2])
+            with _without_autocast(grad.device.type):
                 grad, own_grads = _stage_backward(
-                    stage, grad, Maps(*maps[2 * k : 2 * k + 2]), call.memories[k], own, is_needed
+                    stage, grad, pair, call.memories[k], own, is_needed
                 )
-                grads = own_grads + grads
+            grads = own_grads + grads
         grads = [g if need else None for g, need in zip(grads, needs[1:], strict=True)]
         return None, grad if needs[0] else None, *grads
 
@@ -328,11 +343,11 @@ def _stage_backward(
         grad, maps.u, *norm, memory.gate, grad_means, sums, stage.act, stage.is_batch
     )
     grad_x, grad_weight = _convolve_backward(
-        stage.conv, grad_u, maps.x, weight.to(maps.x.dtype), needs
+        stage.conv, grad_u, maps.x, _as(weight, maps.x.dtype), needs
     )
     grads = [grad_weight, grad_gamma, grad_beta, *squeeze_grads]
     return grad_x, [
-        None if g is None or p is None else g.view_as(p).to(p.dtype)
+        None if g is None or p is None else _as(g.view_as(p), p.dtype)
         for g, p in zip(grads, parameters, strict=True)
     ]
 

@@ -92,11 +92,21 @@ class MBConv(nn.Sequential):
             parts["drop_path"] = DropPath(drop_path)
         super().__init__(OrderedDict(parts))
 
+    reads_slices = True  # gradients that are channels of larger maps need not be copied for it
+
     def forward(self, x: Tensor) -> Tensor:
-        stages = _stages_of(self) if can_run(x) else None
-        if stages is None or not all(stage.fits(x) for stage in stages):
-            return super().forward(x)
-        return run_stages(stages, x)
+        stages = self._stages(x)
+        return super().forward(x) if stages is None else run_stages(stages, x)
+
+    def _stages(self, x: Tensor) -> list[Stage] | None:
+        """What runs fused, decided in the first of two runs; None where the modules must run."""
+        recorder = replay.recorder()
+        plans = {} if recorder is None else recorder.run.plans
+        if self not in plans:
+            stages = _stages_of(self) if can_run(x) else None
+            is_fused = stages is not None and all(stage.fits(x) for stage in stages)
+            plans[self] = stages if is_fused else None
+        return plans[self]
 
 
 class ConvNorm(nn.Sequential):
@@ -192,19 +202,20 @@ def _stages_of(mbconv: MBConv) -> list[Stage] | None:
     """What `fused_mbconv` runs, or None where modules must: others than ours, or watched ones."""
     parts = mbconv._modules
     is_ours = tuple(name for name in _ORDER if name in parts) == tuple(parts)
-    if not is_ours or "project" not in parts or nn_module._has_any_global_hook():
+    is_replica = getattr(mbconv, "_is_replica", False)  # DataParallel's hide their parameters
+    if not is_ours or "project" not in parts or is_replica or nn_module._has_any_global_hook():
         return None
     if not all(_is_unwatched(part) for part in parts.values()):
         return None
     convs = [parts[name] for name in ("expand", "depthwise", "project") if name in parts]
     if not all(_is_plain_conv_norm(part) for part in convs):
         return None
-    stages = [Stage(part.conv, part.norm, _act_of(part)) for part in convs]
+    stages = [Stage(part._modules["conv"], part._modules["norm"], _act_of(part)) for part in convs]
     if (gate := parts.get("squeeze_excite")) is not None:
         if not _is_plain_squeeze_excite(gate):
             return None
-        squeeze = gate.reduce, gate.expand
-        stages[-2] = stages[-2]._replace(squeeze=squeeze, squeeze_act=_ACTS[type(gate.act)])
+        squeeze = gate._modules["reduce"], gate._modules["expand"]
+        stages[-2] = stages[-2]._replace(squeeze=squeeze, squeeze_act=_act_of(gate))
     if (drop := parts.get("drop_path")) is not None:
         if type(drop) is not DropPath:
             return None
@@ -212,20 +223,29 @@ def _stages_of(mbconv: MBConv) -> list[Stage] | None:
     return stages
 
 
-def _act_of(part: ConvNorm) -> str:
-    return _ACTS[type(part.act)] if "act" in part._modules else "identity"
+# Entries of `_modules` and `_parameters` are read at once, attributes of modules by a slow search.
+def _act_of(part: nn.Module) -> str:
+    act = part._modules.get("act")
+    return "identity" if act is None else _ACTS[type(act)]
+
+
+def _has_plain_parts(part: nn.Module, kind: type) -> bool:
+    inner = part._modules
+    return (
+        type(part) is kind
+        and all(map(_is_unwatched, inner.values()))
+        and ("act" not in inner or type(inner["act"]) in _ACTS)
+    )
 
 
 def _is_plain_conv_norm(part: nn.Module) -> bool:
-    if type(part) is not ConvNorm or not all(map(_is_unwatched, part._modules.values())):
+    if not _has_plain_parts(part, ConvNorm) or not part._modules.keys() <= {"conv", "norm", "act"}:
         return False
-    conv, norm = part.conv, part.norm
+    conv, norm = part._modules["conv"], part._modules["norm"]
     return (
-        part._modules.keys() <= {"conv", "norm", "act"}
-        and type(conv) is nn.Conv2d
+        type(conv) is nn.Conv2d
         and type(norm) in (BatchNorm2d, nn.BatchNorm2d)
-        and ("act" not in part._modules or type(part.act) in _ACTS)
-        and conv.bias is None
+        and conv._parameters["bias"] is None
         and conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
@@ -236,11 +256,13 @@ def _is_plain_conv_norm(part: nn.Module) -> bool:
 
 
 def _is_plain_squeeze_excite(part: nn.Module) -> bool:
-    if type(part) is not SqueezeExcite or not all(map(_is_unwatched, part._modules.values())):
+    if not _has_plain_parts(part, SqueezeExcite):
         return False
-    convs = part.reduce, part.expand
-    return type(part.act) in _ACTS and all(
-        type(conv) is nn.Conv2d and conv.kernel_size == (1, 1) and conv.bias is not None
+    convs = part._modules["reduce"], part._modules["expand"]
+    return all(
+        type(conv) is nn.Conv2d
+        and conv.kernel_size == (1, 1)
+        and conv._parameters["bias"] is not None
         for conv in convs
     )
 

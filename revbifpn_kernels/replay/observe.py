@@ -32,13 +32,14 @@ _kinds: dict = {}
 class Run:
     """What one run of a transform drew and measured, in order."""
 
-    __slots__ = ("events", "is_checkpointed", "moved", "parts")
+    __slots__ = ("events", "is_checkpointed", "moved", "parts", "plans")
 
     def __init__(self, module: nn.Module) -> None:
         self.parts = parts_of(module)
         self.is_checkpointed = False  # the second run is, and a third would follow
         self.events: list = []  # of Kept, State, Statistics, SharedStatistics
         self.moved: list[Tensor] = []  # running statistics and counters that the first run moved
+        self.plans: dict = {}  # by module: what it found out about itself in the first run
 
 
 def call(func: Callable, *args, **kwargs):
