@@ -1,13 +1,9 @@
-"""The weights' gradient of depthwise convolutions: the op, and the module that calls it."""
-
-import copy
+"""The weights' gradient of depthwise convolutions."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import assert_as_accurate, same_bits
 
-from revbifpn_kernels.mbconv import DepthwiseConv2d
 from revbifpn_kernels.ops.depthwise_weight_grad import (
     depthwise_weight_grad,
     depthwise_weight_grad_reference,
@@ -117,24 +113,12 @@ def test_errors(change, message):
         depthwise_weight_grad(arguments.pop("x"), arguments.pop("grad"), **arguments)
 
 
-@pytest.mark.parametrize("kernel, stride", [(3, 1), (5, 1), (7, 4)])
-def test_the_module_is_a_convolution(kernel, stride):
-    ours = DepthwiseConv2d(
-        24, 24, kernel, stride, (kernel - 1) // 2, groups=24, bias=False, dtype=torch.float64
-    )
-    x = torch.randn(2, 24, 12, 11, dtype=torch.float64).to(memory_format=torch.channels_last)
-    x.requires_grad_()
-    y = ours(x)
-    plain = F.conv2d(x, ours.weight, None, stride, (kernel - 1) // 2, groups=24)
-    torch.testing.assert_close(y, plain)
-    grads = torch.autograd.grad(y.square().sum(), [x, ours.weight])
-    expected = torch.autograd.grad(plain.square().sum(), [x, ours.weight])
-    torch.testing.assert_close(grads, expected)
-
-
-def test_the_module_differentiates_twice_and_copies():
-    conv = DepthwiseConv2d(3, 3, 5, 1, 2, groups=3, bias=False, dtype=torch.float64)
-    x = torch.randn(1, 3, 6, 6, dtype=torch.float64).to(memory_format=torch.channels_last)
-    assert torch.autograd.gradgradcheck(copy.deepcopy(conv), x.requires_grad_())
-    conv.weight.requires_grad_(False)
-    assert conv(x).grad_fn.name() == "ConvolutionBackward0"
+@pytest.mark.parametrize(
+    "kernel, stride, message",
+    [(8, 2**63 - 3, "all below 2\\^31"), (3, 1, "grad must have the sides")],
+)
+def test_the_dispatcher_op_reads_no_foreign_memory(kernel, stride, message):
+    """Called directly it meets no check of Python's."""
+    x, grad = (torch.zeros(1, 16, 4, w).to(memory_format=torch.channels_last) for w in (4, 3))
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.revbifpn.depthwise_weight_grad(x, grad, kernel, stride, 0)
