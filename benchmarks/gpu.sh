@@ -47,15 +47,15 @@ export OUT
 # The limits sum to less than nine minutes; what decides comes first.
 PER_IMAGE="revbifpn_s0 revbifpn_s4 revbifpn_s6 efficientnet_b0 efficientnet_b4 efficientnet_b7 hrnet_w48"
 step versions 10 bash -c versions
-step build 55 python3 setup.py --quiet build_ext --inplace
+step build 85 python3 setup.py --quiet build_ext --inplace
 step graphs 30 python3 -m pytest -q -p no:cacheprovider tests/test_reversible_cuda.py -k graph
-step tests 80 python3 -m pytest -q -n 8 -p no:cacheprovider
-step bench-step 150 python3 -m benchmarks.bench_step --device cuda --seconds 30 --output "$OUT"
+step tests 75 python3 -m pytest -q -n 8 -p no:cacheprovider
+step bench-step 125 python3 -m benchmarks.bench_step --device cuda --seconds 30 --output "$OUT"
 step bench-memory 40 python3 -m benchmarks.bench_memory --device cuda --parts real --models $PER_IMAGE --output "$OUT"
 step profile 20 python3 -m benchmarks.profile_step --device cuda --models revbifpn_s0 --repeats 3 --output "$OUT"
 step compile 30 python3 -m benchmarks.compile_ahead --target sm_90
 step bench 50 python3 -m benchmarks.bench_ops --device cuda --output "$OUT"
-step memcheck 30 bash -c 'sanitize memcheck "tests/test_resample_*.py" "triton and odd and fp32"'
+step memcheck 30 bash -c 'sanitize memcheck "tests/test_resample_*.py tests/test_norm_act.py" "triton and odd and fp32"'
 step racecheck 20 bash -c 'sanitize racecheck tests/test_resample_add.py "triton and odd and fp32"'
 step report 20 bash -c report
 
