@@ -284,9 +284,9 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _like(grad: Tensor, maps: Tensor) -> Tensor:
     """`grad` in the memory format and dtype of `maps`, which the kernels walk together; channels of
     larger maps are left where they are."""
-    if grad.dtype == maps.dtype and 0 not in grad.stride():
-        if Geometry.of(grad).channels_last == Geometry.of(maps).channels_last:
-            return grad
+    is_alike = Geometry.of(grad).channels_last == Geometry.of(maps).channels_last
+    if is_alike and grad.dtype == maps.dtype:
+        return grad
     return torch.empty_like(maps).copy_(grad)
 
 
@@ -318,7 +318,6 @@ class _Stages(torch.autograd.Function):
                     stage, grad, pair, call.memories[k], own, is_needed
                 )
             grads = own_grads + grads
-        grads = [g if need else None for g, need in zip(grads, needs[1:], strict=True)]
         return None, grad if needs[0] else None, *grads
 
 
