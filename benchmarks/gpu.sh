@@ -56,7 +56,7 @@ step profile 20 python3 -m benchmarks.profile_step --device cuda --models revbif
 step compile 30 python3 -m benchmarks.compile_ahead --target sm_90
 step bench 50 python3 -m benchmarks.bench_ops --device cuda --output "$OUT"
 step memcheck 30 bash -c 'sanitize memcheck "tests/test_resample_*.py tests/test_norm_act.py" "triton and odd and fp32"'
-step racecheck 20 bash -c 'sanitize racecheck tests/test_resample_add.py "triton and odd and fp32"'
+step racecheck 20 bash -c 'sanitize racecheck "tests/test_resample_add.py tests/test_norm_act.py" "triton and odd and fp32"'
 step report 20 bash -c report
 
 if [ ${#failed[@]} -gt 0 ]; then

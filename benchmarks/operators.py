@@ -92,6 +92,8 @@ def kind_of(name: str, args: tuple, tensors: list[Tensor], batch: int) -> str:
     """The row of the profile that an operator belongs to."""
     if "depthwise_weight_grad" in name:
         return "convolution, depthwise"
+    if name.startswith(("norm_act", "batch_statistics")):
+        return "batch norm, activation, gate"  # fused
     if _is_gate(tensors, batch):
         return "squeeze-excite, classifier"
     if "convolution" in name:

@@ -12,7 +12,7 @@ CHANNELS = SIZES["revbifpn_s0"].widths
 S6_CHANNELS = SIZES["revbifpn_s6"].widths
 PER_LEVEL = (
     "neck_widths kernels extra_kernels expand_ratios se_ratios neck_expand_ratios neck_se_ratios"
-)
+).split()
 
 
 def config_of(channels) -> Config:

@@ -28,10 +28,11 @@ SMALLEST_OWN_KERNEL = 5
 
 
 class Stage(NamedTuple):
-    """A convolution, its norm and what follows."""
+    """A convolution, its norm and what follows, as they are when the stage is made."""
 
     conv: nn.Conv2d
     norm: nn.BatchNorm2d
+    is_batch: bool  # whether the norm takes its statistics from the batch
     act: str
     squeeze: tuple[nn.Conv2d, nn.Conv2d] | None = None  # of squeeze-excite
     squeeze_act: str = "identity"
@@ -44,26 +45,22 @@ class Stage(NamedTuple):
             own += [conv._parameters["weight"], conv._parameters["bias"]]
         return own
 
-    @property
-    def is_batch(self) -> bool:
-        """Whether the norm takes its statistics from the batch."""
-        return self.norm.training or self.norm.running_mean is None
-
     def fits(self, x: Tensor) -> bool:
         """Whether convolution and norm have the dtypes that go with x, and plain tensors."""
         weight, *held = parameters = self.parameters()
         statistics = self.norm._buffers["running_mean"], self.norm._buffers["running_var"]
-        is_cast = torch.is_autocast_enabled(x.device.type)
+        is_cast = _is_cast(x) and weight.dtype != torch.float64
         dtype = sums_dtype(x)
         return (
             (is_cast or weight.dtype == x.dtype)
             and all(t is None or t.dtype == dtype for t in (*held, *statistics))
+            and all(t is None or t.is_contiguous() for t in (*held[:2], *statistics))
             and not any(map(is_traceable_wrapper_subclass, parameters))
         )
 
     def moved(self) -> list[Tensor]:
         """The buffers that a first run moves."""
-        buffers = self.norm._buffers.values() if self.norm.training else ()
+        buffers = self.norm._buffers.values() if self.is_batch else ()
         return [buffer for buffer in buffers if buffer is not None]
 
 
@@ -95,7 +92,8 @@ class Maps(NamedTuple):
 def can_run(x: Tensor) -> bool:
     """Whether there are kernels for x, and nobody wants to see the operations one by one."""
     return (
-        x.dim() == 4
+        isinstance(x, Tensor)
+        and x.dim() == 4
         and x.numel() > 0
         and x.dtype in DTYPES
         and (x.is_cpu or (x.is_cuda and x.dtype != torch.float64))
@@ -106,6 +104,11 @@ def can_run(x: Tensor) -> bool:
     )
 
 
+def _is_cast(x: Tensor) -> bool:
+    """Whether autocast casts x; it leaves float64 alone."""
+    return x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+
+
 def run_stages(stages: Sequence[Stage], x: Tensor) -> Tensor:
     """The result of the stages one after the other, with a graph if one is wanted."""
     recorder = replay.recorder()
@@ -114,12 +117,12 @@ def run_stages(stages: Sequence[Stage], x: Tensor) -> Tensor:
     if recorder is not None:
         parameters = [recorder.used(p) for p in parameters]
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if _is_cast(x):
         x = x.to(torch.get_autocast_dtype(device))
-    call = _Call(stages, known.stages if known else None)
     wants_graph = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, *parameters)
     )
+    call = _Call(stages, known.stages if known else None, wants_graph)
     # Who watches calls need not see ours.
     unseen = contextlib.nullcontext() if recorder is None else torch._C.DisableTorchFunction()
     with _without_autocast(device), unseen:
@@ -137,8 +140,10 @@ def _without_autocast(device: str) -> contextlib.AbstractContextManager:
 class _Call:
     """One run of stages."""
 
-    def __init__(self, stages: Sequence[Stage], known: list[Memory] | None) -> None:
-        self.stages = stages
+    def __init__(
+        self, stages: Sequence[Stage], known: list[Memory] | None, keeps_maps: bool
+    ) -> None:
+        self.stages, self.keeps_maps = stages, keeps_maps
         self.is_second = known is not None
         self.memories: list[Memory] = known or []
         self.maps: list[Maps] = []
@@ -159,7 +164,8 @@ class _Call:
             if not self.is_second:
                 self.memories.append(_measure(stage, u, gamma, beta, squeeze))
             memory = self.memories[k]
-            self.maps.append(Maps(x, u))
+            if self.keeps_maps:
+                self.maps.append(Maps(x, u))
             x = _ops.norm_act(u, memory.mean, memory.invstd, gamma, beta, memory.gate, stage.act)
         return x
 
@@ -306,7 +312,8 @@ class _Stages(torch.autograd.Function):
         saved, count = ctx.saved_tensors, len(needs) - 1
         parameters, maps = saved[:count], saved[count:]
         if torch.is_grad_enabled():
-            return None, *_differentiable(call, (maps[0], *parameters), grad, needs)
+            with _without_autocast(grad.device.type):
+                return None, *_differentiable(call, (maps[0], *parameters), grad, needs)
         parts = list(zip(call.stages, call.split(parameters), call.split(needs[1:]), strict=True))
         grads: list[Tensor | None] = []
         for k in reversed(range(len(parts))):
@@ -355,6 +362,7 @@ def _differentiable(
     call: _Call, inputs: Sequence[Tensor | None], grad: Tensor, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradients as a graph of PyTorch's operations, which can be differentiated again."""
+    inputs = [t if t is None else t.view_as(t) for t in inputs]  # whose hooks must run once
     y, *parameters = inputs
     parts = zip(call.stages, call.split(parameters), call.memories, strict=True)
     for stage, own, memory in parts:

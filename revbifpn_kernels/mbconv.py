@@ -106,7 +106,10 @@ class MBConv(nn.Sequential):
             # In evaluation PyTorch's norms, without statistics to take, are as fast on CPUs: 0.9 of
             # the time (2-core EPYC, S0 and S2, 2026-11-24). Not by whether a graph is wanted, which
             # would let `inverse` round otherwise than the forward.
-            stages = _stages_of(self) if self.training and can_run(x) else None
+            # A run that nobody records is one that a block must refuse or hide, as modules let it.
+            is_hidden = recorder is None and replay.is_replaying()
+            may_run = self.training and not is_hidden and can_run(x)
+            stages = _stages_of(self) if may_run else None
             is_fused = stages is not None and all(stage.fits(x) for stage in stages)
             plans[self] = stages if is_fused else None
         return plans[self]
@@ -213,7 +216,7 @@ def _stages_of(mbconv: MBConv) -> list[Stage] | None:
     convs = [parts[name] for name in ("expand", "depthwise", "project") if name in parts]
     if not all(_is_plain_conv_norm(part) for part in convs):
         return None
-    stages = [Stage(part._modules["conv"], part._modules["norm"], _act_of(part)) for part in convs]
+    stages = [_stage_of(part) for part in convs]
     if (gate := parts.get("squeeze_excite")) is not None:
         if not _is_plain_squeeze_excite(gate):
             return None
@@ -224,6 +227,11 @@ def _stages_of(mbconv: MBConv) -> list[Stage] | None:
             return None
         stages[-1] = stages[-1]._replace(drop_path=drop.probability if drop.training else 0.0)
     return stages
+
+
+def _stage_of(part: ConvNorm) -> Stage:
+    norm = part._modules["norm"]
+    return Stage(part._modules["conv"], norm, norm.training, _act_of(part))
 
 
 # Entries of `_modules` and `_parameters` are read at once, attributes of modules by a slow search.
@@ -248,6 +256,7 @@ def _is_plain_conv_norm(part: nn.Module) -> bool:
     return (
         type(conv) is nn.Conv2d
         and type(norm) in (BatchNorm2d, nn.BatchNorm2d)
+        and _has_entries(conv, norm)
         and conv._parameters["bias"] is None
         and conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
@@ -265,9 +274,15 @@ def _is_plain_squeeze_excite(part: nn.Module) -> bool:
     return all(
         type(conv) is nn.Conv2d
         and conv.kernel_size == (1, 1)
+        and _has_entries(conv)
         and conv._parameters["bias"] is not None
         for conv in convs
     )
+
+
+def _has_entries(*parts: nn.Module) -> bool:
+    """Whether weight and bias are where modules keep them: FSDP and users put attributes there."""
+    return all({"weight", "bias"} <= part._parameters.keys() for part in parts)
 
 
 def _is_unwatched(part: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from helpers import same_bits
 from torch import nn
 from torch.func import functional_call
 
-from revbifpn_kernels import MBConv, RevBlock, mbconv
+from revbifpn_kernels import MBConv, Reversible, RevBlock, mbconv
 
 OPTIONS = {
     "plain": {},
@@ -20,6 +20,8 @@ OPTIONS = {
     "no activation": {"act_layer": nn.Identity},
 }
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+# PyTorch's hardsigmoid_backward holds 1/6 in float32, whatever the dtype.
+AS_NEAR_AS_A_SIXTH = {"rtol": 1e-7, "atol": 1e-7}
 over_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 over_layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
@@ -113,6 +115,30 @@ def test_differentiates_twice(options):
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(net, x)
     assert torch.autograd.gradgradcheck(net, x)
+    inputs = [x, *net.parameters()]
+    once, again = (torch.autograd.grad(net(x).sin().sum(), inputs, create_graph=c) for c in (0, 1))
+    torch.testing.assert_close(once, again, **AS_NEAR_AS_A_SIXTH)
+
+
+def test_hooks_run_once_though_differentiated_twice():
+    net, x = make(OPTIONS["all"] | {"drop_path": 0.0}), image().requires_grad_()
+    calls = []
+    net.project.conv.weight.register_hook(lambda grad: calls.append(grad))
+    torch.autograd.grad(net(x).sum(), [x, net.project.conv.weight], create_graph=True)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["frozen after", "trained after"])
+@pytest.mark.parametrize("twice", [False, True])
+def test_modes_are_those_of_the_forward(training, twice):
+    net, x = make(OPTIONS["all"] | {"drop_path": 0.0}), image().requires_grad_()
+    for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.train(training)
+    y = net(x)
+    (expected,) = torch.autograd.grad(y.sin().sum(), x, retain_graph=True)
+    net.train(not training)
+    (ours,) = torch.autograd.grad(y.sin().sum(), x, create_graph=twice)
+    torch.testing.assert_close(ours, expected, **AS_NEAR_AS_A_SIXTH)
 
 
 def test_functional_call_trains_what_it_is_given(fused_calls):
@@ -161,7 +187,19 @@ def average(net):
     net.project.norm.momentum = None
 
 
+def put_an_attribute(net):  # as FSDP does
+    weight = net.project.conv.weight
+    del net.project.conv.weight
+    net.project.conv.weight = weight.detach()
+
+
+def stride_a_statistic(net):
+    norm = net.project.norm
+    norm.running_mean = torch.stack([norm.running_mean] * 2, 1)[:, 0]
+
+
 CHANGES = [add_hook, replace_act, give_a_bias, pad_circularly, dilate, append, average]
+CHANGES += [put_an_attribute, stride_a_statistic]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -210,6 +248,29 @@ def test_the_second_run_keeps_statistics_and_gates_alone():
     assert "norm_act" in called and "norm_act_grad" in called
     assert not {"batch_statistics", "norm_act_means", "bernoulli_"} & set(called)
     assert all(torch.equal(b, counts[name]) for name, b in block.named_buffers())
+
+
+def test_autocast_leaves_float64_alone():
+    net = make(OPTIONS["all"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(image()).dtype == torch.float64
+
+
+def test_a_run_that_no_block_records_is_refused():
+    class Sneaky(Reversible):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(1))
+            self.hidden = [MBConv(4, 4)]  # a list hides it
+
+        def forward(self, x):
+            return (x + self.shift + self.hidden[0](x).mean(),)
+
+        def inverse(self, y):
+            return (y - self.shift,)
+
+    with pytest.raises(RuntimeError, match="forward calls batch_norm itself"):
+        Sneaky()(torch.randn(2, 4, 6, 6))
 
 
 def test_two_runs_have_the_same_bits():
