@@ -4,6 +4,7 @@ At every (kernel, stride) of RevBiFPN-S0 at 224 pixels, batch 4, channels_last. 
 result's gradient once: what must move.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +75,10 @@ def bench(case: tuple[int, int, int, int], machine: Row) -> list[Row]:
     return rows
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_depthwise", description=__doc__
+    ).parse_args(arguments)
     machine = harness.describe_machine("cpu")
     path = harness.result_path(RESULTS, machine)
     rows = [row for case in CASES for row in bench(case, machine)]

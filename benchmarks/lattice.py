@@ -4,6 +4,7 @@ Gradient errors of the reversible part of RevBiFPN-S0 against float64, and train
 digits with the same seed, for stored activations, reversible ones and each lattice.
 """
 
+import argparse
 import copy
 import csv
 import sys
@@ -116,7 +117,10 @@ def train(mode: tuple[bool, float | None], seed: int, data) -> tuple[float, floa
     return sum(losses) / len(losses), 100 * right.item()
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    argparse.ArgumentParser(prog="python -m benchmarks.lattice", description=__doc__).parse_args(
+        arguments
+    )
     machine = harness.describe_machine("cpu")
     rows = gradient_errors()
     data = digits()

@@ -14,6 +14,10 @@ HOW_COUNTED = """
   steps they are.
 - *A step* is forward, backward and update by SGD with momentum; medians, in turns in one run.
   Before timing, gradients of all modes are compared with those of stored activations.
+- *GMACs* are multiply-adds of convolutions and matrix products; the README's are `thop`'s, as the
+  authors publish them, which counts norms and enlargements too.
+- The paper measured a GPU's allocator, and another EfficientNet; both of ours are counted alike.
+- Levels of a profile leave out Python and the engine, and what works on weights.
 - *Launches*: kernels on a GPU, on a CPU operators that compute or copy; forward and backward.
 - *Of the roof*: the least time over the median. The least time is the sum over convolutions and
   matrix products of a step with stored activations of FLOPs over the fastest matrix product or

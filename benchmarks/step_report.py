@@ -304,6 +304,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--figures", type=Path, default=FIGURES, metavar="DIR")
     parser.add_argument("--output", type=Path, default=HERE / "REPORT.md", metavar="FILE")
     run = parser.parse_args(arguments)
+    if not any(run.results.glob("*.csv")):
+        parser.error(f"no CSV in {run.results}; run benchmarks.bench_step or bench_memory first")
     run.output.write_text(report(run.results, run.figures))
     print(f"report: {run.output}")
 

@@ -240,6 +240,7 @@ def test_names_that_are_not_the_authors(tmp_path):
         load_official(net, net.state_dict())
     for path, message in (
         (tmp_path / "none.pth", "none.pth does not exist"),
+        ("https://example.org/net.pth", "is an address; download it first"),
         (tmp_path, "is a dir"),
     ):
         with pytest.raises(FileNotFoundError, match=f"load_checkpoint: .*{message}"):

@@ -137,6 +137,12 @@ def test_settings_reach_the_network():
     assert create_model("revbifpn_s6").config is not SIZES["revbifpn_s6"]
 
 
+def test_check_reaches_all_parts():
+    net = tiny()
+    net.check = True
+    assert net.check and net.body.check and net.neck.check and net.head.check
+
+
 def test_reset_classifier():
     net = tiny().eval()
     image = torch.randn(1, 3, 32, 32)

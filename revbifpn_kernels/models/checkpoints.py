@@ -1,6 +1,7 @@
 """Weights from files and state_dicts, under our names or the authors': all of them, or none."""
 
 import pickle
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -125,7 +126,9 @@ def _is_named_tensor(item: tuple) -> bool:
 def _read(op: str, path: Path):
     """What a file holds; nothing in it is executed."""
     if not path.is_file():
+        is_address = re.match(r"https?:/", str(path))
         what = "is a directory" if path.is_dir() else "does not exist"
+        what = "is an address; download it first" if is_address else what
         raise FileNotFoundError(f"{op}: {path} {what}")
     try:
         if path.suffix.lower() == ".safetensors":

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from .sizes import FIELDS, SIZES, Config
 def create_model(
     name: str,
     num_classes: int = 1000,
-    *,
     neck: bool = True,
     reversible: bool = True,
     checkpoint: str | Path | None = None,
@@ -64,36 +63,27 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else f"; expected one of {known}"
 
 
-def revbifpn_s0(num_classes: int = 1000, **options: Any) -> RevBiFPN:
-    """RevBiFPN-S0: 3.4 M parameters, 0.31 G MACs at 224 pixels; arguments of `create_model`."""
-    return create_model("revbifpn_s0", num_classes, **options)
+def _sized(name: str, costs: str) -> Callable[..., RevBiFPN]:
+    """The constructor of a published size."""
+
+    def build(
+        num_classes: int = 1000,
+        neck: bool = True,
+        reversible: bool = True,
+        checkpoint: str | Path | None = None,
+        **overrides: Any,
+    ) -> RevBiFPN:
+        return create_model(name, num_classes, neck, reversible, checkpoint, **overrides)
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"Return a RevBiFPN-{name[-2:].upper()}: {costs}; arguments of `create_model`."
+    return build
 
 
-def revbifpn_s1(num_classes: int = 1000, **options: Any) -> RevBiFPN:
-    """RevBiFPN-S1: 5.1 M parameters, 0.62 G MACs at 256 pixels; arguments of `create_model`."""
-    return create_model("revbifpn_s1", num_classes, **options)
-
-
-def revbifpn_s2(num_classes: int = 1000, **options: Any) -> RevBiFPN:
-    """RevBiFPN-S2: 10.6 M parameters, 1.37 G MACs at 256 pixels; arguments of `create_model`."""
-    return create_model("revbifpn_s2", num_classes, **options)
-
-
-def revbifpn_s3(num_classes: int = 1000, **options: Any) -> RevBiFPN:
-    """RevBiFPN-S3: 19.6 M parameters, 3.33 G MACs at 288 pixels; arguments of `create_model`."""
-    return create_model("revbifpn_s3", num_classes, **options)
-
-
-def revbifpn_s4(num_classes: int = 1000, **options: Any) -> RevBiFPN:
-    """RevBiFPN-S4: 48.7 M parameters, 10.6 G MACs at 320 pixels; arguments of `create_model`."""
-    return create_model("revbifpn_s4", num_classes, **options)
-
-
-def revbifpn_s5(num_classes: int = 1000, **options: Any) -> RevBiFPN:
-    """RevBiFPN-S5: 82.0 M parameters, 21.8 G MACs at 352 pixels; arguments of `create_model`."""
-    return create_model("revbifpn_s5", num_classes, **options)
-
-
-def revbifpn_s6(num_classes: int = 1000, **options: Any) -> RevBiFPN:
-    """RevBiFPN-S6: 142.3 M parameters, 38.1 G MACs at 352 pixels; arguments of `create_model`."""
-    return create_model("revbifpn_s6", num_classes, **options)
+revbifpn_s0 = _sized("revbifpn_s0", "3.4 M parameters, 0.31 G MACs at 224 pixels")
+revbifpn_s1 = _sized("revbifpn_s1", "5.1 M parameters, 0.62 G MACs at 256 pixels")
+revbifpn_s2 = _sized("revbifpn_s2", "10.6 M parameters, 1.37 G MACs at 256 pixels")
+revbifpn_s3 = _sized("revbifpn_s3", "19.6 M parameters, 3.33 G MACs at 288 pixels")
+revbifpn_s4 = _sized("revbifpn_s4", "48.7 M parameters, 10.6 G MACs at 320 pixels")
+revbifpn_s5 = _sized("revbifpn_s5", "82.0 M parameters, 21.8 G MACs at 352 pixels")
+revbifpn_s6 = _sized("revbifpn_s6", "142.3 M parameters, 38.1 G MACs at 352 pixels")

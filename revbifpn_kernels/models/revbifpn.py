@@ -75,6 +75,17 @@ class RevBiFPN(nn.Module):
     def lattice(self, lattice: float | None) -> None:
         self.body.lattice = lattice
 
+    @property
+    def check(self) -> bool:
+        """Whether every forward looks for faults, see `Reversible.check`."""
+        return self.body.check
+
+    @check.setter
+    def check(self, check: bool) -> None:
+        for part in (self.body, self.neck, self.head):
+            if part is not None:
+                part.check = check
+
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         if self.head is None:
             return self.pyramid(image)
