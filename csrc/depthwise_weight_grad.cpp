@@ -21,9 +21,12 @@ Tensor depthwise_weight_grad_cpu(const Tensor &x, const Tensor &grad, int64_t ke
   const auto is_below = [](int64_t value, int64_t least) {
     return value >= least && value < INT32_MAX;
   };
-  STD_TORCH_CHECK(is_below(kernel_size, 1) && is_below(stride, 1) && is_below(padding, 0), op,
-                  ": kernel_size and stride must be at least 1, padding at least 0, all below 2^31");
-  const auto side_of = [&](int64_t side) { return (side + 2 * padding - kernel_size) / stride + 1; };
+  STD_TORCH_CHECK(
+      is_below(kernel_size, 1) && is_below(stride, 1) && is_below(padding, 0), op,
+      ": kernel_size and stride must be at least 1, padding at least 0, all below 2^31");
+  const auto side_of = [&](int64_t side) {
+    return (side + 2 * padding - kernel_size) / stride + 1;
+  };
   STD_TORCH_CHECK(grad_maps.height == side_of(x_maps.height) &&
                       grad_maps.width == side_of(x_maps.width),
                   op, ": grad must have the sides of the convolution's result");

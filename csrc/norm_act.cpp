@@ -47,10 +47,9 @@ bool has_lanes_of_channels(const Tensor &tensor) {
 Tensor walked(const Tensor &tensor, bool lanes_are_channels) {
   if (can_be_walked(tensor, lanes_are_channels))
     return tensor;
-  return torch::stable::contiguous(tensor,
-                                   lanes_are_channels
-                                       ? torch::headeronly::MemoryFormat::ChannelsLast
-                                       : torch::headeronly::MemoryFormat::Contiguous);
+  return torch::stable::contiguous(tensor, lanes_are_channels
+                                               ? torch::headeronly::MemoryFormat::ChannelsLast
+                                               : torch::headeronly::MemoryFormat::Contiguous);
 }
 
 Tensor walked(const char *op, const Tensor &x) {
@@ -129,11 +128,26 @@ template <class Acc> struct Norm {
   }
 };
 
+/// Calls `function` with a value of x's element type, the job of its norm, and the norm.
+template <class Function>
+void with_norm(const char *op, const Tensor &x, const Tensor &mean, const Tensor &invstd,
+               const OptionalTensor &weight, const OptionalTensor &bias, const std::string &act,
+               Function &&function) {
+  dispatch_dtype(maps_of(op, x).dtype, [&](auto element) {
+    using Acc = accumulator_t<decltype(element)>;
+    auto job = job_of<Acc>(op, x);
+    const Norm<Acc> norm(op, job.channels, mean, invstd, weight, bias);
+    norm.put_into(job);
+    job.act = act_of(op, act);
+    function(element, job, norm);
+  });
+}
+
 template <class Job, class Kernel>
 void run(const Job &job, Kernel kernel, const std::vector<FreshMemory> &fresh = {}) {
   const int64_t elements = job.images * job.channels * job.pixels;
-  const int64_t step = std::max<int64_t>(1, job.units() * (int64_t{1} << 18) /
-                                                std::max<int64_t>(1, elements));
+  const int64_t step =
+      std::max<int64_t>(1, job.units() * (int64_t{1} << 18) / std::max<int64_t>(1, elements));
   run_units(job, job.units(), fresh.empty() ? std::max<int64_t>(1, job.units()) : step, elements,
             fresh, kernel);
 }
@@ -236,16 +250,13 @@ Tensor norm_act_cpu(const Tensor &x_given, const Tensor &mean, const Tensor &inv
   const char *op = "norm_act";
   const Tensor x = walked(op, x_given);
   Tensor y = torch::stable::empty_like(x);
-  dispatch_dtype(maps_of(op, x).dtype, [&](auto element) {
+  with_norm(op, x, mean, invstd, weight, bias, act, [&](auto element, auto &job, const auto &) {
     using T = decltype(element);
     using Acc = accumulator_t<T>;
-    auto job = job_of<Acc>(op, x);
-    const Norm<Acc> norm(op, job.channels, mean, invstd, weight, bias);
-    norm.put_into(job);
     job.gate = values_of<Acc>(op, "gate", gate, job.images * job.channels);
-    job.act = act_of(op, act);
     job.y = walked_maps(op, y);
-    run(job, REVBIFPN_BEST_KERNEL(norm_act_units, T), {FreshMemory(job.y, y.numel(), y.element_size())});
+    run(job, REVBIFPN_BEST_KERNEL(norm_act_units, T),
+        {FreshMemory(job.y, y.numel(), y.element_size())});
   });
   return laid_out_like(x_given, y);
 }
@@ -256,13 +267,9 @@ Tensor norm_act_means_cpu(const Tensor &x_given, const Tensor &mean, const Tenso
   const char *op = "norm_act_means";
   const Tensor x = walked(op, x_given);
   Tensor means = empty_sums(x, {x.size(0), x.size(1)});
-  dispatch_dtype(maps_of(op, x).dtype, [&](auto element) {
+  with_norm(op, x, mean, invstd, weight, bias, act, [&](auto element, auto &job, const auto &) {
     using T = decltype(element);
     using Acc = accumulator_t<T>;
-    auto job = job_of<Acc>(op, x);
-    const Norm<Acc> norm(op, job.channels, mean, invstd, weight, bias);
-    norm.put_into(job);
-    job.act = act_of(op, act);
     std::vector<double> sums(job.units() * job.width());
     job.sums = sums.data();
     run(job, REVBIFPN_BEST_KERNEL(means_units, T));
@@ -281,13 +288,9 @@ Tensor norm_act_sums_cpu(const Tensor &grad_given, const Tensor &x_given, const 
   const Tensor grad = walked(grad_given, has_lanes_of_channels(x));
   const int64_t count = gated ? 5 : 2, planes = x.size(0) * x.size(1);
   Tensor result = empty_sums(x, {count, x.size(0), x.size(1)});
-  dispatch_dtype(maps_of(op, x).dtype, [&](auto element) {
+  with_norm(op, x, mean, invstd, weight, bias, act, [&](auto element, auto &job, const auto &) {
     using T = decltype(element);
     using Acc = accumulator_t<T>;
-    auto job = job_of<Acc>(op, x);
-    const Norm<Acc> norm(op, job.channels, mean, invstd, weight, bias);
-    norm.put_into(job);
-    job.act = act_of(op, act);
     job.grad = walked_maps(op, grad);
     std::vector<double> sums(count * job.units() * job.width());
     job.sums = sums.data();
@@ -321,8 +324,8 @@ template <class Acc> struct Totals {
 };
 
 std::tuple<Tensor, Tensor, Tensor>
-norm_act_grad_cpu(const Tensor &grad_given, const Tensor &x_given, const Tensor &mean, const Tensor &invstd,
-                  const OptionalTensor &weight, const OptionalTensor &bias,
+norm_act_grad_cpu(const Tensor &grad_given, const Tensor &x_given, const Tensor &mean,
+                  const Tensor &invstd, const OptionalTensor &weight, const OptionalTensor &bias,
                   const OptionalTensor &gate, const OptionalTensor &grad_means, const Tensor &sums,
                   const std::string &act, bool is_batch) {
   const char *op = "norm_act_grad";
@@ -332,12 +335,9 @@ norm_act_grad_cpu(const Tensor &grad_given, const Tensor &x_given, const Tensor 
   const int64_t images = x.size(0), channels = x.size(1), planes = images * channels;
   Tensor dx = torch::stable::empty_like(x);
   const Tensor dweight = empty_sums(x, {channels}), dbias = empty_sums(x, {channels});
-  dispatch_dtype(maps_of(op, x).dtype, [&](auto element) {
+  with_norm(op, x, mean, invstd, weight, bias, act, [&](auto element, auto &job, const auto &norm) {
     using T = decltype(element);
     using Acc = accumulator_t<T>;
-    auto job = job_of<Acc>(op, x);
-    const Norm<Acc> norm(op, channels, mean, invstd, weight, bias);
-    norm.put_into(job);
     job.gate = values_of<Acc>(op, "gate", gate, planes);
     const Acc *given = values_of<Acc>(op, "grad_means", grad_means, planes);
     std::vector<Acc> grad_mean(given == nullptr ? 0 : planes), offset(channels), tilt(channels);
@@ -358,10 +358,10 @@ norm_act_grad_cpu(const Tensor &grad_given, const Tensor &x_given, const Tensor 
     }
     job.offset = offset.data();
     job.tilt = tilt.data();
-    job.act = act_of(op, act);
     job.grad = walked_maps(op, grad);
     job.y = walked_maps(op, dx);
-    run(job, REVBIFPN_BEST_KERNEL(norm_grad_units, T), {FreshMemory(job.y, dx.numel(), dx.element_size())});
+    run(job, REVBIFPN_BEST_KERNEL(norm_grad_units, T),
+        {FreshMemory(job.y, dx.numel(), dx.element_size())});
   });
   return {laid_out_like(x_given, dx), dweight, dbias};
 }

@@ -8,19 +8,19 @@ namespace revbifpn {
 
 enum class Act { identity, relu, hardswish, silu };
 
-/// xc = x - mean, z = xc * invstd * weight + bias, y = act(z) * gate, over the pixels of (N, C, H, W). Where
-/// channels lie side by side a unit of work is one (image, chunk of pixels), else one plane; neither
-/// depends on the number of threads, so sums have the same bits on any.
+/// xc = x - mean, z = xc * invstd * weight + bias, y = act(z) * gate, over the pixels of (N, C, H,
+/// W). Where channels lie side by side a unit of work is one (image, chunk of pixels), else one
+/// plane; neither depends on the number of threads, so sums have the same bits on any.
 template <class Acc> struct NormJob {
   static constexpr int64_t LANES = 16;
   static constexpr int64_t MOST_SUMS = 5;
 
-  Maps x, grad, y; // y: what is written
-  const Acc *mean, *invstd;        // (C)
-  const Acc *weight, *bias;        // (C) or null
-  const Acc *gate, *grad_mean;     // (N, C) or null: the gate; what each pixel adds to its gradient
-  const Acc *offset, *tilt;        // (C) or null: dx = invstd * weight * (dz - offset - tilt * xc)
-  double *sums;                    // (sums, units, channels of a unit)
+  Maps x, grad, y;             // y: what is written
+  const Acc *mean, *invstd;    // (C)
+  const Acc *weight, *bias;    // (C) or null
+  const Acc *gate, *grad_mean; // (N, C) or null: the gate; what each pixel adds to its gradient
+  const Acc *offset, *tilt;    // (C) or null: dx = invstd * weight * (dz - offset - tilt * xc)
+  double *sums;                // (sums, units, channels of a unit)
   Act act;
   bool lanes_are_channels;
   int64_t images, channels, pixels, chunk_pixels;
@@ -40,9 +40,9 @@ template <class Acc> int64_t workspace_size(const NormJob<Acc> &job) {
   return job.blocks() * NormJob<Acc>::LANES * NormJob<Acc>::MOST_SUMS;
 }
 
-// As in resample.h. `statistics_units` sums x - first, its square, and x, where first is the mean of
-// the unit's first pixels; `means_units` act(z); `plain_sums_units` grad * act'(z) and that times xc;
-// `gated_sums_units` also act'(z), that times xc, and grad * act(z).
+// As in resample.h. `statistics_units` sums x - first, its square, and x, where first is the mean
+// of the unit's first pixels; `means_units` act(z); `plain_sums_units` grad * act'(z) and that
+// times xc; `gated_sums_units` also act'(z), that times xc, and grad * act(z).
 #define REVBIFPN_DECLARE_NORM_KERNELS(isa)                                                         \
   namespace isa {                                                                                  \
   template <class T>                                                                               \

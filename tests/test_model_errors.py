@@ -124,8 +124,8 @@ def test_what_is_no_image(image, message):
 def test_half_images_under_autocast_and_in_half_models():
     image = torch.randn(2, 3, 64, 64, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        tiny()(image)
-    tiny().bfloat16()(image)
+        assert tiny()(image).shape == (2, 10)
+    assert tiny().bfloat16()(image).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 32, 32), (0, 3, 64, 64)])

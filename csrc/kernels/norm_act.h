@@ -14,8 +14,8 @@ template <class Vector> struct Factors {
   REVBIFPN_INLINE Vector normalised(Vector xc) const { return xc * invstd * weight + bias; }
 };
 
-/// `mean` is that of the unit's first pixels, near enough that the squares lose no digits. The values
-/// themselves are added up too: a mean of differences would keep their rounding.
+/// `mean` is that of the unit's first pixels, near enough that the squares lose no digits. The
+/// values themselves are added up too: a mean of differences would keep their rounding.
 struct Statistics {
   static constexpr int SUMS = 3;
   static constexpr bool READS_GRAD = false, WRITES = false;
@@ -202,8 +202,7 @@ template <class T> REVBIFPN_INLINE T *ahead(T *values, int64_t elements) {
 }
 
 /// One plane.
-template <class Op, class T>
-void walk_plane(const NormJob<accumulator_t<T>> &job, int64_t unit) {
+template <class Op, class T> void walk_plane(const NormJob<accumulator_t<T>> &job, int64_t unit) {
   const int64_t n = unit / job.channels, c = unit % job.channels;
   const T *x = job.x.template at<const T>(n, c, 0, 0);
   const T *grad = Op::READS_GRAD ? job.grad.template at<const T>(n, c, 0, 0) : nullptr;
@@ -248,8 +247,7 @@ void walk_units(const NormJob<accumulator_t<T>> &job, int64_t begin, int64_t end
 
 #define REVBIFPN_NORM_KERNEL(name, Op)                                                             \
   template <class T>                                                                               \
-  void name(const NormJob<accumulator_t<T>> &job, int64_t begin, int64_t end,                      \
-            double *workspace) {                                                                   \
+  void name(const NormJob<accumulator_t<T>> &job, int64_t begin, int64_t end, double *workspace) { \
     walk_units<Op, T>(job, begin, end, workspace);                                                 \
   }
 REVBIFPN_NORM_KERNEL(statistics_units, Statistics)
