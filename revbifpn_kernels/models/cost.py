@@ -137,7 +137,7 @@ class _Allocations(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         given = {id(storage) for storage in _storages((args, kwargs))}
         for storage in _storages(result):
-            if id(storage) not in given | self._alive:
+            if id(storage) not in given and id(storage) not in self._alive:
                 self._alive.add(id(storage))
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self._free, id(storage), storage.nbytes())
