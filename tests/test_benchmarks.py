@@ -117,7 +117,7 @@ def test_kinds_of_operators():
         step.forward().backward()
     assert {
         "convolution, depthwise", "convolution, 1×1", "batch norm", "activation", "resample",
-        "squeeze-excite, classifier", "additions, copies, other",
+        "batch norm, activation, gate", "squeeze-excite, classifier", "additions, copies, other",
     } == set(times.kinds)  # fmt: skip
     assert {"none", "level 0", "level 1", "level 2", "level 3"} == set(times.levels)
     depthwise = sum(m.groups > 1 for m in net.modules() if isinstance(m, nn.Conv2d))
