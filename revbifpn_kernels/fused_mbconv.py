@@ -184,10 +184,8 @@ def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze) -> Memory:
             u, norm.eps, mean, var, buffers["num_batches_tracked"], norm.momentum
         )
     else:
-        dtype = sums_dtype(u)
-        # A backward wants the mean of now, and the buffer may move before it.
-        mean = mean.to(dtype, copy=torch.is_grad_enabled() or replay.recorder() is not None)
-        statistics = mean, (var.to(dtype) + norm.eps).rsqrt()
+        # A copy: a backward wants the mean of now, and the buffer may move before it.
+        statistics = mean.clone(), (var + norm.eps).rsqrt()
     gate = means = None
     if stage.squeeze is not None:
         means = _ops.norm_act_means(u, *statistics, gamma, beta, stage.act)
