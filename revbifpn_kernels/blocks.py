@@ -15,7 +15,8 @@ from .ops import resample_add
 from .ops.checks import check_lattice, check_maps, check_precision
 from .ops.resample_add import resample_add_out
 from .replay import Step, run
-from .reversible import Reversible, compute_of, finest_lattice
+from .reversible import Reversible, compute_of
+from .streams import finest_lattice
 
 
 class RevBlock(Reversible):

@@ -211,7 +211,7 @@ def _stages_of(mbconv: MBConv) -> list[Stage] | None:
     is_replica = getattr(mbconv, "_is_replica", False)  # DataParallel's hide their parameters
     if not is_ours or "project" not in parts or is_replica or nn_module._has_any_global_hook():
         return None
-    if not all(_is_unwatched(part) for part in parts.values()):
+    if not all(is_unwatched(part) for part in parts.values()):
         return None
     convs = [parts[name] for name in ("expand", "depthwise", "project") if name in parts]
     if not all(_is_plain_conv_norm(part) for part in convs):
@@ -244,7 +244,7 @@ def _has_plain_parts(part: nn.Module, kind: type) -> bool:
     inner = part._modules
     return (
         type(part) is kind
-        and all(map(_is_unwatched, inner.values()))
+        and all(map(is_unwatched, inner.values()))
         and ("act" not in inner or type(inner["act"]) in _ACTS)
     )
 
@@ -285,7 +285,8 @@ def _has_entries(*parts: nn.Module) -> bool:
     return all({"weight", "bias"} <= part._parameters.keys() for part in parts)
 
 
-def _is_unwatched(part: nn.Module) -> bool:
+def is_unwatched(part: nn.Module) -> bool:
+    """Whether nobody asked to see the module's calls, by hooks or a forward of his own."""
     return not (
         part._forward_hooks
         or part._forward_pre_hooks

@@ -10,20 +10,18 @@ and puts the inputs on the tape for the block before. What is held does not grow
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .ops import resample_add
 from .ops.checks import check_lattice
 from .ops.launch import Geometry
-from .ops.resample import in_format
 from .replay import Replay, Step, Tracked, is_replaying
 from .replay.checks import check_inverse, check_range, tuple_of_streams
-
-Streams = tuple[Tensor, ...]
+from .streams import Streams, enter, finest_lattice, identity, readable
 
 
 class Reversible(nn.Module):
@@ -43,10 +41,13 @@ class Reversible(nn.Module):
             raises if they differ, or if a stream leaves the lattice's range. Switch it on once
             after writing a block: it is slow and waits for the device.
         keeps_inputs: True for what cannot be taken back, see `Recomputed`.
+        reruns_before: True for a block that keeps no inputs after another one that does: in the
+            backward that one is run a third time to compute them.
     """
 
     reversible: bool = True
     keeps_inputs: bool = False
+    reruns_before: bool = False
     lattice: float | None = None
     check: bool = False
 
@@ -110,11 +111,12 @@ class Tape:
         self.check = check
         self.first: int | None = None  # the first block that keeps a graph
         self.outputs: dict[int, list[Tensor]] = {}
+        self.recomputed: dict[int, weakref.ref] = {}  # graph nodes of blocks that keep inputs
         self.last: list[tuple] | None = None  # what the block before returned, in the forward
 
     def check_unchanged(self, index: int, block: nn.Module, xs: Streams) -> None:
         """Raise unless the inputs are what the block before returned: it will be restored so."""
-        if self.last is not None and self.last != [_identity(x) for x in xs]:
+        if self.last is not None and self.last != [identity(x) for x in xs]:
             raise RuntimeError(
                 f"{type(block).__name__}: the inputs of block {index} are not the outputs of the "
                 "block before, which its backward will take them for; expected hooks that leave "
@@ -143,10 +145,15 @@ class _Call(NamedTuple):
     parameters: list[Tensor]
 
     def saved(self, xs: Streams, ys: Streams) -> Streams:
-        """The streams to save: none if the block after this one will restore the outputs."""
+        """The streams to save: none if other blocks will restore or compute them."""
         if self.block.keeps_inputs:
-            return xs
+            return () if self.follows_another else xs
         return ys if self.index == self.tape.blocks - 1 else ()
+
+    @property
+    def follows_another(self) -> bool:
+        """Whether the inputs are computed again by the block before."""
+        return self.block.reruns_before and self.index - 1 in self.tape.recomputed
 
 
 class _Block(torch.autograd.Function):
@@ -168,10 +175,12 @@ class _Block(torch.autograd.Function):
             check_range(call.block, ys)
             if not call.block.keeps_inputs:
                 check_inverse(call.block, call.replay, xs, ys)
-        call.tape.last = [_identity(y) for y in ys]
+        call.tape.last = [identity(y) for y in ys]
         buffers = call.replay.held.buffers_read(call.replay.moved())
         ctx.call = call
         ctx.channels_last = [y.dim() == 4 and Geometry.of(y).channels_last for y in ys]
+        if call.block.keeps_inputs:
+            call.tape.recomputed[call.index] = weakref.ref(ctx)
         streams = call.saved(xs, ys)
         ctx.saved_streams = len(streams)
         # Parameters and buffers are saved so that autograd notices a change before the backward.
@@ -187,25 +196,36 @@ class _Block(torch.autograd.Function):
                 f"{type(call.block).__name__}: a gradient of gradients (create_graph=True) needs "
                 "stored activations; set reversible=False"
             )
-        saved = ctx.saved_tensors
+        ys = _streams_again(ctx)
         step = Step(call.replay, ctx.needs_input_grad[1 : 1 + call.inputs])
         call.replay.stand_ins = call.replay.held.stand_ins()
         with call.replay.held.restored() as stand_ins:
-            ys = [y.detach() for y in saved[: ctx.saved_streams]]
-            del saved
             xs, grad_xs = call.block.backward_step(
-                ys or call.tape.take(call.index, call.block),
+                ys,
                 [
-                    _readable(grad, last)
+                    readable(grad, last)
                     for grad, last in zip(grad_ys, ctx.channels_last, strict=True)
                 ],
                 step,
             )
-        if call.index > call.tape.first:
+        if call.index > call.tape.first and call.index - 1 not in call.tape.recomputed:
             call.tape.outputs[call.index - 1] = list(xs)
         stand_ins |= call.replay.stand_ins
         used = [stand_ins.get(id(p), p) for p in call.parameters]
         return None, *grad_xs, *(step.parameter_grads.get(id(p)) for p in used)
+
+
+def _streams_again(ctx) -> list[Tensor]:
+    """What a block's backward starts from: its outputs, or its inputs where it keeps those."""
+    call = ctx.call
+    saved = [y.detach() for y in ctx.saved_tensors[: ctx.saved_streams]]
+    if saved or not call.block.keeps_inputs:
+        return saved or call.tape.take(call.index, call.block)
+    before = call.tape.recomputed[call.index - 1]()
+    again = before.call
+    xs = _streams_again(before)
+    with again.replay.held.restored(), again.replay.second(), torch.no_grad():
+        return list(compute_of(again.block)(again.block, *xs))
 
 
 class _Place(NamedTuple):
@@ -223,7 +243,7 @@ def _run_by_engine(compute: Callable) -> Callable:
         if type(self).forward is not forward:  # called by a subclass through super()
             return compute(self, *xs)
         if place is None:
-            xs = _enter(self, xs, self.lattice)
+            xs = enter(self, xs, self.lattice)
             tape = Tape(1, self.check) if self.reversible and _wants_graph(self) else None
             place = _Place(tape, 0)
             if tape is not None and torch.compiler.is_compiling():
@@ -258,51 +278,6 @@ def _wants_graph(chain: nn.Module) -> bool:
     is_replica = getattr(chain, "_is_replica", False)  # DataParallel's hide their parameters
     is_recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
     return torch.is_grad_enabled() and not (is_replica or is_recorded or is_replaying())
-
-
-def _enter(chain: nn.Module, xs: Streams, lattice: float | None) -> Streams:
-    """Check the streams that enter a chain; float32 under autocast; onto the lattice, if any."""
-    name = type(chain).__name__
-    for k, x in enumerate(xs):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            hint = "; pass streams one by one, as in f(*streams)" if isinstance(x, Sequence) else ""
-            raise TypeError(f"{name}: stream {k} must be a floating-point tensor, got {got}{hint}")
-    if not xs:
-        raise ValueError(f"{name}: expected at least one stream, got none")
-    device = xs[0].device.type
-    is_half_kept = device == "meta" or getattr(chain, "keeps_inputs", False)
-    if not is_half_kept and torch.is_autocast_enabled(device):
-        xs = tuple(x.float() if x.dtype.itemsize == 2 else x for x in xs)
-    if lattice is None:
-        return xs
-    for k, x in enumerate(xs):
-        if x.dtype.itemsize < 4:
-            raise TypeError(
-                f"{name}: stream {k} must be float32 or float64 with a lattice, got {x.dtype}"
-            )
-    return tuple(snap(x, lattice) for x in xs)
-
-
-def finest_lattice(blocks: Iterable[Reversible]) -> float | None:
-    lattices = [block.lattice for block in blocks if block.lattice is not None]
-    return min(lattices) if lattices else None
-
-
-def snap(x: Tensor, lattice: float) -> Tensor:
-    """Round x, of any shape, to multiples of `lattice`; the gradient passes through."""
-    maps = x if x.dim() == 4 else x.reshape(1, 1, 1, -1)
-    return resample_add(torch.zeros_like(maps), [maps], lattice=lattice).view_as(x)
-
-
-def _identity(x: Tensor) -> tuple:
-    storage = x.untyped_storage()._cdata
-    return storage, x.storage_offset(), x._version, x.dtype, x.shape, x.stride()
-
-
-def _readable(grad: Tensor | None, channels_last: bool) -> Tensor | None:
-    """A gradient in the memory format of its stream: kernels read others slowly."""
-    return grad if grad is None or grad.dim() != 4 else in_format(grad, channels_last)
 
 
 def _run_with_tape(chain: "ReversibleSequential", xs: Streams) -> Streams:
@@ -363,7 +338,7 @@ class ReversibleSequential(nn.Sequential):
 
     def forward(self, *xs: Tensor) -> Streams:
         self._check_blocks()
-        xs = _enter(self, xs, self.lattice)
+        xs = enter(self, xs, self.lattice)
         if self.reversible and _wants_graph(self):
             run_with_tape = _untraced if torch.compiler.is_compiling() else _run_with_tape
             return run_with_tape(self, xs)

@@ -91,7 +91,10 @@ class Head(Recomputed):
     """Fuses the pyramid from fine to coarse: `(features,) = head(p_0, …)`.
 
     t_0 = p_0, t_{l+1} = p_{l+1} + MBConv(t_l), then a 1×1 convolution to config.features channels.
+    In a chain after the neck it does not keep the pyramid, half of what S0 would hold.
     """
+
+    reruns_before = True
 
     def __init__(self, config: Config) -> None:
         super().__init__()

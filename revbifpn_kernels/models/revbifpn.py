@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..mbconv import is_unwatched
+from ..reversible import ReversibleSequential
 from .body import body
 from .checks import whole
 from .layers import Head, Neck, Stem
@@ -20,8 +22,8 @@ class RevBiFPN(nn.Module):
     first, s = 4, 8, 16, 32. Sides that are no multiples of 4 are padded with zeros at the right
     and bottom.
 
-    Between forward and backward it holds its last streams, the pyramid, and what the classifier
-    needs; neck and head run again in the backward, as the body does. In training an image that is
+    Between forward and backward it holds its last streams and what the classifier needs; neck and
+    head run again in the backward, as the body does. In training an image that is
     not finite raises before any running statistic moves; on a GPU the check does not wait, and
     ends the process' CUDA context with the same message. The image alone is guarded: weights that
     are not finite, and values that overflow on the way, spoil the statistics as in any network.
@@ -109,7 +111,9 @@ class RevBiFPN(nn.Module):
         """Return the map before pooling, (N, features, ⌈H/32⌉, ⌈W/32⌉)."""
         if self.head is None:
             raise RuntimeError("RevBiFPN: a model with num_classes=0 has no head; use pyramid()")
-        return self.head(*self.pyramid(image))[0]
+        if not self._is_chained():
+            return self.head(*self.pyramid(image))[0]
+        return ReversibleSequential(self.neck, self.head, check=self.check)(*self.streams(image))[0]
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Return logits (N, num_classes) from `forward_features`; pooled features if asked."""
@@ -139,6 +143,22 @@ class RevBiFPN(nn.Module):
             self.classifier = nn.Linear(
                 self.num_features, num_classes, device=like.device, dtype=like.dtype
             )
+
+    def _is_chained(self) -> bool:
+        """Whether neck and head may run as a chain, which need not keep the pyramid.
+
+        Not where a caller wants to see their calls: by hooks, as FSDP does, or in a graph of his.
+        """
+        return (
+            type(self.neck) is Neck
+            and type(self.head) is Head
+            and self.neck.reversible is self.head.reversible is True
+            and is_unwatched(self.neck)
+            and is_unwatched(self.head)
+            and not getattr(self, "_is_replica", False)  # DataParallel's hide their parameters
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+        )
 
     def _check_image(self, image: Tensor) -> None:
         self._check_dtype(image)
