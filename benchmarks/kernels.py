@@ -99,10 +99,10 @@ def plan_launches(
     x = _unbacked(shape, x_dtype, layout)
     sources = [_unbacked((*shape[:2], *size), source_dtype, layout) for size in sizes]
     if op == "resample_add":
-        return [plan_resample_add(x, x, sources, 1.0, "bilinear", None)]
+        return [plan_resample_add(x, x, sources, [], [], 1.0, "bilinear", None)]
     if op == "resample_adjoint":
         return [plan_resample_adjoint(x, sources, 1.0, "bilinear")]
-    return plan_resample_undo(x, sources, x, x, sources, 1.0, "bilinear", None)
+    return plan_resample_undo(x, sources, x, x, sources, [], [], 1.0, "bilinear", None)
 
 
 def plan_norm_launches(

@@ -112,30 +112,36 @@ void run_add(const char *op, const Maps &x, const Maps &y, int64_t images, int64
   run_units(job, units, chunks * job.strips, elements, fresh, REVBIFPN_BEST_KERNEL(add_units, T));
 }
 
-Tensor resample_add_cpu(const Tensor &x, const std::vector<Tensor> &sources, double alpha,
-                        const std::string &mode, std::optional<double> lattice) {
+Tensor resample_add_cpu(const Tensor &x, const std::vector<Tensor> &sources,
+                        const std::vector<Tensor> &scales, const std::vector<Tensor> &shifts,
+                        double alpha, const std::string &mode, std::optional<double> lattice) {
   Tensor y = torch::stable::empty_like(x);
-  resample_add_into("resample_add", x, y, sources, alpha, mode, lattice);
+  resample_add_into("resample_add", x, y, sources, scales, shifts, alpha, mode, lattice);
   return y;
 }
 
-void resample_add_cpu_(const Tensor &x, const std::vector<Tensor> &sources, double alpha,
-                       const std::string &mode, std::optional<double> lattice) {
-  resample_add_into("resample_add_", x, x, sources, alpha, mode, lattice);
+void resample_add_cpu_(const Tensor &x, const std::vector<Tensor> &sources,
+                       const std::vector<Tensor> &scales, const std::vector<Tensor> &shifts,
+                       double alpha, const std::string &mode, std::optional<double> lattice) {
+  resample_add_into("resample_add_", x, x, sources, scales, shifts, alpha, mode, lattice);
 }
 
-void resample_add_out_cpu(const Tensor &x, const std::vector<Tensor> &sources, const Tensor &out,
-                          double alpha, const std::string &mode, std::optional<double> lattice) {
+void resample_add_out_cpu(const Tensor &x, const std::vector<Tensor> &sources,
+                          const std::vector<Tensor> &scales, const std::vector<Tensor> &shifts,
+                          const Tensor &out, double alpha, const std::string &mode,
+                          std::optional<double> lattice) {
   const char *op = "resample_add_out";
   check_like(op, "out", out, "x", x);
-  resample_add_into(op, x, out, sources, alpha, mode, lattice);
+  resample_add_into(op, x, out, sources, scales, shifts, alpha, mode, lattice);
 }
 
 } // namespace
 
 void resample_add_into(const char *op, const Tensor &x, const Tensor &y,
-                       const std::vector<Tensor> &sources, double alpha, const std::string &mode,
+                       const std::vector<Tensor> &sources, const std::vector<Tensor> &scales,
+                       const std::vector<Tensor> &shifts, double alpha, const std::string &mode,
                        std::optional<double> lattice) {
+  STD_TORCH_CHECK(scales.empty() && shifts.empty(), op, ": scales are not supported yet");
   const Maps x_maps = maps_of(op, x), y_maps = maps_of(op, y);
   check_count(op, sources.size());
   for (const Tensor &source : sources) {

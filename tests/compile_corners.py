@@ -27,9 +27,9 @@ def corner_launches(shape, sizes, mode, memory_format, lattice):
         return torch.empty(shape_of_maps, device="meta", memory_format=memory_format)
 
     x, sources = maps(*shape[2:]), [maps(*size) for size in sizes]
-    yield plan_resample_add(x, x, sources, 1.0, mode, lattice)
+    yield plan_resample_add(x, x, sources, [], [], 1.0, mode, lattice)
     yield plan_resample_adjoint(x, sources, 1.0, mode)
-    yield from plan_resample_undo(x, sources, x, x, sources, 1.0, mode, lattice)
+    yield from plan_resample_undo(x, sources, x, x, sources, [], [], 1.0, mode, lattice)
 
 
 def norm_launches(shape, layout):

@@ -118,6 +118,59 @@ def check_sources(op: str, x_name: str, x: Tensor, sources: Sequence[Tensor]) ->
         check_size(op, name, (h, w), target)
 
 
+def check_scales(
+    op: str,
+    x_name: str,
+    x: Tensor,
+    sources: Sequence[Tensor],
+    scales: Sequence[Tensor] | None,
+    shifts: Sequence[Tensor] | None,
+) -> None:
+    """Raise unless there are no scales and shifts, or one of each for every source."""
+    if scales is None and shifts is None:
+        return
+    if scales is None or shifts is None:
+        given, missing = ("shifts", "scales") if scales is None else ("scales", "shifts")
+        raise ValueError(
+            f"{op}: scales and shifts must be given together, got {given} without {missing}"
+        )
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for name, factors in (("scales", scales), ("shifts", shifts)):
+        if isinstance(factors, Tensor) or not isinstance(factors, Sequence):
+            raise TypeError(
+                f"{op}: {name} must be a list or tuple of tensors, got {type(factors).__name__}"
+            )
+        if len(factors) != len(sources):
+            raise ValueError(
+                f"{op}: {name} must hold one entry for each of {len(sources)} sources, "
+                f"got {len(factors)}"
+            )
+        for k, factor in enumerate(factors):
+            _check_factor(op, f"{name}[{k}]", factor, x_name, x, dtype)
+
+
+def _check_factor(
+    op: str, name: str, factor: Tensor, x_name: str, x: Tensor, dtype: torch.dtype
+) -> None:
+    if not isinstance(factor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(factor).__name__}")
+    if factor.shape != x.shape[:2]:
+        raise ValueError(
+            f"{op}: {name} must have shape (N, C) = {tuple(x.shape[:2])} of {x_name}, "
+            f"got {tuple(factor.shape)}"
+        )
+    if factor.dtype != dtype:
+        raise TypeError(
+            f"{op}: {name} must be {dtype} beside a {x.dtype} {x_name}, got {factor.dtype}"
+        )
+    if factor.device != x.device:
+        raise ValueError(
+            f"{op}: {name} must be on {x_name}'s device {x.device}, got {factor.device}"
+        )
+    if not factor.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous, got strides {factor.stride()}")
+
+
 def check_precision(
     op: str, name: str, dtype: torch.dtype, x_name: str, x_dtype: torch.dtype
 ) -> None:

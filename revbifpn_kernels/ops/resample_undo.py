@@ -1,9 +1,11 @@
 """x = y − α·Σ_k R_k(s_k) and ds_k = α·R_kᵀ(g), together: the heart of RevSilo's backward.
 
+As in resample_add, s_k may be scaled and shifted; ds_k is then the gradient of the result of that.
 One launch does both: 2E elements read, E written, each source and its gradient moved once.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +20,7 @@ from .checks import (
     check_mode,
     check_no_tangents,
     check_number,
+    check_scales,
     check_sources,
 )
 from .kernels.adjoint import adjoint_cells
@@ -26,16 +29,18 @@ from .kernels.fuse import fuse_cells
 from .launch import Geometry, Launch
 from .resample import library
 from .resample_add import (
+    OPTIONS,
+    SOURCES,
     lattice_and_inverse,
     plan_resample_add,
     resample_add_reference,
-    source_gradients,
 )
 from .resample_adjoint import (
     fuse_cotangents,
     plan_resample_adjoint,
     resample_adjoint_reference,
 )
+from .scaled_sources import keep_for_gradients, source_gradients
 from .tiling import CELL_COUNTS, all_strides_in_units, cut_into_cells, strides_in_units
 
 
@@ -44,12 +49,15 @@ def resample_undo_reference(
     grad: Tensor,
     sources: Sequence[Tensor],
     *,
+    scales: Sequence[Tensor] | None = None,
+    shifts: Sequence[Tensor] | None = None,
     alpha: float = 1.0,
     mode: str = "bilinear",
     lattice: float | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The specification in plain PyTorch."""
-    x = resample_add_reference(y, sources, alpha=-alpha, mode=mode, lattice=lattice)
+    factors = {"scales": scales, "shifts": shifts}
+    x = resample_add_reference(y, sources, **factors, alpha=-alpha, mode=mode, lattice=lattice)
     sizes = [tuple(source.shape[2:]) for source in sources]
     grads = resample_adjoint_reference(grad, sizes, alpha=alpha, mode=mode)
     return x, [g.to(source.dtype) for g, source in zip(grads, sources, strict=True)]
@@ -120,9 +128,20 @@ def _plan(
 
 
 def plan_resample_undo(
-    x: Tensor, results: Sequence[Tensor], y: Tensor, grad: Tensor, sources, alpha, mode, lattice
+    x: Tensor,
+    results: Sequence[Tensor],
+    y: Tensor,
+    grad: Tensor,
+    sources,
+    scales,
+    shifts,
+    alpha,
+    mode,
+    lattice,
 ) -> list[tuple[Launch, dict]]:
     """The launch that restores x and computes all results, and its operands; two if not fast."""
+    if scales:
+        raise NotImplementedError("resample_undo: scales are not supported on GPUs yet")
     launch = _plan(
         *(Geometry.of(tensor) for tensor in (x, y, grad)),
         tuple(Geometry.of(source) for source in sources),
@@ -131,7 +150,7 @@ def plan_resample_undo(
         lattice is not None,
     )
     if launch is None:
-        restore = plan_resample_add(x, y, sources, -alpha, mode, lattice)
+        restore = plan_resample_add(x, y, sources, scales, shifts, -alpha, mode, lattice)
         return [restore, plan_resample_adjoint(grad, results, alpha, mode)]
     operands = {
         "x_ptr": x,
@@ -145,26 +164,26 @@ def plan_resample_undo(
     return [(launch, operands)]
 
 
-def _resample_undo_cuda(y, grad, sources, alpha, mode, lattice) -> tuple[Tensor, list[Tensor]]:
+def _resample_undo_cuda(
+    y, grad, sources, scales, shifts, alpha, mode, lattice
+) -> tuple[Tensor, list[Tensor]]:
     x = torch.empty_like(y)
     results = [torch.empty_like(source) for source in sources]
-    planned = plan_resample_undo(x, results, y, grad, sources, alpha, mode, lattice)
+    planned = plan_resample_undo(x, results, y, grad, sources, scales, shifts, alpha, mode, lattice)
     for launch, operands in planned:
         launch.run(y.device, operands)
     return x, results
 
 
-library.define(
-    "resample_undo(Tensor y, Tensor grad, Tensor[] sources, float alpha, str interpolation, "
-    "float? lattice) -> (Tensor, Tensor[])"
-)
+library.define(f"resample_undo(Tensor y, Tensor grad, {SOURCES}, {OPTIONS}) -> (Tensor, Tensor[])")
 # Key CPU is implemented in csrc/resample_undo.cpp.
 library.impl("resample_undo", _resample_undo_cuda, "CUDA")
 
 
-def _check(y, grad, sources, alpha, mode, lattice) -> None:
+def _check(y, grad, sources, scales, shifts, alpha, mode, lattice) -> None:
     op = "resample_undo"
     check_sources(op, "y", y, sources)
+    check_scales(op, "y", y, sources, scales, shifts)
     check_maps(op, "grad", grad)
     expected, got = ((tuple(t.shape), t.dtype, t.device) for t in (y, grad))
     if got != expected:
@@ -178,27 +197,27 @@ def _check(y, grad, sources, alpha, mode, lattice) -> None:
 
 
 @torch.library.register_fake("revbifpn::resample_undo", lib=library)
-def _resample_undo_fake(y, grad, sources, alpha, mode, lattice):
-    _check(y, grad, sources, alpha, mode, lattice)
+def _resample_undo_fake(y, grad, sources, scales, shifts, alpha, mode, lattice):
+    _check(y, grad, sources, scales or None, shifts or None, alpha, mode, lattice)
     return torch.empty_like(y), [torch.empty_like(source) for source in sources]
 
 
 def _setup_context(ctx, inputs, output):
-    y, _, sources, ctx.alpha, ctx.mode, _ = inputs
+    y, _, sources, scales, shifts, ctx.alpha, ctx.mode, _ = inputs
     ctx.shape, ctx.dtype = y.shape, y.dtype
-    ctx.sizes = [tuple(source.shape[2:]) for source in sources]
-    ctx.dtypes = [source.dtype for source in sources]
+    keep_for_gradients(ctx, sources, scales, shifts)
 
 
 def _backward(ctx, grad_x, cotangents):
     """x = y − α·Σ R_k(s_k) is a fusion; each ds_k = α·R_kᵀ(grad) has R_k as its adjoint."""
-    grad_grad, grad_sources = None, [None] * len(ctx.sizes)
+    needed = ctx.needs_input_grad[2:5]
+    grad_grad, grads = None, [[None] * len(entries) for entries in needed]
     if grad_x is not None:
-        grad_sources = source_gradients(ctx, grad_x, ctx.needs_input_grad[2], alpha=-ctx.alpha)
+        grads = source_gradients(ctx, grad_x, needed, alpha=-ctx.alpha)
     present = [cotangent for cotangent in cotangents if cotangent is not None]
     if present:
         grad_grad = fuse_cotangents(present, ctx.shape, ctx.dtype, ctx.alpha, ctx.mode)
-    return grad_x, grad_grad, grad_sources, None, None, None
+    return grad_x, grad_grad, *grads, None, None, None
 
 
 torch.library.register_autograd(
@@ -211,6 +230,8 @@ def resample_undo(
     grad: Tensor,  # (N, C, H, W)
     sources: Sequence[Tensor],  # 1 to 8 of (N, C, h_k, w_k)
     *,
+    scales: Sequence[Tensor] | None = None,  # one (N, C) a source
+    shifts: Sequence[Tensor] | None = None,  # one (N, C) a source
     alpha: float = 1.0,
     mode: str = "bilinear",
     lattice: float | None = None,
@@ -224,6 +245,8 @@ def resample_undo(
         y: What `resample_add(x, sources, …)` returned.
         grad: The gradient of y, of y's dtype.
         sources: As given to `resample_add`; each result has its source's dtype and memory format.
+        scales, shifts: As given to `resample_add`. The results are the gradients of
+            scale_k·s_k + shift_k: those of s_k before they are multiplied by scale_k.
         alpha: As given to `resample_add`.
         mode: As given to `resample_add`.
         lattice: As given to `resample_add`; then x comes back bit for bit (−0 as 0).
@@ -231,6 +254,7 @@ def resample_undo(
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it.
     """
-    _check(y, grad, sources, alpha, mode, lattice)
-    check_no_tangents("resample_undo", [y, grad, *sources])
-    return torch.ops.revbifpn.resample_undo(y, grad, list(sources), alpha, mode, lattice)
+    _check(y, grad, sources, scales, shifts, alpha, mode, lattice)
+    lists = list(sources), list(scales or ()), list(shifts or ())
+    check_no_tangents("resample_undo", [y, grad, *itertools.chain(*lists)])
+    return torch.ops.revbifpn.resample_undo(y, grad, *lists, alpha, mode, lattice)
