@@ -134,7 +134,6 @@ def check_scales(
         raise ValueError(
             f"{op}: scales and shifts must be given together, got {given} without {missing}"
         )
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     for name, factors in (("scales", scales), ("shifts", shifts)):
         if isinstance(factors, Tensor) or not isinstance(factors, Sequence):
             raise TypeError(
@@ -146,29 +145,29 @@ def check_scales(
                 f"got {len(factors)}"
             )
         for k, factor in enumerate(factors):
-            _check_factor(op, f"{name}[{k}]", factor, x_name, x, dtype)
+            _check_factor(op, name, k, factor, x_name, x)
 
 
-def _check_factor(
-    op: str, name: str, factor: Tensor, x_name: str, x: Tensor, dtype: torch.dtype
-) -> None:
+def _check_factor(op: str, name: str, k: int, factor: Tensor, x_name: str, x: Tensor) -> None:
     if not isinstance(factor, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(factor).__name__}")
-    if factor.shape != x.shape[:2]:
+        raise TypeError(f"{op}: {name}[{k}] must be a tensor, got {type(factor).__name__}")
+    planes = x.shape[:2]
+    if factor.shape != planes:
         raise ValueError(
-            f"{op}: {name} must have shape (N, C) = {tuple(x.shape[:2])} of {x_name}, "
+            f"{op}: {name}[{k}] must have {x_name}'s (N, C) = {tuple(planes)} as its shape, "
             f"got {tuple(factor.shape)}"
         )
-    if factor.dtype != dtype:
+    if factor.dtype != (torch.float64 if x.dtype == torch.float64 else torch.float32):
         raise TypeError(
-            f"{op}: {name} must be {dtype} beside a {x.dtype} {x_name}, got {factor.dtype}"
+            f"{op}: {name}[{k}] must be float32, or float64 beside a float64 {x_name}, "
+            f"got {factor.dtype} beside {x.dtype}"
         )
     if factor.device != x.device:
         raise ValueError(
-            f"{op}: {name} must be on {x_name}'s device {x.device}, got {factor.device}"
+            f"{op}: {name}[{k}] must be on {x_name}'s device {x.device}, got {factor.device}"
         )
     if not factor.is_contiguous():
-        raise ValueError(f"{op}: {name} must be contiguous, got strides {factor.stride()}")
+        raise ValueError(f"{op}: {name}[{k}] must be contiguous, got strides {factor.stride()}")
 
 
 def check_precision(

@@ -49,18 +49,20 @@ def source_gradients(
     if not ctx.has_scales:
         return _resample_gradients(ctx, grad, needed[0], alpha, ctx.dtypes), [], []
     count = len(ctx.sizes)
-    is_needed = [any(of_source) for of_source in zip(*needed, strict=True)]
+    is_needed = [any(pair) for pair in zip(*needed[:2], strict=True)]
     totals = _resample_gradients(ctx, grad, is_needed, alpha, [grad.dtype] * count)
     of_sources, of_scales, of_shifts = [None] * count, [None] * count, [None] * count
     sources, scales = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
     sums_dtype = torch.promote_types(grad.dtype, torch.float32)
+    # R keeps a constant, so what a shift adds to the result is itself, whatever the sizes.
+    sums = grad.sum((2, 3), dtype=sums_dtype) if any(needed[2]) else None
     for k, total in enumerate(totals):
         if needed[0][k]:
             of_sources[k] = (total * _on_planes(scales[k])).to(ctx.dtypes[k])
         if needed[1][k]:
             of_scales[k] = (total.to(sums_dtype) * sources[k]).sum((2, 3))
         if needed[2][k]:
-            of_shifts[k] = total.sum((2, 3), dtype=sums_dtype)
+            of_shifts[k] = sums * alpha
     return of_sources, of_scales, of_shifts
 
 
