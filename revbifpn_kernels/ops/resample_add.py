@@ -26,12 +26,17 @@ from .checks import (
     check_sources,
 )
 from .in_place import check_autograd_allows, check_memory
-from .kernels.cells import cell_below, locate_cells
+from .kernels.cells import cell_below, load_scaling, locate_cells
 from .kernels.fuse import add_resampled, add_update, fuse_cells
 from .kernels.taps import element_pointer, locate_elements
 from .launch import Geometry, Launch
 from .resample import in_format, library, resample_reference
-from .scaled_sources import keep_for_gradients, scaled_sources_reference, source_gradients
+from .scaled_sources import (
+    in_three,
+    keep_for_gradients,
+    scaled_sources_reference,
+    source_gradients,
+)
 from .tiling import (
     CELL_COUNTS,
     ELEMENT_COUNTS,
@@ -69,19 +74,21 @@ def resample_add_reference(
 
 @triton.jit(do_not_specialize=CELL_COUNTS)
 def _resample_add_cells_kernel(
-    y_ptr, y_strides, x_ptr, x_strides, source_ptrs, source_strides, alpha, lattice,
-    lanes, C, cells_h, cells_w, chain,
+    y_ptr, y_strides, x_ptr, x_strides, source_ptrs, source_strides, scale_ptrs, shift_ptrs,
+    alpha, lattice, lanes, C, cells_h, cells_w, chain,
     Y_UNIT: tl.constexpr, X_UNIT: tl.constexpr, SOURCE_UNITS: tl.constexpr,
     FACTORS: tl.constexpr, MODE: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr,
-    CHAINED: tl.constexpr, HAS_LATTICE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_LATTICE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     mask, cell = locate_cells(lanes, C, cells_h, cells_w, chain, BLOCK, CHANNELS_LAST)
+    plane = cell[0] * C + cell[1]
+    scaling = load_scaling(scale_ptrs, shift_ptrs, plane, len(FACTORS), HAS_SCALES)
     # A loop that runs once would still cost registers.
     for step in range(chain if CHAINED else 1):
         fuse_cells(
             y_ptr, y_strides, Y_UNIT, x_ptr, x_strides, X_UNIT,
-            source_ptrs, source_strides, SOURCE_UNITS, alpha, lattice, mask,
+            source_ptrs, source_strides, SOURCE_UNITS, scaling, alpha, lattice, mask,
             cell_below(cell, step), FACTORS, MODE, CELL_H, CELL_W, HAS_LATTICE, CHANNELS_LAST,
         )  # fmt: skip
 
@@ -89,17 +96,18 @@ def _resample_add_cells_kernel(
 @triton.jit(do_not_specialize=ELEMENT_COUNTS)
 def _resample_add_elements_kernel(
     y_ptr, y_strides, x_ptr, x_strides, source_ptrs, source_strides, source_sizes, source_scales,
-    alpha, lattice, elements, C, H, W,
-    HAS_LATTICE: tl.constexpr, KINDS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    INDEX: tl.constexpr, BLOCK: tl.constexpr,
+    scale_ptrs, shift_ptrs, alpha, lattice, elements, C, H, W,
+    HAS_SCALES: tl.constexpr, HAS_LATTICE: tl.constexpr, KINDS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     mask, place = locate_elements(elements, C, H, W, BLOCK, CHANNELS_LAST, INDEX)
     n, c, i, j = place
+    scaling = load_scaling(scale_ptrs, shift_ptrs, n * C + c, len(KINDS), HAS_SCALES)
     sums = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(len(KINDS)):
         sums = add_resampled(
             sums, source_ptrs[k], source_strides[k], source_sizes[k], source_scales[k],
-            place, H, W, tl.constexpr(KINDS[k]),
+            scaling[k], place, H, W, tl.constexpr(KINDS[k]),
         )  # fmt: skip
     x = tl.load(element_pointer(x_ptr, x_strides, n, c, i, j))
     y = add_update(x, sums, alpha, lattice, HAS_LATTICE)
@@ -107,7 +115,7 @@ def _resample_add_elements_kernel(
     tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def _plan_elements(y: Geometry, x: Geometry, sources, mode: str, has_lattice: bool) -> Launch:
+def _plan_elements(y: Geometry, x: Geometry, sources, mode: str, flags: dict) -> Launch:
     elements = Elements(x.shape, x.channels_last)
     sizes = tuple(source.shape[2:] for source in sources)
     return Launch(
@@ -121,18 +129,24 @@ def _plan_elements(y: Geometry, x: Geometry, sources, mode: str, has_lattice: bo
             "source_scales": tuple(nearest_scales(size, x.shape[2:]) for size in sizes),
             **elements.args(),
         },
-        {"HAS_LATTICE": has_lattice, **elements.constants(sizes, mode)},
+        {**flags, **elements.constants(sizes, mode)},
     )
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    y: Geometry, x: Geometry, sources: tuple[Geometry, ...], mode: str, has_lattice: bool
+    y: Geometry,
+    x: Geometry,
+    sources: tuple[Geometry, ...],
+    mode: str,
+    has_scales: bool,
+    has_lattice: bool,
 ) -> Launch:
     """Cached: planning took 81 µs a call, a look-up 11 (2 busy Xeon cores, 2026-11-23)."""
+    flags = {"HAS_SCALES": has_scales, "HAS_LATTICE": has_lattice}
     cells = cut_into_cells([x, y], sources, chain_large_cells=False)
     if cells is None:
-        return _plan_elements(y, x, sources, mode, has_lattice)
+        return _plan_elements(y, x, sources, mode, flags)
     y_unit, y_strides = strides_in_units(y, cells.channels_last)
     x_unit, x_strides = strides_in_units(x, cells.channels_last)
     source_units, source_strides = all_strides_in_units(sources, cells.channels_last)
@@ -150,7 +164,7 @@ def _plan(
             "X_UNIT": x_unit,
             "SOURCE_UNITS": source_units,
             "CHAINED": cells.chain > 1,
-            "HAS_LATTICE": has_lattice,
+            **flags,
             **cells.constants(mode),
         },
     )
@@ -160,14 +174,15 @@ def plan_resample_add(
     y: Tensor, x: Tensor, sources, scales, shifts, alpha, mode, lattice
 ) -> tuple[Launch, dict]:
     """The launch that computes y, which may be x, and its operands."""
-    if scales:
-        raise NotImplementedError("resample_add: scales are not supported on GPUs yet")
     geometries = tuple(Geometry.of(source) for source in sources)
-    launch = _plan(Geometry.of(y), Geometry.of(x), geometries, mode, lattice is not None)
+    flags = len(scales) > 0, lattice is not None
+    launch = _plan(Geometry.of(y), Geometry.of(x), geometries, mode, *flags)
     return launch, {
         "y_ptr": y,
         "x_ptr": x,
         "source_ptrs": tuple(sources),
+        "scale_ptrs": tuple(scales),
+        "shift_ptrs": tuple(shifts),
         "alpha": float(alpha),
         "lattice": lattice_and_inverse(lattice),
     }
@@ -263,7 +278,7 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, options, count, *tensors):
-        lists = _in_three(tensors, count)
+        lists = in_three(tensors, count)
         _setup_context(ctx, (x, *lists, *options), None)
         with torch._C._AutoDispatchBelowAutograd():
             torch.ops.revbifpn.resample_add_(x, *lists, *options)
@@ -273,14 +288,9 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad = in_format(grad, ctx.channels_last)
-        needed = _in_three(ctx.needs_input_grad[3:], len(ctx.sizes))
+        needed = in_three(ctx.needs_input_grad[3:], len(ctx.sizes))
         of_sources, of_scales, of_shifts = source_gradients(ctx, grad, needed, ctx.alpha)
         return grad, None, None, *of_sources, *of_scales, *of_shifts
-
-
-def _in_three(entries, count: int) -> list[list]:
-    """Of sources, scales and shifts; the latter two empty where there are none."""
-    return [list(entries[start : start + count]) for start in (0, count, 2 * count)]
 
 
 def _resample_add_autograd_(x, sources, scales, shifts, alpha, mode, lattice) -> None:

@@ -24,7 +24,7 @@ from .checks import (
     check_sources,
 )
 from .kernels.adjoint import adjoint_cells
-from .kernels.cells import cell_below, locate_cells
+from .kernels.cells import cell_below, load_scaling, locate_cells
 from .kernels.fuse import fuse_cells
 from .launch import Geometry, Launch
 from .resample import library
@@ -66,17 +66,21 @@ def resample_undo_reference(
 @triton.jit(do_not_specialize=CELL_COUNTS)
 def _resample_undo_cells_kernel(
     x_ptr, x_strides, y_ptr, y_strides, grad_ptr, grad_strides, source_ptrs, source_strides,
-    result_ptrs, result_strides, alpha, lattice, lanes, C, cells_h, cells_w, chain,
+    result_ptrs, result_strides, scale_ptrs, shift_ptrs, alpha, lattice,
+    lanes, C, cells_h, cells_w, chain,
     X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr,
     SOURCE_UNITS: tl.constexpr, RESULT_UNITS: tl.constexpr,
     FACTORS: tl.constexpr, MODE: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr,
-    HAS_LATTICE: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_SCALES: tl.constexpr, HAS_LATTICE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     mask, cell = locate_cells(lanes, C, cells_h, cells_w, chain, BLOCK, CHANNELS_LAST)
+    plane = cell[0] * C + cell[1]
+    scaling = load_scaling(scale_ptrs, shift_ptrs, plane, len(FACTORS), HAS_SCALES)
     for step in range(chain):
         fuse_cells(
             x_ptr, x_strides, X_UNIT, y_ptr, y_strides, Y_UNIT,
-            source_ptrs, source_strides, SOURCE_UNITS, -alpha, lattice, mask,
+            source_ptrs, source_strides, SOURCE_UNITS, scaling, -alpha, lattice, mask,
             cell_below(cell, step), FACTORS, MODE, CELL_H, CELL_W, HAS_LATTICE, CHANNELS_LAST,
         )  # fmt: skip
     adjoint_cells(
@@ -93,6 +97,7 @@ def _plan(
     sources: tuple[Geometry, ...],
     results: tuple[Geometry, ...],
     mode: str,
+    has_scales: bool,
     has_lattice: bool,
 ) -> Launch | None:
     """The fused launch, or None off the fast path."""
@@ -121,6 +126,7 @@ def _plan(
             "GRAD_UNIT": grad_unit,
             "SOURCE_UNITS": source_units,
             "RESULT_UNITS": result_units,
+            "HAS_SCALES": has_scales,
             "HAS_LATTICE": has_lattice,
             **cells.constants(mode),
         },
@@ -140,13 +146,12 @@ def plan_resample_undo(
     lattice,
 ) -> list[tuple[Launch, dict]]:
     """The launch that restores x and computes all results, and its operands; two if not fast."""
-    if scales:
-        raise NotImplementedError("resample_undo: scales are not supported on GPUs yet")
     launch = _plan(
         *(Geometry.of(tensor) for tensor in (x, y, grad)),
         tuple(Geometry.of(source) for source in sources),
         tuple(Geometry.of(result) for result in results),
         mode,
+        len(scales) > 0,
         lattice is not None,
     )
     if launch is None:
@@ -157,6 +162,8 @@ def plan_resample_undo(
         "y_ptr": y,
         "grad_ptr": grad,
         "source_ptrs": tuple(sources),
+        "scale_ptrs": tuple(scales),
+        "shift_ptrs": tuple(shifts),
         "result_ptrs": tuple(results),
         "alpha": float(alpha),
         "lattice": lattice_and_inverse(lattice),

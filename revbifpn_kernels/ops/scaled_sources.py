@@ -26,6 +26,11 @@ def _on_planes(factor: Tensor) -> Tensor:
     return factor[:, :, None, None]
 
 
+def in_three(entries: Sequence, count: int) -> list[list]:
+    """As sources, scales and shifts, `count` of each; the latter two empty where there are none."""
+    return [list(entries[start : start + count]) for start in (0, count, 2 * count)]
+
+
 def keep_for_gradients(ctx, sources, scales, shifts) -> None:
     """Without scales an op is linear, so sizes and dtypes suffice and no tensor is saved."""
     ctx.sizes = [tuple(source.shape[2:]) for source in sources]
