@@ -182,7 +182,8 @@ def bench_host(machine: Row, run: argparse.Namespace) -> list[Row]:
     case = Case("host time of a call", HOST_SHAPES[run.device], "fp32", "nchw", run.threads)
     inputs = Inputs.make(case, run.device)
     empty = empty_op()
-    calls = {("empty_op", "empty"): lambda: empty(inputs.x, inputs.sources, 1.0, "bilinear", None)}
+    arguments = inputs.x, inputs.sources, [], [], 1.0, "bilinear", None
+    calls = {("empty_op", "empty"): lambda: empty(*arguments)}
     for op in OPS:
         if op.mode != "inverse":  # the forward's host path
             calls[op.name, "ours"] = lambda op=op: op.ours(inputs)

@@ -55,7 +55,9 @@ FUSIONS = {
 }
 # Maps inside MBConvs: rows aligned to 16 bytes, and not.
 MAPS = {"56x56": (64, 320, 56, 56), "57x57": (64, 48, 57, 57)}
+SCALED = "+scales"
 OPS = ("resample_add", "resample_adjoint", "resample_undo")
+SCALED_OPS = ("resample_add" + SCALED, "resample_undo" + SCALED)
 # Maps that an op of the norm_act family reads and writes.
 NORM_PASSES = {
     "batch_statistics": 1,
@@ -98,11 +100,18 @@ def plan_launches(
     x_dtype, source_dtype = DTYPES[dtype]
     x = _unbacked(shape, x_dtype, layout)
     sources = [_unbacked((*shape[:2], *size), source_dtype, layout) for size in sizes]
-    if op == "resample_add":
-        return [plan_resample_add(x, x, sources, 1.0, "bilinear", None)]
+    factors = [torch.empty(shape[:2], device="meta")] * (len(sizes) if SCALED in op else 0)
+    options = sources, factors, factors, 1.0, "bilinear", None
     if op == "resample_adjoint":
         return [plan_resample_adjoint(x, sources, 1.0, "bilinear")]
-    return plan_resample_undo(x, sources, x, x, sources, 1.0, "bilinear", None)
+    if op.removesuffix(SCALED) == "resample_add":
+        return [plan_resample_add(x, x, *options)]
+    return plan_resample_undo(x, sources, x, x, *options)
+
+
+def kernel_name(launch: Launch) -> str:
+    """The kernel's, marked where it scales its sources."""
+    return launch.kernel.__name__ + (SCALED if launch.constants.get("HAS_SCALES") else "")
 
 
 def plan_norm_launches(
@@ -264,7 +273,7 @@ def compulsory_bytes(case: Case) -> float:
     x_bytes, source_bytes = (dtype.itemsize for dtype in DTYPES[case.dtype])
     share = sum(h * w for h, w in sizes) / (shape[2] * shape[3])
     maps = {"resample_add": (2, 1), "resample_adjoint": (1, 1), "resample_undo": (3, 2)}
-    full, small = maps[case.op]
+    full, small = maps[case.op.removesuffix(SCALED)]
     return full * x_bytes + small * share * source_bytes
 
 
@@ -315,7 +324,7 @@ def measure(case: Case) -> list[dict]:
         budget = compulsory_bytes(case) * INSTRUCTIONS_PER_BYTE[case.target]
         rows.append(
             {
-                "kernel": launch.kernel.__name__,
+                "kernel": kernel_name(launch),
                 "target": case.target,
                 "dtype": case.dtype,
                 "layout": case.layout,
@@ -334,7 +343,7 @@ def measure(case: Case) -> list[dict]:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     choices = {
-        "ops": (*OPS, *NORM_PASSES),
+        "ops": (*OPS, *SCALED_OPS, *NORM_PASSES),
         "targets": tuple(TARGETS),
         "dtypes": tuple(DTYPES),
         "layouts": ("nchw", "channels_last"),

@@ -279,9 +279,10 @@ def empty_op() -> Callable[..., Tensor]:
     """A custom op with `resample_add`'s schema that allocates its result and does nothing else."""
     library = torch.library.Library("revbifpn_bench", "DEF")
     library.define(
-        "empty(Tensor x, Tensor[] sources, float alpha, str mode, float? lattice) -> Tensor"
+        "empty(Tensor x, Tensor[] sources, Tensor[] scales, Tensor[] shifts, float alpha, "
+        "str mode, float? lattice) -> Tensor"
     )
     for key in ("CPU", "CUDA"):
-        library.impl("empty", lambda x, sources, alpha, mode, lattice: torch.empty_like(x), key)
+        library.impl("empty", lambda x, *_: torch.empty_like(x), key)
     empty_op.library = library  # the registration ends with its Library object
     return torch.ops.revbifpn_bench.empty

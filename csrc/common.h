@@ -212,7 +212,8 @@ void run_units(const Job &job, int64_t units, int64_t step, int64_t elements,
 
 /// Checks the arguments and computes y = x + alpha * sum of the resampled sources; y may be x.
 void resample_add_into(const char *op, const Tensor &x, const Tensor &y,
-                       const std::vector<Tensor> &sources, double alpha, const std::string &mode,
+                       const std::vector<Tensor> &sources, const std::vector<Tensor> &scales,
+                       const std::vector<Tensor> &shifts, double alpha, const std::string &mode,
                        std::optional<double> lattice);
 
 /// Checks the arguments and fills every result with alpha * transpose(R)(grad).

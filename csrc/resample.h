@@ -75,6 +75,7 @@ struct Lanes {
 
 template <class Acc> struct Source {
   Maps maps;
+  const Acc *scale, *shift; // of plane (n, c) at n * channels + c; or null: as it is
   Kind kind;
   int64_t block_h, block_w; // area: the sides of the block that is averaged
   int64_t enlarge_w;        // bilinear: width of the target / width, where whole; else 0

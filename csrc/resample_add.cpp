@@ -26,6 +26,22 @@ template <class Acc> Acc snap_of(const char *op, std::optional<double> lattice) 
   return snap;
 }
 
+/// The factors of source k for each plane of x, or null where there are none.
+template <class Acc>
+const Acc *factors_of(const char *op, const std::vector<Tensor> &factors, size_t k,
+                      const Tensor &x) {
+  if (factors.empty())
+    return nullptr;
+  const Tensor &factor = factors[k];
+  STD_TORCH_CHECK(factor.is_cpu() && factor.is_contiguous() && factor.dim() == 2 &&
+                      factor.size(0) == x.size(0) && factor.size(1) == x.size(1),
+                  op, ": scales and shifts must be contiguous on the CPU, of shape (N, C)");
+  constexpr bool is_double = std::is_same_v<Acc, double>;
+  STD_TORCH_CHECK(factor.scalar_type() == (is_double ? ScalarType::Double : ScalarType::Float), op,
+                  ": scales and shifts must be float32, or float64 beside a float64 x");
+  return static_cast<const Acc *>(factor.data_ptr());
+}
+
 template <class Acc>
 Source<Acc> source_of(const char *op, const Tensor &tensor, const Maps &y,
                       const std::string &mode) {
@@ -89,63 +105,75 @@ template <class Acc> void plan_units(AddJob<Acc> &job, int64_t images, int64_t c
 }
 
 template <class T>
-void run_add(const char *op, const Maps &x, const Maps &y, int64_t images, int64_t channels,
-             const std::vector<Tensor> &sources, double alpha, const std::string &mode,
-             std::optional<double> lattice) {
+void run_add(const char *op, const Tensor &x, const Maps &y, const std::vector<Tensor> &sources,
+             const std::vector<Tensor> &scales, const std::vector<Tensor> &shifts, double alpha,
+             const std::string &mode, std::optional<double> lattice) {
   using Acc = accumulator_t<T>;
+  const int64_t images = x.size(0), channels = x.size(1);
   AddJob<Acc> job;
-  job.x = x;
+  job.x = maps_of(op, x);
   job.y = y;
   job.alpha = static_cast<Acc>(alpha);
   job.snap = snap_of<Acc>(op, lattice);
-  for (const Tensor &source : sources)
-    job.sources.push_back(source_of<Acc>(op, source, y, mode));
+  for (size_t k = 0; k < sources.size(); ++k) {
+    job.sources.push_back(source_of<Acc>(op, sources[k], y, mode));
+    job.sources[k].scale = factors_of<Acc>(op, scales, k, x);
+    job.sources[k].shift = factors_of<Acc>(op, shifts, k, x);
+  }
   plan_units(job, images, channels);
   plan_workspace(job);
   const int64_t units = images * job.lanes.blocks() * job.strips * job.row_chunks;
   const int64_t elements = images * channels * y.height * y.width;
   std::vector<FreshMemory> fresh;
-  if (x.data != y.data)
+  if (job.x.data != y.data)
     fresh.emplace_back(y, elements, sizeof(T));
   const int64_t elements_per_unit = elements / std::max<int64_t>(1, units);
   const int64_t chunks = ceil_div(STEP_SIZE, std::max<int64_t>(1, elements_per_unit * job.strips));
   run_units(job, units, chunks * job.strips, elements, fresh, REVBIFPN_BEST_KERNEL(add_units, T));
 }
 
-Tensor resample_add_cpu(const Tensor &x, const std::vector<Tensor> &sources, double alpha,
-                        const std::string &mode, std::optional<double> lattice) {
+Tensor resample_add_cpu(const Tensor &x, const std::vector<Tensor> &sources,
+                        const std::vector<Tensor> &scales, const std::vector<Tensor> &shifts,
+                        double alpha, const std::string &mode, std::optional<double> lattice) {
   Tensor y = torch::stable::empty_like(x);
-  resample_add_into("resample_add", x, y, sources, alpha, mode, lattice);
+  resample_add_into("resample_add", x, y, sources, scales, shifts, alpha, mode, lattice);
   return y;
 }
 
-void resample_add_cpu_(const Tensor &x, const std::vector<Tensor> &sources, double alpha,
-                       const std::string &mode, std::optional<double> lattice) {
-  resample_add_into("resample_add_", x, x, sources, alpha, mode, lattice);
+void resample_add_cpu_(const Tensor &x, const std::vector<Tensor> &sources,
+                       const std::vector<Tensor> &scales, const std::vector<Tensor> &shifts,
+                       double alpha, const std::string &mode, std::optional<double> lattice) {
+  resample_add_into("resample_add_", x, x, sources, scales, shifts, alpha, mode, lattice);
 }
 
-void resample_add_out_cpu(const Tensor &x, const std::vector<Tensor> &sources, const Tensor &out,
-                          double alpha, const std::string &mode, std::optional<double> lattice) {
+void resample_add_out_cpu(const Tensor &x, const std::vector<Tensor> &sources,
+                          const std::vector<Tensor> &scales, const std::vector<Tensor> &shifts,
+                          const Tensor &out, double alpha, const std::string &mode,
+                          std::optional<double> lattice) {
   const char *op = "resample_add_out";
   check_like(op, "out", out, "x", x);
-  resample_add_into(op, x, out, sources, alpha, mode, lattice);
+  resample_add_into(op, x, out, sources, scales, shifts, alpha, mode, lattice);
 }
 
 } // namespace
 
 void resample_add_into(const char *op, const Tensor &x, const Tensor &y,
-                       const std::vector<Tensor> &sources, double alpha, const std::string &mode,
+                       const std::vector<Tensor> &sources, const std::vector<Tensor> &scales,
+                       const std::vector<Tensor> &shifts, double alpha, const std::string &mode,
                        std::optional<double> lattice) {
   const Maps x_maps = maps_of(op, x), y_maps = maps_of(op, y);
   check_count(op, sources.size());
+  STD_TORCH_CHECK(scales.size() == shifts.size() &&
+                      (scales.empty() || scales.size() == sources.size()),
+                  op, ": takes one scale and one shift for each source, or none, got ",
+                  scales.size(), " and ", shifts.size(), " for ", sources.size(), " sources");
   for (const Tensor &source : sources) {
     const Maps maps = maps_of(op, source);
     check_same_planes(op, x, source);
     check_precision(op, maps.dtype, x_maps.dtype);
   }
   dispatch_dtype(x_maps.dtype, [&](auto element) {
-    run_add<decltype(element)>(op, x_maps, y_maps, x.size(0), x.size(1), sources, alpha, mode,
-                               lattice);
+    run_add<decltype(element)>(op, x, y_maps, sources, scales, shifts, alpha, mode, lattice);
   });
 }
 

@@ -8,14 +8,14 @@
 namespace revbifpn {
 namespace {
 
-std::tuple<Tensor, std::vector<Tensor>> resample_undo_cpu(const Tensor &y, const Tensor &grad,
-                                                          const std::vector<Tensor> &sources,
-                                                          double alpha, const std::string &mode,
-                                                          std::optional<double> lattice) {
+std::tuple<Tensor, std::vector<Tensor>>
+resample_undo_cpu(const Tensor &y, const Tensor &grad, const std::vector<Tensor> &sources,
+                  const std::vector<Tensor> &scales, const std::vector<Tensor> &shifts,
+                  double alpha, const std::string &mode, std::optional<double> lattice) {
   const char *op = "resample_undo";
   check_like(op, "grad", grad, "y", y);
   Tensor x = torch::stable::empty_like(y);
-  resample_add_into(op, y, x, sources, -alpha, mode, lattice);
+  resample_add_into(op, y, x, sources, scales, shifts, -alpha, mode, lattice);
   std::vector<Tensor> grad_sources;
   for (const Tensor &source : sources)
     grad_sources.push_back(torch::stable::empty_like(source));

@@ -124,7 +124,7 @@ def _flat(sizes) -> list[int]:
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the ops; sizes are pairs, everything else as in the schemas."""
+    """One implementation of the ops; sizes are pairs, scales and shifts may follow at the end."""
 
     device: str
     add: Callable
@@ -133,25 +133,37 @@ class Backend:
     undo: Callable
 
 
+def _scales_last(op: Callable, maps: int = 1) -> Callable:
+    """`op`, called with scales and shifts after all else or without; `maps` precede the sources."""
+
+    def called(*args):
+        before, (sources, alpha, mode, lattice, *factors) = args[:maps], args[maps:]
+        return op(*before, sources, *(factors or ([], [])), alpha, mode, lattice)
+
+    return called
+
+
 # C++ through the dispatcher; Triton by its launchers, without a GPU interpreted on CPU tensors.
 BACKENDS = {
     "cpp": Backend(
         "cpu",
-        leaves_alone(lambda *args: torch.ops.revbifpn.resample_add(*args)),
-        leaves_alone(lambda *args: torch.ops.revbifpn.resample_add_(*args), outputs=1),
+        leaves_alone(_scales_last(lambda *args: torch.ops.revbifpn.resample_add(*args))),
+        leaves_alone(
+            _scales_last(lambda *args: torch.ops.revbifpn.resample_add_(*args)), outputs=1
+        ),
         leaves_alone(
             lambda grad, sizes, *args: torch.ops.revbifpn.resample_adjoint(
                 grad, _flat(sizes), *args
             )
         ),
-        leaves_alone(lambda *args: torch.ops.revbifpn.resample_undo(*args)),
+        leaves_alone(_scales_last(lambda *args: torch.ops.revbifpn.resample_undo(*args), maps=2)),
     ),
     "triton": Backend(
         "cuda" if HAS_GPU else "cpu",
-        leaves_alone(_resample_add_cuda),
-        leaves_alone(_resample_add_cuda_, outputs=1),
+        leaves_alone(_scales_last(_resample_add_cuda)),
+        leaves_alone(_scales_last(_resample_add_cuda_), outputs=1),
         leaves_alone(lambda grad, sizes, *args: _resample_adjoint_cuda(grad, _flat(sizes), *args)),
-        leaves_alone(_resample_undo_cuda),
+        leaves_alone(_scales_last(_resample_undo_cuda, maps=2)),
     ),
 }
 

@@ -5,7 +5,7 @@ import itertools
 import torch
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.kernels import NORM_PASSES, plan_norm_launches
+from benchmarks.kernels import NORM_PASSES, kernel_name, plan_norm_launches
 from revbifpn_kernels.ops.resample_add import plan_resample_add
 from revbifpn_kernels.ops.resample_adjoint import plan_resample_adjoint
 from revbifpn_kernels.ops.resample_undo import plan_resample_undo
@@ -27,9 +27,11 @@ def corner_launches(shape, sizes, mode, memory_format, lattice):
         return torch.empty(shape_of_maps, device="meta", memory_format=memory_format)
 
     x, sources = maps(*shape[2:]), [maps(*size) for size in sizes]
-    yield plan_resample_add(x, x, sources, 1.0, mode, lattice)
     yield plan_resample_adjoint(x, sources, 1.0, mode)
-    yield from plan_resample_undo(x, sources, x, x, sources, 1.0, mode, lattice)
+    factors = [torch.empty(shape[:2], device="meta")] * len(sources)
+    for lists in ((sources, [], []), (sources, factors, factors)):
+        yield plan_resample_add(x, x, *lists, 1.0, mode, lattice)
+        yield from plan_resample_undo(x, sources, x, x, *lists, 1.0, mode, lattice)
 
 
 def norm_launches(shape, layout):
@@ -40,7 +42,7 @@ def norm_launches(shape, layout):
 def compile_all(name, variant, launches):
     for launch, operands in launches:
         launch.compile(GPUTarget("cuda", 90, 32), operands)
-        print(f"{name} {variant} {launch.kernel.__name__}")
+        print(f"{name} {variant} {kernel_name(launch)}")
 
 
 def main():

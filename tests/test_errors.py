@@ -257,6 +257,6 @@ def test_the_dispatcher_ops_protect_memory_by_themselves(bad):
     ops = torch.ops.revbifpn
     for op in (ops.resample_add, ops.resample_add_):
         with pytest.raises(RuntimeError, match="resample_add"):
-            op(x, sources, 1.0, "bilinear", None)
+            op(x, sources, [], [], 1.0, "bilinear", None)
     with pytest.raises(RuntimeError, match="resample_undo"):
-        ops.resample_undo(x, x, sources, 1.0, "bilinear", None)
+        ops.resample_undo(x, x, sources, [], [], 1.0, "bilinear", None)

@@ -14,6 +14,7 @@ HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 HASH_RESULTS = """
 import hashlib, torch
 from cases import CASES, DTYPES, random_like
+from test_scaled_sources import random_factors
 from torch.utils._pytree import tree_leaves
 from revbifpn_kernels import resample_add, resample_undo
 
@@ -25,7 +26,9 @@ for name, case in CASES.items():
         grad = random_like(x)
         for mode, lattice in (("bilinear", None), ("nearest", 0.125)):
             y = resample_add(x, sources, alpha=0.7, mode=mode, lattice=lattice)
-            for tensor in tree_leaves((y, resample_undo(y, grad, sources, mode=mode))):
+            scales, shifts = random_factors(x, len(sources))
+            z = resample_add(x, sources, scales=scales, shifts=shifts, mode=mode, lattice=lattice)
+            for tensor in tree_leaves((y, z, resample_undo(y, grad, sources, mode=mode))):
                 digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
 print(digest.hexdigest())
 """

@@ -25,8 +25,8 @@ def arguments(name, requires_grad):
 @over_opchecked
 def test_opcheck_resample_add(name, requires_grad):
     x, sources = arguments(name, requires_grad)
-    torch.library.opcheck(OPS.resample_add.default, (x, sources, 0.5, "bilinear", None))
-    torch.library.opcheck(OPS.resample_add.default, (x, sources, 0.5, "nearest", 0.125))
+    torch.library.opcheck(OPS.resample_add.default, (x, sources, [], [], 0.5, "bilinear", None))
+    torch.library.opcheck(OPS.resample_add.default, (x, sources, [], [], 0.5, "nearest", 0.125))
 
 
 @over_grad
@@ -34,7 +34,7 @@ def test_opcheck_resample_add(name, requires_grad):
 def test_opcheck_resample_add_(name, requires_grad):
     x, sources = arguments(name, requires_grad)
     torch.library.opcheck(
-        OPS.resample_add_.default, (x.detach().clone(), sources, 0.5, "bilinear", None)
+        OPS.resample_add_.default, (x.detach().clone(), sources, [], [], 0.5, "bilinear", None)
     )
 
 
@@ -50,7 +50,7 @@ def test_opcheck_resample_adjoint(name, requires_grad):
 @over_opchecked
 def test_opcheck_resample_undo(name):
     y, sources = arguments(name, False)
-    arguments_ = (y, random_like(y), sources, 0.5, "bilinear", None)
+    arguments_ = (y, random_like(y), sources, [], [], 0.5, "bilinear", None)
     torch.library.opcheck(OPS.resample_undo.default, arguments_)
 
 

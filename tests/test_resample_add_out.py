@@ -25,7 +25,7 @@ def test_writes_what_resample_add_returns(backend, case, lattice):
     out = torch.full_like(x, float("nan"))
 
     def write(out, x, *sources):
-        op(x, list(sources), out, -0.7, "bilinear", lattice)
+        op(x, list(sources), [], [], out, -0.7, "bilinear", lattice)
 
     leaves_alone(write, outputs=1)(out, x, *sources)
     if device == "cpu" and backend is BACKENDS["triton"]:
@@ -42,9 +42,9 @@ def test_halves_of_channels(backend, layout):
     room = torch.full_like(whole, float("nan"))
     source = random_maps((2, 3, 4, 6), layout=layout, device=device)
     (a, b), (a_out, b_out) = (t.split([4, 3], dim=1) for t in (whole, room))
-    op(b, [source], b_out, 1.0, "bilinear", None)
+    op(b, [source], [], [], b_out, 1.0, "bilinear", None)
     assert torch.equal(b_out, b + source) and a_out.isnan().all()
-    op(a, [random_like(a)], a_out, 0.0, "bilinear", None)
+    op(a, [random_like(a)], [], [], a_out, 0.0, "bilinear", None)
     assert torch.equal(room, torch.cat([a, b + source], dim=1))
 
 
@@ -55,4 +55,4 @@ def test_errors():
     with pytest.raises(ValueError, match=r"resample_add_out: sources\[0\] must not share memory"):
         resample_add_out(x.clone(), [x[:, :, :4]], x)
     with pytest.raises(RuntimeError, match="out must have x's shape and dtype"):
-        torch.ops.revbifpn.resample_add_out(x, sources, x[..., :6], 1.0, "bilinear", None)
+        torch.ops.revbifpn.resample_add_out(x, sources, [], [], x[..., :6], 1.0, "bilinear", None)

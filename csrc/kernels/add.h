@@ -29,6 +29,34 @@ void update_elements(const T *x, T *y, const accumulator_t<T> *sums, int64_t cou
   }
 }
 
+/// The scale and the shift of each lane; null where a source is taken as it is.
+template <class Acc> struct Scaling {
+  const Acc *scale, *shift;
+};
+
+/// out = scale * values + shift, plus `sum` where asked for; out may be values or sum.
+template <bool ADDS, class Acc>
+void scale_pixels(const Scaling<Acc> &scaling, int64_t lanes, const Acc *values, const Acc *sum,
+                  int64_t pixels, Acc *out) {
+  if (lanes == 1) {
+    const Acc scale = *scaling.scale, shift = *scaling.shift;
+    const int64_t count = whole_vectors(pixels);
+    REVBIFPN_INDEPENDENT
+    for (int64_t i = 0; i < count; ++i) {
+      const Acc scaled = scale * values[i] + shift;
+      out[i] = ADDS ? sum[i] + scaled : scaled;
+    }
+    return;
+  }
+  for (int64_t i = 0; i < pixels * lanes; i += lanes) {
+    REVBIFPN_INDEPENDENT
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const Acc scaled = scaling.scale[lane] * values[i + lane] + scaling.shift[lane];
+      out[i + lane] = ADDS ? sum[i + lane] + scaled : scaled;
+    }
+  }
+}
+
 template <class T> class StripAdder {
   using Acc = accumulator_t<T>;
 
@@ -114,12 +142,24 @@ private:
     }
   }
 
+  /// A source whose rows are not blended is scaled as late as here, which saves it a step.
   void add_row(const Tile &tile, int64_t row, int k, Acc *out) {
     const Acc *values = resampled[k][job.sources[k].rows.first[row]];
+    const Scaling<Acc> scaling = scaling_of(job.sources[k], tile);
+    if (scaling.scale != nullptr)
+      return k == 0 ? scale_pixels<false>(scaling, tile.lanes, values, out, tile.columns(), out)
+                    : scale_pixels<true>(scaling, tile.lanes, values, out, tile.columns(), out);
     const int64_t count = whole_vectors(tile.columns() * tile.lanes);
     REVBIFPN_INDEPENDENT
     for (int64_t j = 0; j < count; ++j)
       out[j] = k == 0 ? values[j] : out[j] + values[j];
+  }
+
+  Scaling<Acc> scaling_of(const Source<Acc> &source, const Tile &tile) const {
+    if (source.scale == nullptr)
+      return {};
+    const int64_t plane = tile.n * job.lanes.channels + tile.c;
+    return {source.scale + plane, source.shift + plane};
   }
 
   /// Resamples the rows of source k that target rows before `row_end` need, horizontally.
@@ -140,6 +180,10 @@ private:
     const Acc *row = scratch;
     if (source.kind != Kind::area && next_row[k] < end)
       load_rows(source.maps, tile, next_row[k], end, column, pixels, scratch);
+    const Scaling<Acc> scaling = scaling_of(source, tile);
+    if (is_bilinear && scaling.scale != nullptr)
+      scale_pixels<false>(scaling, tile.lanes, scratch, scratch, (end - next_row[k]) * pixels,
+                          scratch);
     for (; next_row[k] < end; ++next_row[k], row += pixels * tile.lanes) {
       Acc *out = resampled[k][next_row[k]];
       if (source.kind == Kind::area)

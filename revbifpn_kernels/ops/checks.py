@@ -118,6 +118,58 @@ def check_sources(op: str, x_name: str, x: Tensor, sources: Sequence[Tensor]) ->
         check_size(op, name, (h, w), target)
 
 
+def check_scales(
+    op: str,
+    x_name: str,
+    x: Tensor,
+    sources: Sequence[Tensor],
+    scales: Sequence[Tensor] | None,
+    shifts: Sequence[Tensor] | None,
+) -> None:
+    """Raise unless there are no scales and shifts, or one of each for every source."""
+    if scales is None and shifts is None:
+        return
+    if scales is None or shifts is None:
+        given, missing = ("shifts", "scales") if scales is None else ("scales", "shifts")
+        raise ValueError(
+            f"{op}: scales and shifts must be given together, got {given} without {missing}"
+        )
+    for name, factors in (("scales", scales), ("shifts", shifts)):
+        if isinstance(factors, Tensor) or not isinstance(factors, Sequence):
+            raise TypeError(
+                f"{op}: {name} must be a list or tuple of tensors, got {type(factors).__name__}"
+            )
+        if len(factors) != len(sources):
+            raise ValueError(
+                f"{op}: {name} must hold one entry for each of {len(sources)} sources, "
+                f"got {len(factors)}"
+            )
+        for k, factor in enumerate(factors):
+            _check_factor(op, name, k, factor, x_name, x)
+
+
+def _check_factor(op: str, name: str, k: int, factor: Tensor, x_name: str, x: Tensor) -> None:
+    if not isinstance(factor, Tensor):
+        raise TypeError(f"{op}: {name}[{k}] must be a tensor, got {type(factor).__name__}")
+    planes = x.shape[:2]
+    if factor.shape != planes:
+        raise ValueError(
+            f"{op}: {name}[{k}] must have {x_name}'s (N, C) = {tuple(planes)} as its shape, "
+            f"got {tuple(factor.shape)}"
+        )
+    if factor.dtype != (torch.float64 if x.dtype == torch.float64 else torch.float32):
+        raise TypeError(
+            f"{op}: {name}[{k}] must be float32, or float64 beside a float64 {x_name}, "
+            f"got {factor.dtype} beside {x.dtype}"
+        )
+    if factor.device != x.device:
+        raise ValueError(
+            f"{op}: {name}[{k}] must be on {x_name}'s device {x.device}, got {factor.device}"
+        )
+    if not factor.is_contiguous():
+        raise ValueError(f"{op}: {name}[{k}] must be contiguous, got strides {factor.stride()}")
+
+
 def check_precision(
     op: str, name: str, dtype: torch.dtype, x_name: str, x_dtype: torch.dtype
 ) -> None:

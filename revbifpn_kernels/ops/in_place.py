@@ -7,21 +7,28 @@ from torch import Tensor
 from torch._C._autograd import CreationMeta, _get_creation_meta
 
 
-def check_memory(op: str, x: Tensor, sources: Sequence[Tensor]) -> None:
-    """Raise if elements of x share memory with each other or with a source that is not x itself."""
+def check_memory(
+    op: str,
+    x: Tensor,
+    sources: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+) -> None:
+    """Raise if elements of x share memory with each other or an argument that is not x itself."""
     if x.numel() == 0:
         return
     if _overlaps_itself(x):
         raise ValueError(
             f"{op}: x must not share memory between its elements, got strides {x.stride()}"
         )
-    for k, source in enumerate(sources):
-        if _overlap(x, source):
-            raise ValueError(
-                f"{op}: sources[{k}] must not share memory with x, which changes while it is read; "
-                f"got views of one tensor, offsets {source.storage_offset()} and "
-                f"{x.storage_offset()}"
-            )
+    for name, tensors in (("sources", sources), ("scales", scales), ("shifts", shifts)):
+        for k, tensor in enumerate(tensors):
+            if _overlap(x, tensor):
+                raise ValueError(
+                    f"{op}: {name}[{k}] must not share memory with x, which changes while it is "
+                    f"read; got views of one tensor, offsets {tensor.storage_offset()} and "
+                    f"{x.storage_offset()}"
+                )
 
 
 def _overlaps_itself(x: Tensor) -> bool:
@@ -71,11 +78,11 @@ def _are_channel_slices(first: Tensor, second: Tensor, distance: int) -> bool:
     )
 
 
-def check_autograd_allows(op: str, x: Tensor, sources: Sequence[Tensor]) -> None:
+def check_autograd_allows(op: str, x: Tensor, others: Sequence[Tensor]) -> None:
     """Raise where autograd could not record the write, which it says only after it happened."""
     if not torch.is_grad_enabled():
         return
-    if not (x.requires_grad or any(source.requires_grad for source in sources)):
+    if not (x.requires_grad or any(other.requires_grad for other in others)):
         return
     if x.requires_grad and x.is_leaf:
         raise RuntimeError(

@@ -1,10 +1,14 @@
 """y = x + α·Σ_k R_k(s_k): RevSilo's fusion and, with −α, its inverse, in one pass.
 
+A source may be scale_k·s_k + shift_k, with a scale and a shift for each plane (n, c): a transform's
+last batch norm, whose result is then never written.
+
 Reads x and each source once and writes y once: (2 + Σ 1/f_k²)·E elements for factors f_k, where
 eager PyTorch moves 4E a source through its intermediates. In place it allocates nothing.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -18,14 +22,21 @@ from .checks import (
     check_mode,
     check_no_tangents,
     check_number,
+    check_scales,
     check_sources,
 )
 from .in_place import check_autograd_allows, check_memory
-from .kernels.cells import cell_below, locate_cells
+from .kernels.cells import cell_below, load_scaling, locate_cells
 from .kernels.fuse import add_resampled, add_update, fuse_cells
 from .kernels.taps import element_pointer, locate_elements
 from .launch import Geometry, Launch
 from .resample import in_format, library, resample_reference
+from .scaled_sources import (
+    in_three,
+    keep_for_gradients,
+    scaled_sources_reference,
+    source_gradients,
+)
 from .tiling import (
     CELL_COUNTS,
     ELEMENT_COUNTS,
@@ -46,13 +57,16 @@ def resample_add_reference(
     x: Tensor,
     sources: Sequence[Tensor],
     *,
+    scales: Sequence[Tensor] | None = None,
+    shifts: Sequence[Tensor] | None = None,
     alpha: float = 1.0,
     mode: str = "bilinear",
     lattice: float | None = None,
 ) -> Tensor:
     """The specification in plain PyTorch, one resampling and one addition a source."""
     size = tuple(x.shape[2:])
-    update = alpha * sum(resample_reference(source.to(x.dtype), size, mode) for source in sources)
+    scaled = scaled_sources_reference(sources, scales, shifts, x.dtype)
+    update = alpha * sum(resample_reference(source, size, mode) for source in scaled)
     if lattice is not None:
         update = round_to_lattice(update, lattice)
     return x + update
@@ -60,19 +74,21 @@ def resample_add_reference(
 
 @triton.jit(do_not_specialize=CELL_COUNTS)
 def _resample_add_cells_kernel(
-    y_ptr, y_strides, x_ptr, x_strides, source_ptrs, source_strides, alpha, lattice,
-    lanes, C, cells_h, cells_w, chain,
+    y_ptr, y_strides, x_ptr, x_strides, source_ptrs, source_strides, scale_ptrs, shift_ptrs,
+    alpha, lattice, lanes, C, cells_h, cells_w, chain,
     Y_UNIT: tl.constexpr, X_UNIT: tl.constexpr, SOURCE_UNITS: tl.constexpr,
     FACTORS: tl.constexpr, MODE: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr,
-    CHAINED: tl.constexpr, HAS_LATTICE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_LATTICE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     mask, cell = locate_cells(lanes, C, cells_h, cells_w, chain, BLOCK, CHANNELS_LAST)
+    plane = cell[0] * C + cell[1]
+    scaling = load_scaling(scale_ptrs, shift_ptrs, plane, len(FACTORS), HAS_SCALES)
     # A loop that runs once would still cost registers.
     for step in range(chain if CHAINED else 1):
         fuse_cells(
             y_ptr, y_strides, Y_UNIT, x_ptr, x_strides, X_UNIT,
-            source_ptrs, source_strides, SOURCE_UNITS, alpha, lattice, mask,
+            source_ptrs, source_strides, SOURCE_UNITS, scaling, alpha, lattice, mask,
             cell_below(cell, step), FACTORS, MODE, CELL_H, CELL_W, HAS_LATTICE, CHANNELS_LAST,
         )  # fmt: skip
 
@@ -80,17 +96,18 @@ def _resample_add_cells_kernel(
 @triton.jit(do_not_specialize=ELEMENT_COUNTS)
 def _resample_add_elements_kernel(
     y_ptr, y_strides, x_ptr, x_strides, source_ptrs, source_strides, source_sizes, source_scales,
-    alpha, lattice, elements, C, H, W,
-    HAS_LATTICE: tl.constexpr, KINDS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    INDEX: tl.constexpr, BLOCK: tl.constexpr,
+    scale_ptrs, shift_ptrs, alpha, lattice, elements, C, H, W,
+    HAS_SCALES: tl.constexpr, HAS_LATTICE: tl.constexpr, KINDS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     mask, place = locate_elements(elements, C, H, W, BLOCK, CHANNELS_LAST, INDEX)
     n, c, i, j = place
+    scaling = load_scaling(scale_ptrs, shift_ptrs, n * C + c, len(KINDS), HAS_SCALES)
     sums = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(len(KINDS)):
         sums = add_resampled(
             sums, source_ptrs[k], source_strides[k], source_sizes[k], source_scales[k],
-            place, H, W, tl.constexpr(KINDS[k]),
+            scaling[k], place, H, W, tl.constexpr(KINDS[k]),
         )  # fmt: skip
     x = tl.load(element_pointer(x_ptr, x_strides, n, c, i, j))
     y = add_update(x, sums, alpha, lattice, HAS_LATTICE)
@@ -98,7 +115,7 @@ def _resample_add_elements_kernel(
     tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def _plan_elements(y: Geometry, x: Geometry, sources, mode: str, has_lattice: bool) -> Launch:
+def _plan_elements(y: Geometry, x: Geometry, sources, mode: str, flags: dict) -> Launch:
     elements = Elements(x.shape, x.channels_last)
     sizes = tuple(source.shape[2:] for source in sources)
     return Launch(
@@ -112,18 +129,24 @@ def _plan_elements(y: Geometry, x: Geometry, sources, mode: str, has_lattice: bo
             "source_scales": tuple(nearest_scales(size, x.shape[2:]) for size in sizes),
             **elements.args(),
         },
-        {"HAS_LATTICE": has_lattice, **elements.constants(sizes, mode)},
+        {**flags, **elements.constants(sizes, mode)},
     )
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    y: Geometry, x: Geometry, sources: tuple[Geometry, ...], mode: str, has_lattice: bool
+    y: Geometry,
+    x: Geometry,
+    sources: tuple[Geometry, ...],
+    mode: str,
+    has_scales: bool,
+    has_lattice: bool,
 ) -> Launch:
     """Cached: planning took 81 µs a call, a look-up 11 (2 busy Xeon cores, 2026-11-23)."""
+    flags = {"HAS_SCALES": has_scales, "HAS_LATTICE": has_lattice}
     cells = cut_into_cells([x, y], sources, chain_large_cells=False)
     if cells is None:
-        return _plan_elements(y, x, sources, mode, has_lattice)
+        return _plan_elements(y, x, sources, mode, flags)
     y_unit, y_strides = strides_in_units(y, cells.channels_last)
     x_unit, x_strides = strides_in_units(x, cells.channels_last)
     source_units, source_strides = all_strides_in_units(sources, cells.channels_last)
@@ -141,20 +164,25 @@ def _plan(
             "X_UNIT": x_unit,
             "SOURCE_UNITS": source_units,
             "CHAINED": cells.chain > 1,
-            "HAS_LATTICE": has_lattice,
+            **flags,
             **cells.constants(mode),
         },
     )
 
 
-def plan_resample_add(y: Tensor, x: Tensor, sources, alpha, mode, lattice) -> tuple[Launch, dict]:
+def plan_resample_add(
+    y: Tensor, x: Tensor, sources, scales, shifts, alpha, mode, lattice
+) -> tuple[Launch, dict]:
     """The launch that computes y, which may be x, and its operands."""
     geometries = tuple(Geometry.of(source) for source in sources)
-    launch = _plan(Geometry.of(y), Geometry.of(x), geometries, mode, lattice is not None)
+    flags = len(scales) > 0, lattice is not None
+    launch = _plan(Geometry.of(y), Geometry.of(x), geometries, mode, *flags)
     return launch, {
         "y_ptr": y,
         "x_ptr": x,
         "source_ptrs": tuple(sources),
+        "scale_ptrs": tuple(scales),
+        "shift_ptrs": tuple(shifts),
         "alpha": float(alpha),
         "lattice": lattice_and_inverse(lattice),
     }
@@ -164,39 +192,38 @@ def lattice_and_inverse(lattice: float | None) -> tuple[float, float]:
     return (1.0, 1.0) if lattice is None else (float(lattice), 1.0 / lattice)
 
 
-def _resample_add_cuda(x, sources, alpha, mode, lattice) -> Tensor:
+def _resample_add_cuda(x, sources, scales, shifts, alpha, mode, lattice) -> Tensor:
     y = torch.empty_like(x)
-    launch, operands = plan_resample_add(y, x, sources, alpha, mode, lattice)
+    launch, operands = plan_resample_add(y, x, sources, scales, shifts, alpha, mode, lattice)
     launch.run(x.device, operands)
     return y
 
 
-def _resample_add_cuda_(x, sources, alpha, mode, lattice) -> None:
-    launch, operands = plan_resample_add(x, x, sources, alpha, mode, lattice)
+def _resample_add_cuda_(x, sources, scales, shifts, alpha, mode, lattice) -> None:
+    launch, operands = plan_resample_add(x, x, sources, scales, shifts, alpha, mode, lattice)
     launch.run(x.device, operands)
 
 
-def _resample_add_out_cuda(x, sources, out, alpha, mode, lattice) -> None:
-    launch, operands = plan_resample_add(out, x, sources, alpha, mode, lattice)
+def _resample_add_out_cuda(x, sources, scales, shifts, out, alpha, mode, lattice) -> None:
+    launch, operands = plan_resample_add(out, x, sources, scales, shifts, alpha, mode, lattice)
     launch.run(x.device, operands)
 
 
 # Not `mode`: PyTorch's functionalisation of in-place ops has an argument of that name.
-_SIGNATURE = "Tensor[] sources, float alpha, str interpolation, float? lattice"
-library.define(f"resample_add(Tensor x, {_SIGNATURE}) -> Tensor")
-library.define(f"resample_add_(Tensor(a!) x, {_SIGNATURE}) -> ()")
-library.define(
-    "resample_add_out(Tensor x, Tensor[] sources, Tensor(a!) out, float alpha, str interpolation, "
-    "float? lattice) -> ()"
-)
+SOURCES = "Tensor[] sources, Tensor[] scales, Tensor[] shifts"
+OPTIONS = "float alpha, str interpolation, float? lattice"
+library.define(f"resample_add(Tensor x, {SOURCES}, {OPTIONS}) -> Tensor")
+library.define(f"resample_add_(Tensor(a!) x, {SOURCES}, {OPTIONS}) -> ()")
+library.define(f"resample_add_out(Tensor x, {SOURCES}, Tensor(a!) out, {OPTIONS}) -> ()")
 # Key CPU is implemented in csrc/resample_add.cpp.
 library.impl("resample_add", _resample_add_cuda, "CUDA")
 library.impl("resample_add_", _resample_add_cuda_, "CUDA")
 library.impl("resample_add_out", _resample_add_out_cuda, "CUDA")
 
 
-def _check(op, x, sources, alpha, mode, lattice) -> None:
+def _check(op, x, sources, scales, shifts, alpha, mode, lattice) -> None:
     check_sources(op, "x", x, sources)
+    check_scales(op, "x", x, sources, scales, shifts)
     check_number(op, "alpha", alpha)
     check_mode(op, mode)
     check_lattice(op, lattice, x.dtype)
@@ -204,19 +231,23 @@ def _check(op, x, sources, alpha, mode, lattice) -> None:
 
 
 @torch.library.register_fake("revbifpn::resample_add", lib=library)
-def _resample_add_fake(x, sources, alpha, mode, lattice):
-    _check("resample_add", x, sources, alpha, mode, lattice)
+def _resample_add_fake(x, sources, scales, shifts, alpha, mode, lattice):
+    _check("resample_add", x, sources, scales or None, shifts or None, alpha, mode, lattice)
     return torch.empty_like(x)
 
 
 @torch.library.register_fake("revbifpn::resample_add_", lib=library)
-def _resample_add_fake_(x, sources, alpha, mode, lattice):
-    _check("resample_add_", x, sources, alpha, mode, lattice)
+def _resample_add_fake_(x, sources, scales, shifts, alpha, mode, lattice):
+    _check("resample_add_", x, sources, scales or None, shifts or None, alpha, mode, lattice)
 
 
 @torch.library.register_fake("revbifpn::resample_add_out", lib=library)
-def _resample_add_out_fake(x, sources, out, alpha, mode, lattice):
-    _check("resample_add_out", x, sources, alpha, mode, lattice)
+def _resample_add_out_fake(x, sources, scales, shifts, out, alpha, mode, lattice):
+    _check_out(x, sources, scales or None, shifts or None, out, alpha, mode, lattice)
+
+
+def _check_out(x, sources, scales, shifts, out, alpha, mode, lattice) -> None:
+    _check("resample_add_out", x, sources, scales, shifts, alpha, mode, lattice)
     expected, got = ((tuple(t.shape), t.dtype, t.device) for t in (x, out))
     if got != expected:
         raise ValueError(
@@ -226,32 +257,15 @@ def _resample_add_out_fake(x, sources, out, alpha, mode, lattice):
 
 
 def _setup_context(ctx, inputs, output):
-    # Linear in x and the sources: sizes and dtypes suffice, no tensor is saved.
-    x, sources, ctx.alpha, ctx.mode, _ = inputs
+    x, sources, scales, shifts, ctx.alpha, ctx.mode, _ = inputs
     ctx.channels_last = Geometry.of(x).channels_last
-    ctx.sizes = [tuple(source.shape[2:]) for source in sources]
-    ctx.dtypes = [source.dtype for source in sources]
-
-
-def source_gradients(
-    ctx, grad: Tensor, needed: Sequence[bool], alpha: float
-) -> list[Tensor | None]:
-    """α·R_kᵀ(grad) for the sources that need one; one launch for each dtype among them."""
-    grads: list[Tensor | None] = [None] * len(ctx.sizes)
-    wanted = [k for k, is_needed in enumerate(needed) if is_needed]
-    for dtype in {ctx.dtypes[k]: None for k in wanted}:
-        group = [k for k in wanted if ctx.dtypes[k] == dtype]
-        sizes = [side for k in group for side in ctx.sizes[k]]
-        results = torch.ops.revbifpn.resample_adjoint(grad, sizes, alpha, ctx.mode, dtype)
-        for k, result in zip(group, results, strict=True):
-            grads[k] = result
-    return grads
+    keep_for_gradients(ctx, sources, scales, shifts)
 
 
 def _backward(ctx, grad):
     grad = in_format(grad, ctx.channels_last)
-    grad_sources = source_gradients(ctx, grad, ctx.needs_input_grad[1], ctx.alpha)
-    return grad, grad_sources, None, None, None
+    needed = ctx.needs_input_grad[1:4]
+    return grad, *source_gradients(ctx, grad, needed, ctx.alpha), None, None, None
 
 
 torch.library.register_autograd(
@@ -263,29 +277,32 @@ class _InPlace(torch.autograd.Function):
     """`register_autograd` refuses ops that write to an argument; this marks x as written."""
 
     @staticmethod
-    def forward(ctx, x, alpha, mode, lattice, *sources):
-        _setup_context(ctx, (x, sources, alpha, mode, lattice), None)
+    def forward(ctx, x, options, count, *tensors):
+        lists = in_three(tensors, count)
+        _setup_context(ctx, (x, *lists, *options), None)
         with torch._C._AutoDispatchBelowAutograd():
-            torch.ops.revbifpn.resample_add_(x, list(sources), alpha, mode, lattice)
+            torch.ops.revbifpn.resample_add_(x, *lists, *options)
         ctx.mark_dirty(x)
         return x
 
     @staticmethod
     def backward(ctx, grad):
-        needed = ctx.needs_input_grad[4:]
         grad = in_format(grad, ctx.channels_last)
-        return grad, None, None, None, *source_gradients(ctx, grad, needed, ctx.alpha)
+        needed = in_three(ctx.needs_input_grad[3:], len(ctx.sizes))
+        of_sources, of_scales, of_shifts = source_gradients(ctx, grad, needed, ctx.alpha)
+        return grad, None, None, *of_sources, *of_scales, *of_shifts
 
 
-def _resample_add_autograd_(x, sources, alpha, mode, lattice) -> None:
-    check_autograd_allows("resample_add_", x, sources)
-    _InPlace.apply(x, alpha, mode, lattice, *sources)
+def _resample_add_autograd_(x, sources, scales, shifts, alpha, mode, lattice) -> None:
+    tensors = *sources, *scales, *shifts
+    check_autograd_allows("resample_add_", x, tensors)
+    _InPlace.apply(x, (alpha, mode, lattice), len(sources), *tensors)
 
 
-def _resample_add_untracked_(x, sources, alpha, mode, lattice) -> None:
+def _resample_add_untracked_(x, sources, scales, shifts, alpha, mode, lattice) -> None:
     # Under inference_mode there is no autograd, but a graph made before may hold x.
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        torch.ops.revbifpn.resample_add_(x, sources, alpha, mode, lattice)
+        torch.ops.revbifpn.resample_add_(x, sources, scales, shifts, alpha, mode, lattice)
     torch.autograd.graph.increment_version(x)
 
 
@@ -297,6 +314,8 @@ def resample_add(
     x: Tensor,  # (N, C, H, W)
     sources: Sequence[Tensor],  # 1 to 8 of (N, C, h_k, w_k)
     *,
+    scales: Sequence[Tensor] | None = None,  # one (N, C) a source
+    shifts: Sequence[Tensor] | None = None,  # one (N, C) a source
     alpha: float = 1.0,
     mode: str = "bilinear",
     lattice: float | None = None,
@@ -313,6 +332,8 @@ def resample_add(
         sources: 1 to 8 maps (N, C, h_k, w_k). Smaller ones are enlarged (`mode`), those of x's size
             added as they are, those larger by whole factors averaged. Of x's dtype, or half
             precision beside float32.
+        scales, shifts: Where given, scale_k[:, :, None, None] * s_k + shift_k[:, :, None, None],
+            never written, stands for s_k. Contiguous, float32 (float64 beside a float64 x).
         alpha: Factor of the sum.
         mode: "bilinear" (`align_corners=False`) or "nearest".
         lattice: A power of two; α·Σ R is rounded to a multiple of it. If x lies on the lattice and
@@ -322,35 +343,41 @@ def resample_add(
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it. Nothing is written.
     """
-    _check("resample_add", x, sources, alpha, mode, lattice)
-    check_no_tangents("resample_add", [x, *sources])
+    _check("resample_add", x, sources, scales, shifts, alpha, mode, lattice)
+    lists = list(sources), list(scales or ()), list(shifts or ())
+    check_no_tangents("resample_add", [x, *itertools.chain(*lists)])
     if torch.onnx.is_in_onnx_export():  # its runtimes do not know the op
-        return resample_add_reference(x, sources, alpha=alpha, mode=mode, lattice=lattice)
-    return torch.ops.revbifpn.resample_add(x, list(sources), alpha, mode, lattice)
+        options = {"alpha": alpha, "mode": mode, "lattice": lattice}
+        return resample_add_reference(x, sources, scales=scales, shifts=shifts, **options)
+    return torch.ops.revbifpn.resample_add(x, *lists, alpha, mode, lattice)
 
 
 def resample_add_(
     x: Tensor,  # (N, C, H, W)
     sources: Sequence[Tensor],  # 1 to 8 of (N, C, h_k, w_k)
     *,
+    scales: Sequence[Tensor] | None = None,  # one (N, C) a source
+    shifts: Sequence[Tensor] | None = None,  # one (N, C) a source
     alpha: float = 1.0,
     mode: str = "bilinear",
     lattice: float | None = None,
 ) -> Tensor:
     """Add α·Σ_k R_k(s_k) into x and return x: `resample_add` without an allocation.
 
-    Args: As those of `resample_add`; x may share memory with no source but itself.
+    Args: As those of `resample_add`; x may share memory with none of the others but a source that
+        is x itself.
 
     Raises:
         RuntimeError: Autograd cannot record the write: x is a leaf that requires grad, or a view of
             one, or a view by chunk or split (slices are right).
         ValueError, TypeError: An argument does not fit; the message names it. x is untouched.
     """
-    _check("resample_add_", x, sources, alpha, mode, lattice)
-    check_no_tangents("resample_add_", [x, *sources])
+    _check("resample_add_", x, sources, scales, shifts, alpha, mode, lattice)
+    lists = list(sources), list(scales or ()), list(shifts or ())
+    check_no_tangents("resample_add_", [x, *itertools.chain(*lists)])
     if not torch.compiler.is_compiling():  # it copies what shares memory
-        check_memory("resample_add_", x, sources)
-    torch.ops.revbifpn.resample_add_(x, list(sources), alpha, mode, lattice)
+        check_memory("resample_add_", x, *lists)
+    torch.ops.revbifpn.resample_add_(x, *lists, alpha, mode, lattice)
     return x
 
 
@@ -359,6 +386,8 @@ def resample_add_out(
     sources: Sequence[Tensor],  # 1 to 8 of (N, C, h_k, w_k)
     out: Tensor,  # (N, C, H, W)
     *,
+    scales: Sequence[Tensor] | None = None,  # one (N, C) a source
+    shifts: Sequence[Tensor] | None = None,  # one (N, C) a source
     alpha: float = 1.0,
     mode: str = "bilinear",
     lattice: float | None = None,
@@ -368,6 +397,7 @@ def resample_add_out(
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it. Nothing is written.
     """
-    _resample_add_out_fake(x, sources, out, alpha, mode, lattice)
-    check_memory("resample_add_out", out, sources)
-    torch.ops.revbifpn.resample_add_out(x, list(sources), out, alpha, mode, lattice)
+    _check_out(x, sources, scales, shifts, out, alpha, mode, lattice)
+    lists = list(sources), list(scales or ()), list(shifts or ())
+    check_memory("resample_add_out", out, *lists)
+    torch.ops.revbifpn.resample_add_out(x, *lists, out, alpha, mode, lattice)

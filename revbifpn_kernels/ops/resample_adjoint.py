@@ -215,7 +215,7 @@ def _setup_context(ctx, inputs, output):
 def fuse_cotangents(cotangents, shape, dtype, alpha, mode) -> Tensor:
     """α·Σ_k R_k(cotangent_k), (N, C, H, W): the backward of α·R_kᵀ, whose adjoint is α·R_k."""
     zeros = empty_maps(cotangents[0], shape[2:], dtype).zero_()
-    return torch.ops.revbifpn.resample_add(zeros, cotangents, alpha, mode, None)
+    return torch.ops.revbifpn.resample_add(zeros, cotangents, [], [], alpha, mode, None)
 
 
 def _backward(ctx, cotangents):

@@ -177,15 +177,51 @@ def halo_offsets(at_start, at_end, COUNT: tl.constexpr):
 
 
 @triton.jit
+def load_scaling(scale_ptrs, shift_ptrs, plane, COUNT: tl.constexpr, HAS_SCALES: tl.constexpr):
+    """(scale, shift) of COUNT sources at each lane's plane n·C + c; empty tuples without scales."""
+    scaling = ()
+    for k in tl.static_range(COUNT):
+        if HAS_SCALES:
+            scaling = scaling + ((tl.load(scale_ptrs[k] + plane), tl.load(shift_ptrs[k] + plane)),)
+        else:
+            scaling = scaling + ((),)
+    return scaling
+
+
+@triton.jit
+def scale_value(value, scaling):
+    """scale·value + shift, or `value` where `scaling` is empty."""
+    if len(scaling) == 0:
+        return value
+    else:
+        return tl.fma(value, scaling[0], scaling[1])
+
+
+@triton.jit
+def scale_columns(columns, scaling):
+    scaled = ()
+    for j in tl.static_range(len(columns)):
+        scaled = scaled + (scale_value(columns[j], scaling),)
+    return scaled
+
+
+@triton.jit
 def expand_row(
-    ptr, stride_w, sides, FACTOR: tl.constexpr, CELL_W: tl.constexpr, CHANNELS_LAST: tl.constexpr
+    ptr,
+    stride_w,
+    sides,
+    scaling,
+    FACTOR: tl.constexpr,
+    CELL_W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
 ):
-    """The row of source pixels at `ptr`, interpolated along the width: CELL_W values."""
+    """The row of source pixels at `ptr`, scaled, interpolated along the width: CELL_W values."""
     before, after, border = sides
     COUNT: tl.constexpr = CELL_W // FACTOR
     pixels = (tl.load(ptr + before * stride_w).to(tl.float32),)
     pixels = pixels + load_columns(ptr, stride_w, COUNT, CHANNELS_LAST)
     pixels = pixels + (tl.load(ptr + after * stride_w).to(tl.float32),)
+    pixels = scale_columns(pixels, scaling)
     expanded = ()
     for j in tl.static_range(CELL_W):
         left = pixels[first_tap(j, FACTOR)]

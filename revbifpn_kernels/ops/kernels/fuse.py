@@ -16,6 +16,8 @@ from .cells import (
     is_bilinear,
     join_columns,
     load_columns,
+    scale_columns,
+    scale_value,
     second_weight,
 )
 from .taps import bilinear_taps, element_pointer, nearest_tap
@@ -70,6 +72,7 @@ def open_source(
     ptr,
     strides,
     UNIT: tl.constexpr,
+    scaling,
     cell,
     FACTOR: tl.constexpr,
     MODE: tl.constexpr,
@@ -77,7 +80,7 @@ def open_source(
     CELL_W: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """What reading a source takes (pointer, strides, halo, border weights), and its first rows."""
+    """What reading a source takes (pointer, strides, borders, scaling), and its first rows."""
     at_top, at_bottom, at_left, at_right = cell_borders(cell)
     ptr = cell_pointer(ptr, strides, UNIT, cell, CELL_H // FACTOR, CELL_W // FACTOR)
     stride_h = strides[2] * UNIT
@@ -86,10 +89,12 @@ def open_source(
     sides = (before, after, border_weights(at_left, FACTOR))
     rows = ()
     if is_bilinear(FACTOR, MODE):
-        halo = expand_row(ptr + above * stride_h, strides[3], sides, FACTOR, CELL_W, CHANNELS_LAST)
-        first = expand_row(ptr, strides[3], sides, FACTOR, CELL_W, CHANNELS_LAST)
+        halo_ptr = ptr + above * stride_h
+        halo = expand_row(halo_ptr, strides[3], sides, scaling, FACTOR, CELL_W, CHANNELS_LAST)
+        first = expand_row(ptr, strides[3], sides, scaling, FACTOR, CELL_W, CHANNELS_LAST)
         rows = (halo, first)
-    return (ptr, stride_h, strides[3], below, sides, border_weights(at_top, FACTOR)), rows
+    border = border_weights(at_top, FACTOR)
+    return (ptr, stride_h, strides[3], below, sides, border, scaling), rows
 
 
 @triton.jit
@@ -105,11 +110,12 @@ def add_row(
     CHANNELS_LAST: tl.constexpr,
 ):
     """sums + row i of the resampled source, and the source rows to hold for the next row."""
-    ptr, stride_h, stride_w, below, sides, border = source
+    ptr, stride_h, stride_w, below, sides, border, scaling = source
     if not is_bilinear(FACTOR, MODE):
         if i % FACTOR == 0:
             row_ptr = ptr + (i // FACTOR) * stride_h
             rows = load_columns(row_ptr, stride_w, CELL_W // FACTOR, CHANNELS_LAST)
+            rows = scale_columns(rows, scaling)
         return add_nearest_row(sums, rows, FACTOR, CELL_W), rows
     elif first_tap(i, FACTOR) == 0:
         return add_bilinear_row(sums, rows[0], rows[1], border[i][0], border[i][1]), rows
@@ -119,7 +125,7 @@ def add_row(
                 row_ptr = ptr + below * stride_h
             else:
                 row_ptr = ptr + first_tap(i, FACTOR) * stride_h
-            next_row = expand_row(row_ptr, stride_w, sides, FACTOR, CELL_W, CHANNELS_LAST)
+            next_row = expand_row(row_ptr, stride_w, sides, scaling, FACTOR, CELL_W, CHANNELS_LAST)
             rows = (rows[1], next_row)
         first, second = 1.0 - second_weight(i, FACTOR), second_weight(i, FACTOR)
         return add_bilinear_row(sums, rows[0], rows[1], first, second), rows
@@ -146,7 +152,7 @@ def write_row(
 @triton.jit
 def fuse_cells(
     y_ptr, y_strides, Y_UNIT: tl.constexpr, x_ptr, x_strides, X_UNIT: tl.constexpr,
-    source_ptrs, source_strides, SOURCE_UNITS: tl.constexpr, alpha, lattice, mask, cell,
+    source_ptrs, source_strides, SOURCE_UNITS: tl.constexpr, scaling, alpha, lattice, mask, cell,
     FACTORS: tl.constexpr, MODE: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr,
     HAS_LATTICE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +163,7 @@ def fuse_cells(
     rows = ()
     for k in tl.static_range(len(FACTORS)):
         source, held = open_source(
-            source_ptrs[k], source_strides[k], SOURCE_UNITS[k], cell,
+            source_ptrs[k], source_strides[k], SOURCE_UNITS[k], scaling[k], cell,
             FACTORS[k], MODE, CELL_H, CELL_W, CHANNELS_LAST,
         )  # fmt: skip
         sources = sources + (source,)
@@ -179,15 +185,19 @@ def fuse_cells(
 
 
 @triton.jit
-def blend_columns(ptr, stride_w, j_0, j_1, weight):
+def blend_columns(ptr, stride_w, scaling, j_0, j_1, weight):
     first = tl.load(ptr + j_0.to(tl.int64) * stride_w).to(tl.float32)
     second = tl.load(ptr + j_1.to(tl.int64) * stride_w).to(tl.float32)
+    first, second = scale_value(first, scaling), scale_value(second, scaling)
     return tl.fma(second, weight, first * (1.0 - weight))
 
 
 @triton.jit
-def add_resampled(sums, ptr, strides, size, scales, place, H, W, KIND: tl.constexpr):
-    """sums + R(source) at each lane's place, for one source of any size."""
+def add_resampled(sums, ptr, strides, size, scales, scaling, place, H, W, KIND: tl.constexpr):
+    """sums + R(source) at each lane's place, for one source of any size.
+
+    `scales` are its sides over the target's, `scaling` is what its values are multiplied by.
+    """
     n, c, i, j = place
     h, w = size
     if KIND == "bilinear":
@@ -196,8 +206,8 @@ def add_resampled(sums, ptr, strides, size, scales, place, H, W, KIND: tl.conste
         zero = tl.zeros_like(j)
         top_ptr = element_pointer(ptr, strides, n, c, i_0, zero)
         bottom_ptr = element_pointer(ptr, strides, n, c, i_1, zero)
-        top = blend_columns(top_ptr, strides[3], j_0, j_1, weight_w)
-        bottom = blend_columns(bottom_ptr, strides[3], j_0, j_1, weight_w)
+        top = blend_columns(top_ptr, strides[3], scaling, j_0, j_1, weight_w)
+        bottom = blend_columns(bottom_ptr, strides[3], scaling, j_0, j_1, weight_w)
         sums = tl.fma(bottom, weight_h, tl.fma(top, 1.0 - weight_h, sums))
     elif KIND == "area":
         rows, columns = h // H, w // W
@@ -206,10 +216,12 @@ def add_resampled(sums, ptr, strides, size, scales, place, H, W, KIND: tl.conste
             for b in range(columns):
                 pixel = element_pointer(ptr, strides, n, c, i * rows + a, j * columns + b)
                 total += tl.load(pixel).to(tl.float32)
-        sums += tl.div_rn(total, tl.zeros_like(total) + rows * columns)
+        mean = tl.div_rn(total, tl.zeros_like(total) + rows * columns)
+        sums += scale_value(mean, scaling)
     else:
         if KIND == "nearest":
             i = nearest_tap(i, h, H, scales[0])
             j = nearest_tap(j, w, W, scales[1])
-        sums += tl.load(element_pointer(ptr, strides, n, c, i, j)).to(tl.float32)
+        value = tl.load(element_pointer(ptr, strides, n, c, i, j)).to(tl.float32)
+        sums += scale_value(value, scaling)
     return sums
