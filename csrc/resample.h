@@ -137,6 +137,21 @@ template <class Acc> struct DepthwiseJob {
 
 template <class Acc> int64_t workspace_size(const DepthwiseJob<Acc> &) { return 0; }
 
+/// The gradient of a depthwise convolution's input: result[n, c, h, w] is the sum of
+/// grad[n, c, (h + padding - i) / stride, (w + padding - j) / stride] * weight[c, i, j] over the
+/// taps where both divide. A unit of work is a row of the result; channels lie side by side.
+template <class Acc> struct DepthwiseInputJob {
+  Maps result, grad;
+  const void *weights; // (C, kernel_size, kernel_size), of grad's type
+  int64_t channels, kernel_size, stride, padding;
+
+  int64_t taps() const { return kernel_size * kernel_size; }
+};
+
+template <class Acc> int64_t workspace_size(const DepthwiseInputJob<Acc> &job) {
+  return job.taps() * job.channels; // the weights again, (taps, C)
+}
+
 template <class Acc> int64_t workspace_size(const AddJob<Acc> &job) {
   int64_t size = 2 * job.run_size + job.scratch_size;
   for (const auto &source : job.sources)
@@ -162,6 +177,9 @@ template <class Acc> int64_t workspace_size(const AdjointJob<Acc> &job) {
   template <class T>                                                                               \
   void depthwise_units(const DepthwiseJob<accumulator_t<T>> &job, int64_t begin, int64_t end,      \
                        accumulator_t<T> *workspace);                                               \
+  template <class T>                                                                               \
+  void depthwise_input_units(const DepthwiseInputJob<accumulator_t<T>> &job, int64_t begin,        \
+                             int64_t end, accumulator_t<T> *workspace);                            \
   }
 REVBIFPN_DECLARE_KERNELS(baseline)
 #ifdef __x86_64__

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .ops import resample_add
+from .fusing import fuse, fuse_out
 from .ops.checks import check_lattice, check_maps, check_precision
-from .ops.resample_add import resample_add_out
+from .ops.scaled_sources import maps_of
 from .replay import Step, run
 from .reversible import Reversible, compute_of
 from .streams import finest_lattice
@@ -78,11 +78,13 @@ class RevBlock(Reversible):
     def _undo(self, name, y, source, x, grad, grad_source, total, step: Step) -> None:
         """x = y − T(source); total = grad_source + the gradient through T."""
         needs_grad = name == "g" or step.needs_grad[0]
-        rerun = step.rerun(name, getattr(self, name), source, name, needs_grad)
-        resample_add_out(y, [rerun.output], x, alpha=-1.0, lattice=self.lattice)
-        if not getattr(getattr(self, name), "reads_slices", False) or rerun.output.dtype != y.dtype:
+        module = getattr(self, name)
+        rerun = step.rerun(name, module, source, name, needs_grad, leaves_norm=True)
+        fuse_out(y, [rerun.output], x, alpha=-1.0, lattice=self.lattice)
+        result = maps_of(rerun.output)
+        if not getattr(module, "reads_slices", False) or result.dtype != y.dtype:
             # Dense and of the transform's precision: batch norm's backward is slow on slices.
-            grad = torch.empty_like(rerun.output).copy_(grad)
+            grad = torch.empty_like(result).copy_(grad)
         pulled = rerun.pull(grad)
         if pulled is None:
             total.copy_(grad_source)
@@ -91,7 +93,8 @@ class RevBlock(Reversible):
 
     def _added(self, x: Tensor, name: str, source: Tensor, out: Tensor | None, alpha=1.0) -> Tensor:
         """x + α·T(source), in `out` if there is one."""
-        result = run(self, name, getattr(self, name), source, key=name)
+        output = run(self, name, getattr(self, name), source, key=name, leaves_norm=True)
+        result = maps_of(output)
         check_maps("RevBlock", f"the result of {name}", result)
         if result.shape != x.shape:
             raise ValueError(
@@ -100,8 +103,8 @@ class RevBlock(Reversible):
             )
         check_precision("RevBlock", f"the result of {name}", result.dtype, "stream", x.dtype)
         if out is None:
-            return resample_add(x, [result], alpha=alpha, lattice=self.lattice)
-        resample_add_out(x, [result], out, alpha=alpha, lattice=self.lattice)
+            return fuse(x, [output], alpha=alpha, lattice=self.lattice)
+        fuse_out(x, [output], out, alpha=alpha, lattice=self.lattice)
         return out
 
 

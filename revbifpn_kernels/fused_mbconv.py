@@ -17,13 +17,18 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import replay
+from .drop_path import kept_samples
+from .ops.depthwise_input_grad import depthwise_input_grad
 from .ops.depthwise_weight_grad import depthwise_weight_grad
 from .ops.launch import Geometry
 from .ops.norm_act import ACTIVATIONS, norm_act_reference, sums_dtype
+from .ops.norm_factors import norm_factors
+from .ops.scaled_sources import ScaledSource
 
 _ops = torch.ops.revbifpn
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# PyTorch's gradient of smaller depthwise kernels' weights is as fast as ours.
+# PyTorch's gradient of smaller depthwise kernels' weights is as fast as ours; that of their inputs
+# for float32, or without strides.
 SMALLEST_OWN_KERNEL = 5
 
 
@@ -69,8 +74,15 @@ class Memory(NamedTuple):
 
     mean: Tensor  # (C,), as invstd
     invstd: Tensor
-    gate: Tensor | None  # (N, C)
+    gate: Tensor | None  # (N, C), of squeeze-excite
     means: Tensor | None  # (N, C), what squeeze-excite saw
+    kept: Tensor | None  # (N,), what stochastic depth multiplies samples by
+
+    def gates(self, channels: int) -> Tensor | None:
+        """What the result is multiplied by, (N, C)."""
+        if self.kept is None:
+            return self.gate
+        return self.kept[:, None].repeat(1, channels)
 
 
 class Memories(NamedTuple):
@@ -109,8 +121,13 @@ def _is_cast(x: Tensor) -> bool:
     return x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
 
 
-def run_stages(stages: Sequence[Stage], x: Tensor) -> Tensor:
-    """The result of the stages one after the other, with a graph if one is wanted."""
+def run_stages(stages: Sequence[Stage], leaves_norm: bool, x: Tensor) -> Tensor | ScaledSource:
+    """The result of the stages one after the other, with a graph if one is wanted.
+
+    With `leaves_norm` the last norm, and stochastic depth after it, are left to the fusion that
+    reads the result. In the graph the gradient of its maps is then that of the norm's result, which
+    is what the fusion's adjoint gives.
+    """
     recorder = replay.recorder()
     known = None if recorder is None else recorder.recall(Memories)
     parameters = [p for stage in stages for p in stage.parameters()]
@@ -122,11 +139,13 @@ def run_stages(stages: Sequence[Stage], x: Tensor) -> Tensor:
     wants_graph = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, *parameters)
     )
-    call = _Call(stages, known.stages if known else None, wants_graph)
+    call = _Call(stages, leaves_norm, known.stages if known else None, wants_graph)
     # Who watches calls need not see ours.
     unseen = contextlib.nullcontext() if recorder is None else torch._C.DisableTorchFunction()
     with _without_autocast(device), unseen:
         y = _Stages.apply(call, x, *parameters) if wants_graph else call.forward(x, parameters)
+    if leaves_norm:
+        y = ScaledSource(*y)
     if recorder is not None and known is None:
         recorder.remember(Memories(call.memories), [b for s in stages for b in s.moved()])
     return y
@@ -141,9 +160,13 @@ class _Call:
     """One run of stages."""
 
     def __init__(
-        self, stages: Sequence[Stage], known: list[Memory] | None, keeps_maps: bool
+        self,
+        stages: Sequence[Stage],
+        leaves_norm: bool,
+        known: list[Memory] | None,
+        keeps_maps: bool,
     ) -> None:
-        self.stages, self.keeps_maps = stages, keeps_maps
+        self.stages, self.leaves_norm, self.keeps_maps = stages, leaves_norm, keeps_maps
         self.is_second = known is not None
         self.memories: list[Memory] = known or []
         self.maps: list[Maps] = []
@@ -157,7 +180,7 @@ class _Call:
             begin = end
         return parts
 
-    def forward(self, x: Tensor, parameters: Sequence[Tensor | None]) -> Tensor:
+    def forward(self, x: Tensor, parameters: Sequence[Tensor | None]) -> Tensor | ScaledSource:
         for k, (stage, own) in enumerate(zip(self.stages, self.split(parameters), strict=True)):
             weight, gamma, beta, *squeeze = own
             u = _convolve(stage.conv, x, _as(weight, x.dtype))
@@ -166,7 +189,10 @@ class _Call:
             memory = self.memories[k]
             if self.keeps_maps:
                 self.maps.append(Maps(x, u))
-            x = _ops.norm_act(u, memory.mean, memory.invstd, gamma, beta, memory.gate, stage.act)
+            norm = memory.mean, memory.invstd, gamma, beta
+            if self.leaves_norm and k + 1 == len(self.stages):
+                return ScaledSource(u, *norm_factors(*norm, memory.kept, len(u)))
+            x = _ops.norm_act(u, *norm, memory.gates(u.shape[1]), stage.act)
         return x
 
 
@@ -186,15 +212,13 @@ def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze) -> Memory:
     else:
         # A copy: a backward wants the mean of now, and the buffer may move before it.
         statistics = mean.clone(), (var + norm.eps).rsqrt()
-    gate = means = None
+    gate = means = kept = None
     if stage.squeeze is not None:
         means = _ops.norm_act_means(u, *statistics, gamma, beta, stage.act)
         gate = _Squeeze(stage.squeeze_act, squeeze, means).gates
     elif stage.drop_path > 0:
-        keep = 1.0 - stage.drop_path
-        mask = torch.empty(u.shape[0], 1, dtype=sums_dtype(u), device=u.device)
-        gate = mask.bernoulli_(keep).div_(keep).repeat(1, u.shape[1])
-    return Memory(*statistics, gate, means)
+        kept = kept_samples(stage.drop_path, len(u), statistics[0])
+    return Memory(*statistics, gate, means, kept)
 
 
 class _Squeeze:
@@ -263,20 +287,22 @@ def _convolve_backward(
         grad_x = torch.mm(flat, weight.flatten(1)).view(n, h, w, -1).permute(0, 3, 1, 2)
         pixels = _pixels(x.contiguous(memory_format=torch.channels_last))
         return grad_x, torch.mm(flat.t(), pixels).view_as(weight) if needs_weight else None
-    is_own = (
-        needs_weight
-        and x.is_cpu
-        and x.stride(1) == 1
-        and conv.groups == x.shape[1] == len(weight)
-        and kernel >= SMALLEST_OWN_KERNEL
-    )
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0],
-        conv.groups, [needs_x, needs_weight and not is_own, False],
-    )  # fmt: skip
-    if is_own:
-        sizes = {"stride": conv.stride[0], "padding": conv.padding[0]}
+    is_depthwise = x.is_cpu and x.stride(1) == 1 and conv.groups == x.shape[1] == len(weight)
+    sizes = {"stride": conv.stride[0], "padding": conv.padding[0]}
+    grad_x = grad_weight = None
+    if is_depthwise and needs_weight and kernel >= SMALLEST_OWN_KERNEL:
         grad_weight = depthwise_weight_grad(x, grad, kernel_size=kernel, **sizes)
+        needs_weight = False
+    if is_depthwise and needs_x and sizes["stride"] > 1 and x.itemsize == 2:
+        grad_x = depthwise_input_grad(grad, weight, x.shape[2:], **sizes)
+        needs_x = False
+    if needs_x or needs_weight:
+        theirs = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0],
+            conv.groups, [needs_x, needs_weight, False],
+        )  # fmt: skip
+        grad_x = theirs[0] if needs_x else grad_x
+        grad_weight = theirs[1] if needs_weight else grad_weight
     return grad_x, grad_weight
 
 
@@ -302,10 +328,13 @@ class _Stages(torch.autograd.Function):
         ctx.save_for_backward(*parameters, *maps)
         call.maps.clear()
         ctx.call = call
+        if isinstance(y, ScaledSource):
+            ctx.mark_non_differentiable(y.scale, y.shift)
+            return tuple(y)
         return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor, *_: None):
         call, needs = ctx.call, ctx.needs_input_grad[1:]
         saved, count = ctx.saved_tensors, len(needs) - 1
         parameters, maps = saved[:count], saved[count:]
@@ -339,12 +368,12 @@ def _stage_backward(
     norm = memory.mean, memory.invstd, gamma, beta
     grad = _like(grad, maps.u)
     sums = _ops.norm_act_sums(grad, maps.u, *norm, stage.act, stage.squeeze is not None)
-    grad_means, squeeze_grads = None, []
+    grad_means, squeeze_grads, gates = None, [], memory.gates(maps.u.shape[1])
     if stage.squeeze is not None:
         excited = _Squeeze(stage.squeeze_act, squeeze, memory.means)
         grad_means, squeeze_grads = excited.backward(sums[4])
     grad_u, grad_gamma, grad_beta = _ops.norm_act_grad(
-        grad, maps.u, *norm, memory.gate, grad_means, sums, stage.act, stage.is_batch
+        grad, maps.u, *norm, gates, grad_means, sums, stage.act, stage.is_batch
     )
     grad_x, grad_weight = _convolve_backward(
         stage.conv, grad_u, maps.x, _as(weight, maps.x.dtype), needs
@@ -373,7 +402,7 @@ def _differentiable(
 def _composed(stage: Stage, x: Tensor, parameters, memory: Memory) -> Tensor:
     """A stage of PyTorch's operations."""
     weight, gamma, beta, *squeeze = parameters
-    conv, (mean, invstd, gate, _) = stage.conv, memory
+    conv, mean, invstd, gate = stage.conv, memory.mean, memory.invstd, None
     u = F.conv2d(x, weight.to(x.dtype), None, conv.stride, conv.padding, groups=conv.groups)
     if stage.is_batch:
         variance, mean = torch.var_mean(u.to(mean.dtype), (0, 2, 3), correction=0)
@@ -385,4 +414,6 @@ def _composed(stage: Stage, x: Tensor, parameters, memory: Memory) -> Tensor:
         hidden = F.linear(means, reduce.flatten(1), reduce_bias)
         logits = F.linear(ACTIVATIONS[stage.squeeze_act](hidden), expand.flatten(1), expand_bias)
         gate = F.hardtanh(logits / 6 + 0.5, 0.0, 1.0)  # hardsigmoid has no second derivative
+    elif memory.kept is not None:
+        gate = memory.kept[:, None]
     return y if gate is None else y * gate[:, :, None, None].to(y.dtype)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from . import replay
+from .drop_path import DropPath
 from .fused_mbconv import Stage, can_run, run_stages
 from .replay import quiet
 
@@ -95,11 +96,12 @@ class MBConv(nn.Sequential):
     reads_slices = True  # gradients that are channels of larger maps need not be copied for it
 
     def forward(self, x: Tensor) -> Tensor:
-        stages = self._stages(x)
-        return super().forward(x) if stages is None else run_stages(stages, x)
+        plan = self._plan(x)
+        return super().forward(x) if plan is None else run_stages(*plan, x)
 
-    def _stages(self, x: Tensor) -> list[Stage] | None:
-        """What runs fused, decided in the first of two runs; None where the modules must run."""
+    def _plan(self, x: Tensor) -> tuple[list[Stage], bool] | None:
+        """What runs fused, and whether the last norm is left to who reads the result; None where
+        the modules must run. Decided in the first of two runs."""
         recorder = replay.recorder()
         plans = {} if recorder is None else recorder.run.plans
         if self not in plans:
@@ -111,7 +113,9 @@ class MBConv(nn.Sequential):
             may_run = self.training and not is_hidden and can_run(x)
             stages = _stages_of(self) if may_run else None
             is_fused = stages is not None and all(stage.fits(x) for stage in stages)
-            plans[self] = stages if is_fused else None
+            plans[self] = None
+            if is_fused:
+                plans[self] = stages, replay.may_leave_norm(self) and is_unwatched(self)
         return plans[self]
 
 
@@ -159,26 +163,6 @@ class SqueezeExcite(nn.Module):
         hidden = self.act(F.linear(means, self.reduce.weight.flatten(1), self.reduce.bias))
         gates = F.linear(hidden, self.expand.weight.flatten(1), self.expand.bias)
         return x * F.hardsigmoid(gates)[:, :, None, None]
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: in training drops whole samples, and scales up the others."""
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        if not 0.0 <= probability < 1.0:
-            raise ValueError(f"DropPath: probability must lie in [0, 1), got {probability}")
-        self.probability = probability
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.probability == 0.0:
-            return x
-        keep = 1.0 - self.probability
-        mask = replay.call(Tensor.bernoulli_, x.new_empty(x.shape[0], 1, 1, 1), keep)
-        return x * mask.div_(keep)
-
-    def extra_repr(self) -> str:
-        return f"{self.probability}"
 
 
 def _check_mbconv(kernel_size, stride, expand_ratio, se_ratio, drop_path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .ops.checks import check_lattice
 from .ops.launch import Geometry
-from .replay import Replay, Step, Tracked, is_replaying
+from .replay import Replay, Step, Tracked, is_replaying, sharing
 from .replay.checks import check_inverse, check_range, tuple_of_streams
 from .streams import Streams, enter, finest_lattice, identity, readable
 
@@ -255,6 +255,13 @@ def _run_by_engine(compute: Callable) -> Callable:
 
 
 def _call_block(block: Reversible, compute: Callable, place: _Place, xs: Streams) -> Streams:
+    if torch.compiler.is_compiling():
+        return _call_alone(block, compute, place, xs)
+    with sharing(block):
+        return _call_alone(block, compute, place, xs)
+
+
+def _call_alone(block: Reversible, compute: Callable, place: _Place, xs: Streams) -> Streams:
     if place.tape is None:
         return compute(block, *xs)
     replay = Replay(block, place.tape.check)

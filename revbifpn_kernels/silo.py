@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ops import resample_add, resample_adjoint, resample_undo
+from .fusing import fuse, undo
+from .ops import resample_adjoint
 from .ops.checks import (
     MAX_SOURCES,
     check_lattice,
@@ -24,6 +25,7 @@ from .ops.checks import (
     check_precision,
     check_size,
 )
+from .ops.scaled_sources import maps_of
 from .replay import Step, run
 from .reversible import Reversible
 
@@ -122,13 +124,14 @@ class RevSilo(Reversible):
         outputs = []
         for edge in fusion.edges:
             module, name = self._edge(edge)
-            output = run(self, name, module, streams[edge[0]], key=edge)
-            self._check_output(edge, output, x if not outputs or x is not None else outputs[0])
+            output = run(self, name, module, streams[edge[0]], key=edge, leaves_norm=True)
+            like = maps_of(outputs[0]) if outputs and x is None else x
+            self._check_output(edge, maps_of(output), like)
             outputs.append(output)
         options = {"alpha": alpha, "mode": self.mode, "lattice": self.lattice}
         if x is None:
-            x = torch.zeros_like(outputs[0], dtype=streams[0].dtype)
-        return resample_add(x, outputs, **options)
+            x = torch.zeros_like(maps_of(outputs[0]), dtype=streams[0].dtype)
+        return fuse(x, outputs, **options)
 
     def _undo(self, fusion: Fusion, streams, grads: "_Gradients", step, needs_grad, inputs) -> None:
         """Take a fusion back: restore the target, add the gradients of the edges' sources."""
@@ -138,16 +141,17 @@ class RevSilo(Reversible):
         for edge in fusion.edges:
             module, name = self._edge(edge)
             needed = needs_grad[edge[0]]
-            reruns.append(step.rerun(name, module, streams[edge[0]], edge, needed))
+            x = streams[edge[0]]
+            reruns.append(step.rerun(name, module, x, edge, needed, leaves_norm=True))
         outputs = [rerun.output for rerun in reruns]
         options = {"mode": self.mode, "lattice": self.lattice}
         source_grads: Sequence[Tensor | None] = [None] * len(outputs)
         if grad is not None and target < inputs:
-            streams[target], source_grads = resample_undo(y, grad, outputs, **options)
+            streams[target], source_grads = undo(y, grad, outputs, **options)
         elif grad is not None:
-            source_grads = _adjoint(grad, outputs, self.mode)
+            source_grads = _adjoint(grad, list(map(maps_of, outputs)), self.mode)
         elif target < inputs:
-            streams[target] = resample_add(y, outputs, alpha=-1.0, **options)
+            streams[target] = fuse(y, outputs, alpha=-1.0, **options)
         del y, outputs
         # Last edge first, as autograd does: the same sums in the same order.
         for edge in fusion.edges[::-1]:

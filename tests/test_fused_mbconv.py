@@ -22,9 +22,9 @@ def fused_calls(monkeypatch):
     """How often the Function's code ran."""
     calls = []
 
-    def counted(stages, x):
+    def counted(stages, leaves_norm, x):
         calls.append(x.shape)
-        return run_stages(stages, x)
+        return run_stages(stages, leaves_norm, x)
 
     run_stages = mbconv.run_stages
     monkeypatch.setattr(mbconv, "run_stages", counted)

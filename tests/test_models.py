@@ -9,7 +9,7 @@ from tiny import NECK_WIDTHS, TWO_LEVELS, WIDTHS, tiny
 from torch import nn
 
 from revbifpn_kernels import SIZES, MBConv, create_model, revbifpn_s0
-from revbifpn_kernels.mbconv import DropPath
+from revbifpn_kernels.drop_path import DropPath
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -25,6 +25,8 @@ namespace revbifpn::REVBIFPN_ISA {
                                  accumulator_t<T> *);                                              \
   template void depthwise_units<T>(const DepthwiseJob<accumulator_t<T>> &, int64_t, int64_t,       \
                                    accumulator_t<T> *);                                            \
+  template void depthwise_input_units<T>(const DepthwiseInputJob<accumulator_t<T>> &, int64_t,     \
+                                         int64_t, accumulator_t<T> *);                             \
   REVBIFPN_INSTANTIATE_NORM(statistics_units, T)                                                   \
   REVBIFPN_INSTANTIATE_NORM(means_units, T)                                                        \
   REVBIFPN_INSTANTIATE_NORM(norm_act_units, T)                                                     \

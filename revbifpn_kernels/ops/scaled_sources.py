@@ -4,6 +4,7 @@ So a transform's last batch norm, with stochastic depth, is folded into the fusi
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,3 +85,21 @@ def _resample_gradients(
         for k, result in zip(group, results, strict=True):
             grads[k] = result
     return grads
+
+
+class ScaledSource(NamedTuple):
+    """Stands for scale · maps + shift: what a transform returns before its last norm."""
+
+    maps: Tensor  # (N, C, h, w)
+    scale: Tensor  # (N, C), as shift
+    shift: Tensor
+
+    def detach(self) -> "ScaledSource":
+        return self._replace(maps=self.maps.detach())
+
+
+Source = Tensor | ScaledSource
+
+
+def maps_of(source: Source) -> Tensor:
+    return source.maps if isinstance(source, ScaledSource) else source

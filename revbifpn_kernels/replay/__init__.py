@@ -8,7 +8,19 @@ on modules, and no generator is asked for its state unless a transform draws.
 """
 
 from .observe import call, recorder
-from .runs import Replay, Tracked, is_replaying, run
+from .runs import Replay, Tracked, is_replaying, may_leave_norm, run
+from .sharing import shared, sharing
 from .step import Step
 
-__all__ = ["Replay", "Step", "Tracked", "call", "is_replaying", "recorder", "run"]
+__all__ = [
+    "Replay",
+    "Step",
+    "Tracked",
+    "call",
+    "is_replaying",
+    "may_leave_norm",
+    "recorder",
+    "run",
+    "shared",
+    "sharing",
+]

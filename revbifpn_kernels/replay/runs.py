@@ -172,8 +172,23 @@ def is_replaying(block: nn.Module | None = None) -> bool:
     return replay is not None and (block is None or block in replay.members)
 
 
-def run(block: nn.Module, name: str, module: nn.Module, *x: Tensor, key: Hashable):
+def may_leave_norm(module: nn.Module) -> bool:
+    """Whether who runs this transform takes a `ScaledSource` as well as maps."""
+    return getattr(_thread, "norm_left_by", None) is module
+
+
+def run(
+    block: nn.Module,
+    name: str,
+    module: nn.Module,
+    *x: Tensor,
+    key: Hashable,
+    leaves_norm: bool = False,
+):
     """Return `module(*x)`, a transform of `block`; `name` and `key` tell it from the others.
+
+    Args:
+        leaves_norm: Whether the result may be a `ScaledSource`, maps before their last norm.
 
     Raises:
         RuntimeError: The transform wrote to its input, or did not repeat its first run.
@@ -182,13 +197,17 @@ def run(block: nn.Module, name: str, module: nn.Module, *x: Tensor, key: Hashabl
         return module(*x)
     versions = _versions(x)
     replay = getattr(_thread, "replay", None)
-    if replay is None or block not in replay.members:
-        y = module(*x)
-    else:
-        try:
+    outer = getattr(_thread, "norm_left_by", None)
+    _thread.norm_left_by = module if leaves_norm else None
+    try:
+        if replay is None or block not in replay.members:
+            y = module(*x)
+        else:
             y = replay.run(module, x, (id(block), key))
-        except NotRepeatable as error:
-            raise RuntimeError(f"{type(block).__name__}: {name} {error}") from error
+    except NotRepeatable as error:
+        raise RuntimeError(f"{type(block).__name__}: {name} {error}") from error
+    finally:
+        _thread.norm_left_by = outer
     if versions != _versions(x):
         raise RuntimeError(
             f"{type(block).__name__}: {name} changed its input in place; expected a module that "

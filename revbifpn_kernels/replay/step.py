@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..ops.scaled_sources import Source, maps_of
 from .held import parameters_of
 from .runs import Replay, run
 
@@ -12,8 +13,9 @@ from .runs import Replay, run
 class Rerun:
     """The second run of a transform: its output, and the gradients through it."""
 
-    def __init__(self, step: "Step", module: nn.Module, x: Tensor, output: Tensor) -> None:
-        self._step, self._module, self._x, self._output = step, module, x, output
+    def __init__(self, step: "Step", module: nn.Module, x: Tensor, output: Source) -> None:
+        self._step, self._module, self._x = step, module, x
+        self._output = maps_of(output)
         self.output = output.detach()
 
     def pull(self, grad: Tensor | None) -> Tensor | None:
@@ -38,12 +40,18 @@ class Step:
         self.parameter_grads: dict[int, Tensor] = {}
 
     def rerun(
-        self, name: str, module: nn.Module, x: Tensor, key: Hashable, needs_grad: bool = True
+        self,
+        name: str,
+        module: nn.Module,
+        x: Tensor,
+        key: Hashable,
+        needs_grad: bool = True,
+        leaves_norm: bool = False,
     ) -> Rerun:
         """Run a transform as the forward did under the same key, with a graph."""
         leaf = x.detach().requires_grad_(needs_grad)
         with torch.enable_grad():
-            output = run(self.block, name, module, leaf, key=key)
+            output = run(self.block, name, module, leaf, key=key, leaves_norm=leaves_norm)
         return Rerun(self, module, leaf, output)
 
     def of_member(self, block: nn.Module, needs_grad: Sequence[bool]) -> "Step":

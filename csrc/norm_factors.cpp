@@ -1,0 +1,77 @@
+// A batch norm, and stochastic depth, as a factor and an addend for each plane, on CPUs.
+
+#include <tuple>
+
+#include "common.h"
+
+namespace revbifpn {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr const char *OP = "norm_factors";
+
+template <class T>
+const T *values_of(const char *name, const OptionalTensor &tensor, int64_t elements,
+                   ScalarType type) {
+  if (!tensor)
+    return nullptr;
+  STD_TORCH_CHECK(tensor->is_cpu() && tensor->scalar_type() == type &&
+                      tensor->numel() == elements && tensor->is_contiguous(),
+                  OP, ": ", name, " must be contiguous, of ", elements,
+                  " elements of mean's dtype");
+  return static_cast<const T *>(tensor->data_ptr());
+}
+
+template <class T>
+void fill(const Tensor &mean, const Tensor &invstd, const OptionalTensor &weight,
+          const OptionalTensor &bias, const OptionalTensor &kept, const Tensor &scale,
+          const Tensor &shift) {
+  const int64_t samples = scale.size(0), channels = scale.size(1);
+  const ScalarType type = mean.scalar_type();
+  const T *means = values_of<T>("mean", mean, channels, type);
+  const T *invstds = values_of<T>("invstd", invstd, channels, type);
+  const T *weights = values_of<T>("weight", weight, channels, type);
+  const T *biases = values_of<T>("bias", bias, channels, type);
+  const T *factors = values_of<T>("kept", kept, samples, type);
+  T *scales = static_cast<T *>(scale.data_ptr()), *shifts = static_cast<T *>(shift.data_ptr());
+  for (int64_t n = 0; n < samples; ++n) {
+    const T factor = factors == nullptr ? T(1) : factors[n];
+    for (int64_t c = 0; c < channels; ++c) {
+      const T own = invstds[c] * (weights == nullptr ? T(1) : weights[c]);
+      const T rest = (biases == nullptr ? T(0) : biases[c]) - means[c] * own;
+      scales[n * channels + c] = own * factor;
+      shifts[n * channels + c] = rest * factor;
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor> norm_factors_cpu(const Tensor &mean, const Tensor &invstd,
+                                            const OptionalTensor &weight,
+                                            const OptionalTensor &bias, const OptionalTensor &kept,
+                                            int64_t samples) {
+  STD_TORCH_CHECK(mean.dim() == 1 && samples >= 0, OP,
+                  ": mean must have shape (C), and samples be at least 0");
+  const ScalarType type = mean.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, OP,
+                  ": mean must be float32 or float64");
+  const std::vector<int64_t> shape = {samples, mean.size(0)};
+  const auto room = [&] {
+    return torch::stable::empty(shape, type, std::nullopt, mean.device(), std::nullopt,
+                                torch::headeronly::MemoryFormat::Contiguous);
+  };
+  const Tensor scale = room(), shift = room();
+  if (type == ScalarType::Double)
+    fill<double>(mean, invstd, weight, bias, kept, scale, shift);
+  else
+    fill<float>(mean, invstd, weight, bias, kept, scale, shift);
+  return {scale, shift};
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(revbifpn, CPU, m) {
+  m.impl("norm_factors", TORCH_BOX(&norm_factors_cpu));
+}
+
+} // namespace revbifpn
