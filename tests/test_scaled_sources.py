@@ -10,6 +10,7 @@ from cases import (
     Case,
     over_backends,
     over_backends_in_depth,
+    over_grid,
     over_grid_of_undo,
     over_lattices,
     over_modes,
@@ -53,7 +54,7 @@ def undo_reference(y, grad, sources, scales, shifts, **options):
     return resample_undo_reference(y, grad, sources, scales=scales, shifts=shifts, **options)
 
 
-@over_grid_of_undo
+@over_grid
 def test_forward(backend, case, dtypes, mode):
     inputs = x, sources, *factors = scaled_inputs(case, dtypes, backend.device)
     y = backend.add(x, sources, -0.7, mode, None, *factors)

@@ -1,8 +1,5 @@
 """y = x + α·Σ_k R_k(s_k): RevSilo's fusion and, with −α, its inverse, in one pass.
 
-A source may be scale_k·s_k + shift_k, with a scale and a shift for each plane (n, c): a transform's
-last batch norm, whose result is then never written.
-
 Reads x and each source once and writes y once: (2 + Σ 1/f_k²)·E elements for factors f_k, where
 eager PyTorch moves 4E a source through its intermediates. In place it allocates nothing.
 """
