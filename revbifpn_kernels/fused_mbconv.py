@@ -330,6 +330,7 @@ class _Stages(torch.autograd.Function):
         ctx.call = call
         if isinstance(y, ScaledSource):
             ctx.mark_non_differentiable(y.scale, y.shift)
+            ctx.set_materialize_grads(False)  # no zeros for those two
             return tuple(y)
         return y
 
