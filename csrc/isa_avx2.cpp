@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "norm_act.h"
+#include "squeeze_excite.h"
 
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -19,6 +19,7 @@
 #endif
 
 #define REVBIFPN_ISA avx2
+#define REVBIFPN_REGISTER 32
 #include "kernels/kernels.h"
 
 #if defined(__clang__)

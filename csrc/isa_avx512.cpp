@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "norm_act.h"
+#include "squeeze_excite.h"
 
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -20,6 +20,7 @@
 #endif
 
 #define REVBIFPN_ISA avx512
+#define REVBIFPN_REGISTER 64
 #include "kernels/kernels.h"
 
 #if defined(__clang__)

@@ -6,7 +6,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "norm_act.h"
+#include "squeeze_excite.h"
 
 #define REVBIFPN_ISA baseline
+#define REVBIFPN_REGISTER 16
 #include "kernels/kernels.h"

@@ -4,29 +4,15 @@
 #include <cmath>
 #include <tuple>
 
-#include "common.h"
-#include "norm_act.h"
+#include "sums.h"
 
 namespace revbifpn {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 // Elements of a chunk: it stays in a core's second-level cache with its gradient and result. Its
 // pixels are added up one after the other, those of chunks in long doubles.
 constexpr int64_t CHUNK_SIZE = 32768;
 constexpr int64_t SHORTEST_CHUNK = 64, LONGEST_CHUNK = 1024;
-
-Act act_of(const char *op, const std::string &act) {
-  if (act == "identity")
-    return Act::identity;
-  if (act == "relu")
-    return Act::relu;
-  if (act == "hardswish")
-    return Act::hardswish;
-  STD_TORCH_CHECK(act == "silu", op, ": act must be identity, relu, hardswish or silu, got ", act);
-  return Act::silu;
-}
 
 /// Whether the pixels of a plane lie at one distance, channels or pixels side by side.
 bool can_be_walked(const Tensor &tensor, bool lanes_are_channels) {
@@ -73,16 +59,6 @@ Maps walked_maps(const char *op, const Tensor &tensor) {
   return maps;
 }
 
-ScalarType sums_type(Dtype dtype) {
-  return dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
-}
-
-Tensor empty_sums(const Tensor &x, const std::vector<int64_t> &shape) {
-  return torch::stable::empty(shape, sums_type(dtype_of("norm_act", x.scalar_type())), std::nullopt,
-                              x.device(), std::nullopt,
-                              torch::headeronly::MemoryFormat::Contiguous);
-}
-
 template <class Acc> NormJob<Acc> job_of(const char *op, const Tensor &x) {
   NormJob<Acc> job = {};
   job.lanes_are_channels = has_lanes_of_channels(x);
@@ -93,20 +69,6 @@ template <class Acc> NormJob<Acc> job_of(const char *op, const Tensor &x) {
   const int64_t chunk = CHUNK_SIZE / std::max<int64_t>(1, job.width());
   job.chunk_pixels = std::clamp(chunk, SHORTEST_CHUNK, LONGEST_CHUNK);
   return job;
-}
-
-/// The values of a tensor of sums, such as (C) or (N, C); null for none.
-template <class Acc>
-const Acc *values_of(const char *op, const char *name, const OptionalTensor &tensor,
-                     int64_t elements) {
-  if (!tensor)
-    return nullptr;
-  const ScalarType type = std::is_same_v<Acc, double> ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(tensor->is_cpu() && tensor->scalar_type() == type &&
-                      tensor->numel() == elements && tensor->is_contiguous(),
-                  op, ": ", name, " must be contiguous, of ", elements,
-                  " elements of the type that sums are kept in");
-  return static_cast<const Acc *>(tensor->data_ptr());
 }
 
 /// The norm of each channel.
@@ -326,12 +288,15 @@ template <class Acc> struct Totals {
 std::tuple<Tensor, Tensor, Tensor>
 norm_act_grad_cpu(const Tensor &grad_given, const Tensor &x_given, const Tensor &mean,
                   const Tensor &invstd, const OptionalTensor &weight, const OptionalTensor &bias,
-                  const OptionalTensor &gate, const OptionalTensor &grad_means, const Tensor &sums,
-                  const std::string &act, bool is_batch) {
+                  const OptionalTensor &gate, const OptionalTensor &grad_means,
+                  const OptionalTensor &sums_given, const std::string &act, bool is_batch) {
   const char *op = "norm_act_grad";
   const Tensor x = walked(op, x_given);
   check_like(op, "grad", grad_given, "x", x);
   const Tensor grad = walked(grad_given, has_lanes_of_channels(x));
+  const OptionalTensor sums = sums_given ? sums_given
+                                         : norm_act_sums_cpu(grad, x, mean, invstd, weight, bias,
+                                                             act, grad_means.has_value());
   const int64_t images = x.size(0), channels = x.size(1), planes = images * channels;
   Tensor dx = torch::stable::empty_like(x);
   const Tensor dweight = empty_sums(x, {channels}), dbias = empty_sums(x, {channels});

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import replay
 from .drop_path import kept_samples
+from .ops import squeeze_excite  # noqa: F401  (registers the op)
 from .ops.depthwise_input_grad import depthwise_input_grad
 from .ops.depthwise_weight_grad import depthwise_weight_grad
 from .ops.launch import Geometry
@@ -215,39 +216,10 @@ def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze) -> Memory:
     gate = means = kept = None
     if stage.squeeze is not None:
         means = _ops.norm_act_means(u, *statistics, gamma, beta, stage.act)
-        gate = _Squeeze(stage.squeeze_act, squeeze, means).gates
+        gate = _ops.squeeze_excite_gates(means, *squeeze, stage.squeeze_act)
     elif stage.drop_path > 0:
         kept = kept_samples(stage.drop_path, len(u), statistics[0])
     return Memory(*statistics, gate, means, kept)
-
-
-class _Squeeze:
-    """Squeeze-excite's gates from the means, both (N, C)."""
-
-    def __init__(self, act: str, parameters: Sequence[Tensor], means: Tensor) -> None:
-        reduce, reduce_bias, expand, expand_bias = parameters
-        self.act, self.means = act, means
-        self.reduce, self.expand = reduce.flatten(1), expand.flatten(1)
-        self.before = torch.addmm(reduce_bias, means, self.reduce.t())
-        self.hidden = ACTIVATIONS[act](self.before)
-        self.logits = torch.addmm(expand_bias, self.hidden, self.expand.t())
-        self.gates = F.hardsigmoid(self.logits)
-
-    def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The gradients of the means and of the parameters, flat."""
-        grad_logits = torch.ops.aten.hardsigmoid_backward(grad, self.logits)
-        grad_hidden = _act_backward(self.act, grad_logits @ self.expand, self.before)
-        parameters = [grad_hidden.t() @ self.means, grad_hidden.sum(0)]
-        parameters += [grad_logits.t() @ self.hidden, grad_logits.sum(0)]
-        return grad_hidden @ self.reduce, parameters
-
-
-def _act_backward(act: str, grad: Tensor, z: Tensor) -> Tensor:
-    if act == "hardswish":
-        return torch.ops.aten.hardswish_backward(grad, z)
-    if act == "silu":
-        return torch.ops.aten.silu_backward(grad, z)
-    return torch.ops.aten.threshold_backward(grad, z, 0) if act == "relu" else grad
 
 
 def _is_product(conv: nn.Conv2d, x: Tensor) -> bool:
@@ -368,11 +340,13 @@ def _stage_backward(
     weight, gamma, beta, *squeeze = parameters
     norm = memory.mean, memory.invstd, gamma, beta
     grad = _like(grad, maps.u)
-    sums = _ops.norm_act_sums(grad, maps.u, *norm, stage.act, stage.squeeze is not None)
-    grad_means, squeeze_grads, gates = None, [], memory.gates(maps.u.shape[1])
+    sums, grad_means, squeeze_grads = None, None, []
+    gates = memory.gates(maps.u.shape[1])
     if stage.squeeze is not None:
-        excited = _Squeeze(stage.squeeze_act, squeeze, memory.means)
-        grad_means, squeeze_grads = excited.backward(sums[4])
+        sums = _ops.norm_act_sums(grad, maps.u, *norm, stage.act, True)
+        grad_means, *squeeze_grads = _ops.squeeze_excite_gates_backward(
+            sums[4], memory.means, *squeeze, stage.squeeze_act
+        )
     grad_u, grad_gamma, grad_beta = _ops.norm_act_grad(
         grad, maps.u, *norm, gates, grad_means, sums, stage.act, stage.is_batch
     )

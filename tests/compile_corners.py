@@ -1,11 +1,21 @@
-"""Compiles the kernels for sizes of 1, which Triton makes constants. Run in its own process."""
+"""Compiles the kernels for sizes of 1, which Triton makes constants. Run in its own process.
+
+Those of squeeze-excite for every target: `benchmarks.kernels` has them not, they move no maps.
+"""
 
 import itertools
 
 import torch
-from triton.backends.compiler import GPUTarget
 
-from benchmarks.kernels import NORM_PASSES, kernel_name, plan_norm_launches
+from benchmarks.kernels import (
+    NORM_PASSES,
+    TARGETS,
+    inspect_cuda,
+    inspect_hip,
+    kernel_name,
+    plan_norm_launches,
+    plan_squeeze_excite_launches,
+)
 from revbifpn_kernels.ops.resample_add import plan_resample_add
 from revbifpn_kernels.ops.resample_adjoint import plan_resample_adjoint
 from revbifpn_kernels.ops.resample_undo import plan_resample_undo
@@ -39,10 +49,23 @@ def norm_launches(shape, layout):
         yield from plan_norm_launches(op, shape, "fp32", layout)
 
 
-def compile_all(name, variant, launches):
+# N, C, hidden.
+SQUEEZES = {"all sizes 1": (1, 1, 1), "odd": (3, 35, 9), "S0": (64, 320, 20), "S6": (64, 2112, 132)}
+
+
+def compile_all(name, variant, launches, target="sm_90"):
+    kernels = []
     for launch, operands in launches:
-        launch.compile(GPUTarget("cuda", 90, 32), operands)
+        kernels.append(launch.compile(TARGETS[target], operands))
         print(f"{name} {variant} {kernel_name(launch)}")
+    return kernels
+
+
+def compile_squeeze_excite(name, target):
+    inspect = inspect_cuda if target.startswith("sm") else inspect_hip
+    for kernel in compile_all(name, target, plan_squeeze_excite_launches(SQUEEZES[name]), target):
+        _, resources = inspect(kernel)
+        assert resources["spill_bytes"] == 0, (name, target, kernel.name, resources)
 
 
 def main():
@@ -52,6 +75,10 @@ def main():
         compile_all(name, variant, corner_launches(*corner, *variant))
     for (name, (shape, _)), layout in itertools.product(CORNERS.items(), ("nchw", "channels_last")):
         compile_all(name, layout, norm_launches(shape, layout))
+    for name in SQUEEZES:
+        compile_squeeze_excite(name, "sm_90")
+    for target in TARGETS:
+        compile_squeeze_excite("S0", target)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,13 @@ KERNELS = {
     "_norm_act_totals_kernel",
     "_norm_act_grad_kernel",
 }
+SQUEEZE_EXCITE_KERNELS = {
+    "_squeeze_kernel",
+    "_excite_kernel",
+    "_excite_backward_kernel",
+    "_squeeze_backward_kernel",
+    "_squeeze_excite_results_kernel",
+}
 NORM_OPS = ["batch_statistics", *("norm_act" + end for end in ("", "_means", "_sums", "_grad"))]
 
 
@@ -79,8 +86,12 @@ def test_dense_maps_move_16_bytes_within_the_instruction_budget(tmp_path):
 
 
 def test_sizes_of_1_compile():
-    """Triton turns arguments of 1 into constants, which the interpreter does not."""
+    """Triton turns arguments of 1 into constants, which the interpreter does not.
+
+    Squeeze-excite's kernels, for every target, too.
+    """
     result = run_apart("tests/compile_corners.py")
     assert result.returncode == 0, result.stderr
     kernels = [line.rsplit(maxsplit=1)[-1] for line in result.stdout.splitlines()]
     assert {kernel for kernel in KERNELS if "cells" not in kernel} <= set(kernels)
+    assert SQUEEZE_EXCITE_KERNELS <= set(kernels)

@@ -13,6 +13,7 @@ HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 # Prints one hash of all results; runs in a process of its own for each instruction set.
 HASH_RESULTS = """
 import hashlib, torch
+import test_squeeze_excite as squeeze_excite
 from cases import CASES, DTYPES, random_like
 from test_scaled_sources import random_factors
 from torch.utils._pytree import tree_leaves
@@ -30,6 +31,11 @@ for name, case in CASES.items():
             z = resample_add(x, sources, scales=scales, shifts=shifts, mode=mode, lattice=lattice)
             for tensor in tree_leaves((y, z, resample_undo(y, grad, sources, mode=mode))):
                 digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+for name in squeeze_excite.CASES:
+    for dtype in squeeze_excite.DTYPES.values():
+        arguments = squeeze_excite.inputs(name, dtype)
+        for tensor in torch.ops.revbifpn.squeeze_excite_gates_backward(*arguments, "silu"):
+            digest.update(tensor.view(torch.uint8).numpy().tobytes())
 print(digest.hexdigest())
 """
 

@@ -101,6 +101,20 @@ def test_acts_gates_and_factors(backend, act, gated, affine):
             check_grad(backend, inputs, gate, inputs.grad_means if gated else None, act, is_batch)
 
 
+@pytest.mark.parametrize("gated", [True, False], ids=["gate", "no-gate"])
+@pytest.mark.parametrize("name", ["odd", "channels-last"])
+@over_backends
+def test_sums_that_are_not_given_are_taken(backend, name, gated):
+    inputs = CASES[name].inputs(device=backend.device)
+    arguments, grad_means = (inputs.grad, *inputs.norm), inputs.grad_means if gated else None
+    sums = backend.norm_act_sums(*arguments, "hardswish", gated)
+    ours, expected = (
+        backend.norm_act_grad(*arguments, inputs.gate, grad_means, given, "hardswish", True)
+        for given in (None, sums)
+    )
+    assert same_bits(ours, expected)
+
+
 @over_acts
 @over_backends
 def test_slopes_at_the_kinks_are_pytorchs(backend, act):

@@ -1,6 +1,7 @@
-// All kernels for the instruction set REVBIFPN_ISA (a namespace), included once by each isa_*.cpp,
-// which has included every library header before: an inline function of the standard library that
-// is compiled here could replace its copy elsewhere and stop programs on older machines.
+// All kernels for the instruction set REVBIFPN_ISA (a namespace) with vectors of REVBIFPN_REGISTER
+// bytes, included once by each isa_*.cpp, which has included every library header before: an inline
+// function of the standard library that is compiled here could replace its copy elsewhere and stop
+// programs on older machines.
 
 namespace revbifpn::REVBIFPN_ISA {
 
@@ -15,6 +16,7 @@ namespace revbifpn::REVBIFPN_ISA {
 
 #include "activations.h"
 #include "norm_act.h"
+#include "squeeze_excite.h"
 
 #define REVBIFPN_INSTANTIATE_NORM(name, T)                                                         \
   template void name<T>(const NormJob<accumulator_t<T>> &, int64_t, int64_t, double *);
@@ -37,5 +39,12 @@ REVBIFPN_INSTANTIATE(double)
 REVBIFPN_INSTANTIATE(float)
 REVBIFPN_INSTANTIATE(BFloat16)
 REVBIFPN_INSTANTIATE(Half)
+
+#define REVBIFPN_INSTANTIATE_PRODUCTS(Acc)                                                         \
+  template void product_units<Acc>(const ProductJob<Acc> &, int64_t, int64_t, Acc *);              \
+  template void dots_units<Acc>(const ProductJob<Acc> &, int64_t, int64_t, Acc *);                 \
+  template void act_values<Acc>(const ActJob<Acc> &, int64_t, int64_t);
+REVBIFPN_INSTANTIATE_PRODUCTS(double)
+REVBIFPN_INSTANTIATE_PRODUCTS(float)
 
 } // namespace revbifpn::REVBIFPN_ISA

@@ -30,6 +30,13 @@ def check_maps(op: str, name: str, maps: Tensor) -> None:
         raise ValueError(f"{op}: {name} must have sides of at least 1, got {tuple(shape)}")
 
 
+def check_values(op: str, name: str, values: Tensor, expected: tuple) -> None:
+    """Raise unless `values` has the expected shape, dtype and device."""
+    got = tuple(values.shape), values.dtype, values.device
+    if got != expected:
+        raise ValueError(f"{op}: {name} must have {expected}, got {got}")
+
+
 def check_mode(op: str, mode: str) -> None:
     if mode not in MODES:
         raise ValueError(f"{op}: mode must be 'bilinear' or 'nearest', got {mode!r}")

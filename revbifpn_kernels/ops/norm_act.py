@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_float64_is_on_cpu, check_maps
+from .checks import check_float64_is_on_cpu, check_maps, check_values
 from .norm_act_cuda import LAUNCHERS
 from .resample import library
 
@@ -141,9 +141,10 @@ library.define(f"norm_act_means({_NORM}, str act) -> Tensor")
 # (2, N, C): Σ g·act′(z), Σ g·act′(z)·xc over the pixels; with `gated` (5, N, C): Σ act′(z),
 # Σ act′(z)·xc and Σ g·act(z), the gate's gradient, too.
 library.define(f"norm_act_sums(Tensor grad, {_NORM}, str act, bool gated) -> Tensor")
-# dx, dweight and dbias. Without `is_batch` the statistics are constants.
+# dx, dweight and dbias. Without `is_batch` the statistics are constants. `sums` are those of
+# norm_act_sums, which are taken here where there are none: nobody else wants those without a gate.
 library.define(
-    f"norm_act_grad(Tensor grad, {_NORM}, Tensor? gate, Tensor? grad_means, Tensor sums, str act, "
+    f"norm_act_grad(Tensor grad, {_NORM}, Tensor? gate, Tensor? grad_means, Tensor? sums, str act, "
     "bool is_batch) -> (Tensor, Tensor, Tensor)"
 )
 for _name, _launcher in LAUNCHERS.items():
@@ -155,22 +156,15 @@ def _check(op: str, x: Tensor, mean, invstd, weight, bias, act: str = "identity"
     check_float64_is_on_cpu(op, x)
     expected = (x.shape[1],), sums_dtype(x), x.device
     for name, values in (("mean", mean), ("invstd", invstd), ("weight", weight), ("bias", bias)):
-        if values is None:
-            continue
-        got = tuple(values.shape), values.dtype, values.device
-        if got != expected:
-            raise ValueError(f"{op}: {name} must have {expected}, got {got}")
+        if values is not None:
+            check_values(op, name, values, expected)
     if act not in ACTIVATIONS:
         raise ValueError(f"{op}: act must be one of {tuple(ACTIVATIONS)}, got {act!r}")
 
 
 def _check_gate(op: str, name: str, gate: Tensor | None, x: Tensor) -> None:
-    if gate is None:
-        return
-    expected = tuple(x.shape[:2]), sums_dtype(x), x.device
-    got = tuple(gate.shape), gate.dtype, gate.device
-    if got != expected:
-        raise ValueError(f"{op}: {name} must have {expected}, got {got}")
+    if gate is not None:
+        check_values(op, name, gate, (tuple(x.shape[:2]), sums_dtype(x), x.device))
 
 
 def _check_grad(op: str, grad: Tensor, x: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The Triton launches of the norm_act family: how maps are cut among programs, and what runs.
 
-norm_act 1 launch, batch_statistics 2, norm_act_grad 2. norm_act_means and norm_act_sums 1, and one
-more to add up chunks where there are too few planes to fill a GPU.
+norm_act 1 launch, batch_statistics 2, norm_act_grad 2 after its sums. norm_act_means and
+norm_act_sums 1, and one more to add up chunks where there are too few planes to fill a GPU.
 
 norm_act_grad folds the N sums of its channels in a launch of its own. Every streaming program would
 have to read 2 to 6 numbers for each of its channels and each of N images, beside 2 numbers a pixel
@@ -376,6 +376,9 @@ def _norm_act_grad_cuda(
     result, dx = _empty_result(x, channels_last)
     dweight, dbias = torch.empty_like(mean), torch.empty_like(mean)
     grad, x = _in_planes(grad, channels_last), _in_planes(x, channels_last)
+    if sums is None:
+        is_gated = grad_means is not None
+        sums = _norm_act_sums_cuda(grad, x, mean, invstd, weight, bias, act, is_gated)
     planned = plan_norm_act_grad(
         dx, dweight, dbias, grad, x, mean, invstd, weight, bias, gate, grad_means, sums, act,
         is_batch,
