@@ -1,15 +1,27 @@
-// The gradient of a depthwise convolution with respect to its weights, image by image, on CPUs.
+// The gradient of a depthwise convolution with respect to its weights, on CPUs: image by image,
+// then summed.
 
 #include "common.h"
 
 namespace revbifpn {
 namespace {
 
-template <class T> void run_depthwise(DepthwiseJob<accumulator_t<T>> job, const Tensor &sums) {
-  job.sums = static_cast<accumulator_t<T> *>(sums.data_ptr());
-  const int64_t units = sums.size(0) * job.blocks() * job.kernel_size;
-  const int64_t products = sums.numel() * job.grad.height * job.grad.width;
+template <class T>
+void run_depthwise(DepthwiseJob<accumulator_t<T>> job, int64_t images, const Tensor &result) {
+  using Acc = accumulator_t<T>;
+  const int64_t taps = result.numel();
+  std::vector<Acc> sums(images * taps);
+  job.sums = sums.data();
+  const int64_t units = images * job.blocks() * job.kernel_size;
+  const int64_t products = images * taps * job.grad.height * job.grad.width;
   run_units(job, units, units, products, {}, REVBIFPN_BEST_KERNEL(depthwise_units, T));
+  Acc *totals = static_cast<Acc *>(result.data_ptr());
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    double total = 0;
+    for (int64_t image = 0; image < images; ++image)
+      total += sums[image * taps + tap];
+    totals[tap] = static_cast<Acc>(total);
+  }
 }
 
 Tensor depthwise_weight_grad_cpu(const Tensor &x, const Tensor &grad, int64_t kernel_size,
@@ -32,16 +44,18 @@ Tensor depthwise_weight_grad_cpu(const Tensor &x, const Tensor &grad, int64_t ke
                   op, ": grad must have the sides of the convolution's result");
   STD_TORCH_CHECK(x.size(1) <= 1 || (x_maps.stride_c == 1 && grad_maps.stride_c == 1), op,
                   ": maps must be in channels_last");
-  const std::vector<int64_t> shape = {x.size(0), x.size(1), kernel_size, kernel_size};
+  const std::vector<int64_t> shape = {x.size(1), 1, kernel_size, kernel_size};
   const ScalarType sum_type =
       x_maps.dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
-  Tensor sums = torch::stable::empty(shape, sum_type, std::nullopt, x.device(), std::nullopt,
-                                     torch::headeronly::MemoryFormat::Contiguous);
+  const Tensor result =
+      torch::stable::empty(shape, sum_type, std::nullopt, x.device(), std::nullopt,
+                           torch::headeronly::MemoryFormat::Contiguous);
   dispatch_dtype(x_maps.dtype, [&](auto element) {
     using T = decltype(element);
-    run_depthwise<T>({x_maps, grad_maps, nullptr, x.size(1), kernel_size, stride, padding}, sums);
+    run_depthwise<T>({x_maps, grad_maps, nullptr, x.size(1), kernel_size, stride, padding},
+                     x.size(0), result);
   });
-  return sums;
+  return result;
 }
 
 } // namespace

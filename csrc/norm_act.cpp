@@ -4,7 +4,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "sums.h"
+#include "norm_act_ops.h"
 
 namespace revbifpn {
 namespace {
@@ -241,6 +241,8 @@ Tensor norm_act_means_cpu(const Tensor &x_given, const Tensor &mean, const Tenso
   return means;
 }
 
+} // namespace
+
 Tensor norm_act_sums_cpu(const Tensor &grad_given, const Tensor &x_given, const Tensor &mean,
                          const Tensor &invstd, const OptionalTensor &weight,
                          const OptionalTensor &bias, const std::string &act, bool gated) {
@@ -264,6 +266,8 @@ Tensor norm_act_sums_cpu(const Tensor &grad_given, const Tensor &x_given, const 
   return result;
 }
 
+namespace {
+
 /// Sums over the batch of dz and dz * xc, of one channel.
 template <class Acc> struct Totals {
   const Acc *sums, *gate, *grad_mean;
@@ -284,6 +288,8 @@ template <class Acc> struct Totals {
     return {first, second};
   }
 };
+
+} // namespace
 
 std::tuple<Tensor, Tensor, Tensor>
 norm_act_grad_cpu(const Tensor &grad_given, const Tensor &x_given, const Tensor &mean,
@@ -330,8 +336,6 @@ norm_act_grad_cpu(const Tensor &grad_given, const Tensor &x_given, const Tensor 
   });
   return {laid_out_like(x_given, dx), dweight, dbias};
 }
-
-} // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(revbifpn, CPU, m) {
   m.impl("batch_statistics", TORCH_BOX(&batch_statistics_cpu));

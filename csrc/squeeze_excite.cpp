@@ -3,8 +3,8 @@
 
 #include <tuple>
 
+#include "norm_act_ops.h"
 #include "squeeze_excite.h"
-#include "sums.h"
 
 namespace revbifpn {
 namespace {
@@ -195,11 +195,31 @@ squeeze_excite_gates_backward_cpu(const Tensor &grad_gates, const Tensor &means,
           gradients.expand_bias};
 }
 
+/// The gradients of a stage: those of x, weight and bias, then those of the network's parameters.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+norm_act_excite_grad_cpu(const Tensor &grad, const Tensor &x, const Tensor &mean,
+                         const Tensor &invstd, const OptionalTensor &weight,
+                         const OptionalTensor &bias, const Tensor &gate, const Tensor &means,
+                         const Tensor &reduce_weight, const Tensor &reduce_bias,
+                         const Tensor &expand_weight, const Tensor &expand_bias,
+                         const std::string &act, const std::string &squeeze_act, bool is_batch) {
+  constexpr int64_t OF_GATES = 4; // among the sums
+  const Tensor sums = norm_act_sums_cpu(grad, x, mean, invstd, weight, bias, act, true);
+  const auto [grad_means, grad_reduce, grad_reduce_bias, grad_expand, grad_expand_bias] =
+      squeeze_excite_gates_backward_cpu(torch::stable::select(sums, 0, OF_GATES), means,
+                                        reduce_weight, reduce_bias, expand_weight, expand_bias,
+                                        squeeze_act);
+  const auto [dx, dweight, dbias] =
+      norm_act_grad_cpu(grad, x, mean, invstd, weight, bias, gate, grad_means, sums, act, is_batch);
+  return {dx, dweight, dbias, grad_reduce, grad_reduce_bias, grad_expand, grad_expand_bias};
+}
+
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(revbifpn, CPU, m) {
   m.impl("squeeze_excite_gates", TORCH_BOX(&squeeze_excite_gates_cpu));
   m.impl("squeeze_excite_gates_backward", TORCH_BOX(&squeeze_excite_gates_backward_cpu));
+  m.impl("norm_act_excite_grad", TORCH_BOX(&norm_act_excite_grad_cpu));
 }
 
 } // namespace revbifpn

@@ -18,12 +18,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import replay
 from .drop_path import kept_samples
-from .ops import squeeze_excite  # noqa: F401  (registers the op)
+from .ops import squeeze_excite  # noqa: F401  (registers the ops)
 from .ops.depthwise_input_grad import depthwise_input_grad
 from .ops.depthwise_weight_grad import depthwise_weight_grad
 from .ops.launch import Geometry
 from .ops.norm_act import ACTIVATIONS, norm_act_reference, sums_dtype
 from .ops.norm_factors import norm_factors
+from .ops.pointwise_conv import pointwise_conv, pointwise_conv_backward
 from .ops.scaled_sources import ScaledSource
 
 _ops = torch.ops.revbifpn
@@ -223,29 +224,15 @@ def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze) -> Memory:
 
 
 def _is_product(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether a 1×1 convolution is a matrix product of pixels: faster on a CPU's channels_last.
-
-    Forward and backward of 24 to 320 channels take 0.35 to 0.8 times as long on 2 threads of a
-    2-core Xeon, 0.7 to 1.15 on one (torch 2.12, batch 4, 2026-11-24).
-    """
+    """Whether a 1×1 convolution is a matrix product of pixels: faster on a CPU's channels_last."""
     is_dense = conv.kernel_size == conv.stride == (1, 1) and conv.groups == 1
     return is_dense and conv.padding == (0, 0) and x.is_cpu and Geometry.of(x).channels_last
 
 
-def _pixels(x: Tensor) -> Tensor:
-    """(N·H·W, C) of dense channels_last maps."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
 def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
-    if not _is_product(conv, x):
-        return F.conv2d(x, weight, None, conv.stride, conv.padding, groups=conv.groups)
-    # Dense, as convolutions make it: how a product rounds depends on the strides, and exact mode
-    # needs the same bits of a stream's half as of a map of its own.
-    x = x.contiguous(memory_format=torch.channels_last)
-    n, _, h, w = x.shape
-    y = torch.mm(_pixels(x), weight.flatten(1).t())
-    return y.view(n, h, w, len(weight)).permute(0, 3, 1, 2)
+    if _is_product(conv, x):
+        return pointwise_conv(x, weight)
+    return F.conv2d(x, weight, None, conv.stride, conv.padding, groups=conv.groups)
 
 
 def _convolve_backward(
@@ -255,10 +242,9 @@ def _convolve_backward(
     needs_x, needs_weight = needs
     kernel = conv.kernel_size[0]
     if _is_product(conv, x):
-        flat, (n, _, h, w) = _pixels(grad), x.shape
-        grad_x = torch.mm(flat, weight.flatten(1)).view(n, h, w, -1).permute(0, 3, 1, 2)
-        pixels = _pixels(x.contiguous(memory_format=torch.channels_last))
-        return grad_x, torch.mm(flat.t(), pixels).view_as(weight) if needs_weight else None
+        if needs_weight:
+            return pointwise_conv_backward(grad, x, weight)
+        return pointwise_conv(grad, weight.transpose(0, 1)), None
     is_depthwise = x.is_cpu and x.stride(1) == 1 and conv.groups == x.shape[1] == len(weight)
     sizes = {"stride": conv.stride[0], "padding": conv.padding[0]}
     grad_x = grad_weight = None
@@ -340,20 +326,20 @@ def _stage_backward(
     weight, gamma, beta, *squeeze = parameters
     norm = memory.mean, memory.invstd, gamma, beta
     grad = _like(grad, maps.u)
-    sums, grad_means, squeeze_grads = None, None, []
     gates = memory.gates(maps.u.shape[1])
-    if stage.squeeze is not None:
-        sums = _ops.norm_act_sums(grad, maps.u, *norm, stage.act, True)
-        grad_means, *squeeze_grads = _ops.squeeze_excite_gates_backward(
-            sums[4], memory.means, *squeeze, stage.squeeze_act
+    if stage.squeeze is None:
+        grad_u, *norm_grads = _ops.norm_act_grad(
+            grad, maps.u, *norm, gates, None, None, stage.act, stage.is_batch
         )
-    grad_u, grad_gamma, grad_beta = _ops.norm_act_grad(
-        grad, maps.u, *norm, gates, grad_means, sums, stage.act, stage.is_batch
-    )
+    else:
+        acts = stage.act, stage.squeeze_act
+        grad_u, *norm_grads = _ops.norm_act_excite_grad(
+            grad, maps.u, *norm, gates, memory.means, *squeeze, *acts, stage.is_batch
+        )
     grad_x, grad_weight = _convolve_backward(
         stage.conv, grad_u, maps.x, _as(weight, maps.x.dtype), needs
     )
-    grads = [grad_weight, grad_gamma, grad_beta, *squeeze_grads]
+    grads = [grad_weight, *norm_grads]
     return grad_x, [
         None if g is None or p is None else _as(g.view_as(p), p.dtype)
         for g, p in zip(grads, parameters, strict=True)

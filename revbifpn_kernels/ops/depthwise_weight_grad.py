@@ -23,7 +23,7 @@ def depthwise_weight_grad_reference(
     return torch.nn.grad.conv2d_weight(x, shape, grad, stride, padding, groups=channels)
 
 
-# The sums of each image, (N, C, k, k) in float32 or float64. CPU: csrc/depthwise_weight_grad.cpp.
+# (C, 1, k, k) in float32 or float64. CPU: csrc/depthwise_weight_grad.cpp.
 library.define(
     "depthwise_weight_grad(Tensor x, Tensor grad, int kernel_size, int stride, int padding)"
     " -> Tensor"
@@ -51,7 +51,7 @@ def _check(x: Tensor, grad: Tensor, kernel_size: int, stride: int, padding: int)
 def _depthwise_weight_grad_fake(x, grad, kernel_size, stride, padding):
     _check(x, grad, kernel_size, stride, padding)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty((*x.shape[:2], kernel_size, kernel_size), dtype=dtype)
+    return x.new_empty((x.shape[1], 1, kernel_size, kernel_size), dtype=dtype)
 
 
 def depthwise_weight_grad(
@@ -77,7 +77,7 @@ def depthwise_weight_grad(
     _check(x, grad, kernel_size, stride, padding)
     x, grad = _channels_beside(x), _channels_beside(grad)
     sums = torch.ops.revbifpn.depthwise_weight_grad(x, grad, kernel_size, stride, padding)
-    return sums.sum(0).unsqueeze(1).to(x.dtype)
+    return sums if sums.dtype == x.dtype else sums.to(x.dtype)
 
 
 def _channels_beside(maps: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 GATED_SUMS, PLAIN_SUMS = 5, 2
+OF_GATES = 4  # among the gated
 
 
 def sums_dtype(x: Tensor) -> torch.dtype:
@@ -134,24 +135,24 @@ library.define(
     "batch_statistics(Tensor x, float eps, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     "Tensor(c!)? batches, float momentum) -> (Tensor, Tensor)"
 )
-_NORM = "Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias"
-library.define(f"norm_act({_NORM}, Tensor? gate, str act) -> Tensor")
+NORM = "Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias"
+library.define(f"norm_act({NORM}, Tensor? gate, str act) -> Tensor")
 # Means of act(z) over the pixels, (N, C).
-library.define(f"norm_act_means({_NORM}, str act) -> Tensor")
+library.define(f"norm_act_means({NORM}, str act) -> Tensor")
 # (2, N, C): Σ g·act′(z), Σ g·act′(z)·xc over the pixels; with `gated` (5, N, C): Σ act′(z),
 # Σ act′(z)·xc and Σ g·act(z), the gate's gradient, too.
-library.define(f"norm_act_sums(Tensor grad, {_NORM}, str act, bool gated) -> Tensor")
+library.define(f"norm_act_sums(Tensor grad, {NORM}, str act, bool gated) -> Tensor")
 # dx, dweight and dbias. Without `is_batch` the statistics are constants. `sums` are those of
 # norm_act_sums, which are taken here where there are none: nobody else wants those without a gate.
 library.define(
-    f"norm_act_grad(Tensor grad, {_NORM}, Tensor? gate, Tensor? grad_means, Tensor? sums, str act, "
+    f"norm_act_grad(Tensor grad, {NORM}, Tensor? gate, Tensor? grad_means, Tensor? sums, str act, "
     "bool is_batch) -> (Tensor, Tensor, Tensor)"
 )
 for _name, _launcher in LAUNCHERS.items():
     library.impl(_name, _launcher, "CUDA")
 
 
-def _check(op: str, x: Tensor, mean, invstd, weight, bias, act: str = "identity") -> None:
+def check_norm(op: str, x: Tensor, mean, invstd, weight, bias, act: str = "identity") -> None:
     check_maps(op, "x", x)
     check_float64_is_on_cpu(op, x)
     expected = (x.shape[1],), sums_dtype(x), x.device
@@ -162,12 +163,12 @@ def _check(op: str, x: Tensor, mean, invstd, weight, bias, act: str = "identity"
         raise ValueError(f"{op}: act must be one of {tuple(ACTIVATIONS)}, got {act!r}")
 
 
-def _check_gate(op: str, name: str, gate: Tensor | None, x: Tensor) -> None:
+def check_gate(op: str, name: str, gate: Tensor | None, x: Tensor) -> None:
     if gate is not None:
         check_values(op, name, gate, (tuple(x.shape[:2]), sums_dtype(x), x.device))
 
 
-def _check_grad(op: str, grad: Tensor, x: Tensor) -> None:
+def check_grad(op: str, grad: Tensor, x: Tensor) -> None:
     expected, got = ((tuple(t.shape), t.dtype, t.device) for t in (x, grad))
     if got != expected:
         raise ValueError(f"{op}: grad must have x's {expected}, got {got}")
@@ -181,28 +182,28 @@ def _batch_statistics_fake(x, eps, running_mean, running_var, batches, momentum)
 
 @torch.library.register_fake("revbifpn::norm_act", lib=library)
 def _norm_act_fake(x, mean, invstd, weight, bias, gate, act):
-    _check("norm_act", x, mean, invstd, weight, bias, act)
-    _check_gate("norm_act", "gate", gate, x)
+    check_norm("norm_act", x, mean, invstd, weight, bias, act)
+    check_gate("norm_act", "gate", gate, x)
     return torch.empty_like(x)
 
 
 @torch.library.register_fake("revbifpn::norm_act_means", lib=library)
 def _norm_act_means_fake(x, mean, invstd, weight, bias, act):
-    _check("norm_act_means", x, mean, invstd, weight, bias, act)
+    check_norm("norm_act_means", x, mean, invstd, weight, bias, act)
     return x.new_empty(x.shape[:2], dtype=sums_dtype(x))
 
 
 @torch.library.register_fake("revbifpn::norm_act_sums", lib=library)
 def _norm_act_sums_fake(grad, x, mean, invstd, weight, bias, act, gated):
-    _check("norm_act_sums", x, mean, invstd, weight, bias, act)
-    _check_grad("norm_act_sums", grad, x)
+    check_norm("norm_act_sums", x, mean, invstd, weight, bias, act)
+    check_grad("norm_act_sums", grad, x)
     return x.new_empty((GATED_SUMS if gated else PLAIN_SUMS, *x.shape[:2]), dtype=sums_dtype(x))
 
 
 @torch.library.register_fake("revbifpn::norm_act_grad", lib=library)
 def _norm_act_grad_fake(grad, x, mean, invstd, weight, bias, gate, grad_means, sums, act, is_batch):
-    _check("norm_act_grad", x, mean, invstd, weight, bias, act)
-    _check_grad("norm_act_grad", grad, x)
-    _check_gate("norm_act_grad", "gate", gate, x)
-    _check_gate("norm_act_grad", "grad_means", grad_means, x)
+    check_norm("norm_act_grad", x, mean, invstd, weight, bias, act)
+    check_grad("norm_act_grad", grad, x)
+    check_gate("norm_act_grad", "gate", gate, x)
+    check_gate("norm_act_grad", "grad_means", grad_means, x)
     return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)

@@ -26,7 +26,8 @@ from .kernels.squeeze_excite import (
     _squeeze_kernel,
 )
 from .launch import Launch
-from .norm_act import ACTIVATIONS
+from .norm_act import ACTIVATIONS, NORM, OF_GATES, check_gate, check_grad, check_norm
+from .norm_act_cuda import LAUNCHERS as NORM_LAUNCHERS
 from .resample import library
 from .tiling import BLOCK
 
@@ -154,6 +155,19 @@ def _squeeze_excite_gates_backward_cuda(grad_gates, means, *network) -> tuple[Te
     return grads
 
 
+def _norm_act_excite_grad_cuda(
+    grad, x, mean, invstd, weight, bias, gate, means, *rest
+) -> tuple[Tensor, ...]:
+    *parameters, act, squeeze_act, is_batch = rest
+    norm = grad, x, mean, invstd, weight, bias
+    sums = NORM_LAUNCHERS["norm_act_sums"](*norm, act, True)
+    grad_means, *grads = _squeeze_excite_gates_backward_cuda(
+        sums[OF_GATES], means, *parameters, squeeze_act
+    )
+    own = NORM_LAUNCHERS["norm_act_grad"](*norm, gate, grad_means, sums, act, is_batch)
+    return *own, *grads
+
+
 def _dense(*tensors: Tensor) -> list[Tensor]:
     """Each tensor with its elements one after the other, and the strides of that."""
     return [tensor.contiguous().view(-1).view(tensor.shape) for tensor in tensors]
@@ -170,7 +184,14 @@ library.define(
     f"squeeze_excite_gates_backward(Tensor grad_gates, {_NETWORK})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+# The gradient of y = act(z) · gates(means of act(z)) in one call: of x, weight and bias, as in
+# `norm_act_grad`, then of the network's parameters.
+library.define(
+    f"norm_act_excite_grad(Tensor grad, {NORM}, Tensor gate, {_NETWORK}, str squeeze_act, "
+    "bool is_batch) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 LAUNCHERS = {
+    "norm_act_excite_grad": _norm_act_excite_grad_cuda,
     "squeeze_excite_gates": _squeeze_excite_gates_cuda,
     "squeeze_excite_gates_backward": _squeeze_excite_gates_backward_cuda,
 }
@@ -209,3 +230,16 @@ def _squeeze_excite_gates_backward_fake(grad_gates, means, *network):
     _check(op, means, *network)
     check_values(op, "grad_gates", grad_gates, (tuple(means.shape), means.dtype, means.device))
     return tuple(means.new_empty(values.shape) for values in (means, *network[:4]))
+
+
+@torch.library.register_fake("revbifpn::norm_act_excite_grad", lib=library)
+def _norm_act_excite_grad_fake(grad, x, mean, invstd, weight, bias, gate, means, *rest):
+    *network, act, squeeze_act, _ = rest
+    op = "norm_act_excite_grad"
+    check_norm(op, x, mean, invstd, weight, bias, act)
+    check_grad(op, grad, x)
+    check_gate(op, "gate", gate, x)
+    check_gate(op, "means", means, x)
+    _check(op, means, *network, squeeze_act)
+    dx, *of_channels = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
+    return dx, *of_channels, *(means.new_empty(values.shape) for values in network)
