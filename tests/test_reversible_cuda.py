@@ -1,5 +1,7 @@
 """The engine on a GPU: gradients, exactness, memory, and a whole step in a CUDA graph."""
 
+import copy
+
 import pytest
 import torch
 from chains import (
@@ -17,6 +19,7 @@ from chains import (
     streams,
     transform,
 )
+from tiny import tiny
 
 from benchmarks.memory import held_and_peak
 
@@ -70,6 +73,23 @@ def test_activations_do_not_grow_with_depth(kind):
     assert found[0] == found[1]
 
 
+WARM_UPS = 3
+
+
+def captured(step) -> torch.cuda.CUDAGraph:
+    """The graph of a step, after `WARM_UPS` of it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UPS):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
 @pytest.mark.parametrize("make", [plain, mbconv])
 @pytest.mark.parametrize("is_exact", [False, True])
 def test_whole_step_in_a_cuda_graph(make, is_exact):
@@ -87,22 +107,44 @@ def test_whole_step_in_a_cuda_graph(make, is_exact):
 
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph = captured(step)
     for x in xs:
         x.copy_(torch.randn_like(x))
     graph.replay()
-    captured = {name: p.grad.clone() for name, p in net.named_parameters()}
+    replayed = {name: p.grad.clone() for name, p in net.named_parameters()}
     step()
     eager = {name: p.grad.clone() for name, p in net.named_parameters()}
-    assert relative_error(captured, eager) < 1e-5
+    assert relative_error(replayed, eager) < 1e-5
+
+
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_a_network_s_step_in_a_cuda_graph(is_autocast):
+    """Forward, backward and optimizer of a whole RevBiFPN."""
+    net, image = tiny().cuda(), torch.randn(4, 3, 64, 64, device="cuda")
+    target = torch.arange(4, device="cuda")
+    twin = copy.deepcopy(net)
+
+    def step_of(net):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+
+        def step():
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast("cuda", torch.bfloat16, enabled=is_autocast):
+                loss = torch.nn.functional.cross_entropy(net(image), target)
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+    captured(step_of(net)).replay()
+    step = step_of(twin)
+    for _ in range(WARM_UPS + 1):
+        step()
+    replayed, eager = (
+        torch.cat([p.detach().flatten() for p in each.parameters()]) for each in (net, twin)
+    )
+    allowed = 1e-2 if is_autocast else 1e-4
+    assert relative_error({"weights": replayed}, {"weights": eager}) < allowed
 
 
 def test_masks_are_repeated_in_a_cuda_graph():
