@@ -8,7 +8,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 PYTEST_ARGS ?= -n auto
 ASAN := build/asan
 
-.PHONY: $(VENV) bench bench-stack bench-step bench-memory report test test-asan lint wheel kernels clean
+.PHONY: $(VENV) bench bench-norms bench-stack bench-step bench-memory report test test-asan lint wheel kernels clean
 
 $(VENV): $(INSTALLED)
 
@@ -22,6 +22,11 @@ bench: $(INSTALLED)
 	$(RUN) -m benchmarks.bench_ops
 	$(RUN) -m benchmarks.plot
 	$(RUN) -m benchmarks.round_trip
+
+# What follows a convolution in MBConv, and depthwise convolutions, beside PyTorch's.
+bench-norms: $(INSTALLED)
+	$(RUN) -m benchmarks.bench_norms
+	$(RUN) -m benchmarks.bench_depthwise
 
 bench-stack: $(INSTALLED)
 	$(RUN) -m benchmarks.bench_stack

@@ -1,21 +1,26 @@
-"""The weights' gradient of depthwise convolutions on CPUs, beside PyTorch's own.
+"""Depthwise convolutions on CPUs: PyTorch's beside what must move, and ours where we have one.
 
-At every (kernel, stride) of RevBiFPN-S0 at 224 pixels, batch 4, channels_last. GB/s count x and the
-result's gradient once: what must move.
+At every (kernel, stride) of RevBiFPN-S0 at 224 pixels, batch 4, in both layouts and dtypes. GB/s
+count x and the result, or its gradient, once: share_of_copy is of a copy of x in the same turns.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from revbifpn_kernels.ops.depthwise_input_grad import depthwise_input_grad
 from revbifpn_kernels.ops.depthwise_weight_grad import depthwise_weight_grad
 
 from . import harness
 from .harness import Row
+from .workloads import LAYOUTS
 
 RESULTS = Path(__file__).parent / "results"
 CASES = (  # channels, side, kernel, stride
@@ -28,65 +33,122 @@ CASES = (  # channels, side, kernel, stride
     (80, 14, 5, 1),
     (160, 7, 5, 1),
 )
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCH = 4
+OPS = ("forward", "input_grad", "weight_grad")
 
 
-def calls_of(channels: int, side: int, kernel: int, stride: int) -> tuple[dict, int]:
-    """Ours and PyTorch's, and the bytes that must move."""
-    padding = (kernel - 1) // 2
-    x = torch.randn(BATCH, channels, side, side).to(memory_format=torch.channels_last)
-    weight = torch.randn(channels, 1, kernel, kernel, requires_grad=True)
-    y = F.conv2d(x, weight, None, stride, padding, groups=channels)
-    grad = torch.randn_like(y)
-    sizes = {"kernel_size": kernel, "stride": stride, "padding": padding}
-    calls: dict[str, Callable[[], torch.Tensor]] = {
-        "ours": lambda: depthwise_weight_grad(x, grad, **sizes),
-        "torch": lambda: torch.autograd.grad(y, weight, grad, retain_graph=True)[0],
+@dataclass(frozen=True)
+class Convolution:
+    """Maps, weights and the result's gradient of one case."""
+
+    x: Tensor
+    weight: Tensor
+    grad: Tensor
+    stride: int
+    padding: int
+
+    @classmethod
+    def make(cls, case: tuple[int, ...], dtype: str, layout: str) -> "Convolution":
+        channels, side, kernel, stride = case
+        sides = {"dtype": DTYPES[dtype]}
+        x = torch.randn(BATCH, channels, side, side, **sides).to(memory_format=LAYOUTS[layout])
+        weight = torch.randn(channels, 1, kernel, kernel, **sides)
+        y = F.conv2d(x, weight, None, stride, kernel // 2, groups=channels)
+        return cls(x, weight, torch.randn_like(y), stride, kernel // 2)
+
+    def gradient(self, wants: str) -> Tensor:
+        """PyTorch's."""
+        is_wanted = [wants == "input_grad", wants == "weight_grad", False]
+        stride, padding = [self.stride] * 2, [self.padding] * 2
+        results = torch.ops.aten.convolution_backward(
+            self.grad, self.x, self.weight, None, stride, padding, [1, 1], False, [0, 0],
+            self.x.shape[1], is_wanted,
+        )  # fmt: skip
+        return results[is_wanted.index(True)]
+
+    def calls(self, op: str) -> dict[str, Callable[[], Tensor]]:
+        """By provider. Ours is for channels_last."""
+        sizes = {"stride": self.stride, "padding": self.padding}
+        groups = self.x.shape[1]
+        if op == "forward":
+            return {"torch": lambda: F.conv2d(self.x, self.weight, None, **sizes, groups=groups)}
+        calls: dict[str, Callable[[], Tensor]] = {"torch": lambda: self.gradient(op)}
+        if self.x.stride(1) == 1 and op == "input_grad":
+            calls["ours"] = lambda: depthwise_input_grad(
+                self.grad, self.weight, self.x.shape[2:], **sizes
+            )
+        elif self.x.stride(1) == 1:
+            calls["ours"] = lambda: depthwise_weight_grad(
+                self.x, self.grad, kernel_size=self.weight.shape[2], **sizes
+            )
+        return calls
+
+
+def is_right(calls: dict[str, Callable[[], Tensor]]) -> bool:
+    if "ours" not in calls:
+        return True
+    ours, theirs = calls["ours"]().float(), calls["torch"]().float()
+    # PyTorch's own sums of bfloat16 are the coarser ones.
+    tolerance = 1e-3 if calls["ours"]().dtype == torch.float32 else 3e-2
+    return (ours - theirs).norm().item() <= tolerance * theirs.norm().item()
+
+
+def bench(case: tuple[int, ...], op: str, dtype: str, layout: str, run) -> list[Row]:
+    convolution = Convolution.make(case, dtype, layout)
+    calls = convolution.calls(op)
+    common = run.machine | {
+        "op": f"depthwise_{op}",
+        "mode": f"kernel {case[2]}, stride {case[3]}",
+        "dtype": dtype,
+        "shape": f"{BATCH}x{case[0]}x{case[1]}x{case[1]}",
+        "layout": layout,
+        "threads": str(torch.get_num_threads()),
     }
-    return calls, x.nbytes + grad.nbytes
-
-
-def bench(case: tuple[int, int, int, int], machine: Row) -> list[Row]:
-    channels, side, kernel, stride = case
-    calls, size = calls_of(*case)
-    ours, theirs = calls["ours"](), calls["torch"]()
-    is_right = torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+    if not is_right(calls):
+        return [common | {"provider": "ours", "note": "WRONG"}]
+    x, size = convolution.x, convolution.x.nbytes + convolution.grad.nbytes
+    buffer = torch.empty_like(x)
     times = harness.measure_interleaved(
-        calls, harness.clock_for("cpu"), seconds=2.0, rounds=(9, 99)
+        {**calls, "copy": lambda: buffer.copy_(x)}, run.clock, seconds=run.seconds, rounds=(5, 99)
     )
+    copied = 2 * x.nbytes / times.pop("copy").p50
     rows = []
     for provider, timing in times.items():
-        is_wrong = provider == "ours" and not is_right
-        row = {
-            **machine,
-            "op": "depthwise_weight_grad",
-            "provider": provider,
-            "mode": f"kernel {kernel}, stride {stride}",
-            "dtype": "fp32",
-            "shape": f"{BATCH}x{channels}x{side}x{side}",
-            "layout": "channels_last",
-            "threads": str(torch.get_num_threads()),
-            "note": "WRONG" if is_wrong else "",
-        }
-        if not is_wrong:
-            row |= {"ms_p20": f"{timing.p20:.4f}", "ms_p50": f"{timing.p50:.4f}"}
-            row |= {"ms_p80": f"{timing.p80:.4f}", "gbps": f"{size / timing.p50 / 1e6:.2f}"}
-        rows.append(row)
+        rate = size / timing.p50
+        quantiles = {f"ms_p{q}": f"{getattr(timing, f'p{q}'):.4f}" for q in (20, 50, 80)}
+        speed = {"gbps": f"{rate / 1e6:.3g}", "share_of_copy": f"{rate / copied:.3g}"}
+        rows.append(common | {"provider": provider} | quantiles | speed)
     return rows
 
 
+def print_line(rows: list[Row]) -> None:
+    first = rows[0]
+    names = " ".join(first[name] for name in ("op", "shape", "mode", "dtype", "layout"))
+    if first.get("note"):
+        return print(names, first["note"])
+    floors = [
+        f"{1 / float(row['share_of_copy']):.1f} x the floor ({row['provider']})" for row in rows
+    ]
+    print(f"{names}: {', '.join(floors)}", flush=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bench_depthwise", description=__doc__
-    ).parse_args(arguments)
-    machine = harness.describe_machine("cpu")
-    path = harness.result_path(RESULTS, machine)
-    rows = [row for case in CASES for row in bench(case, machine)]
-    harness.record(path, rows)
-    for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
-        times = float(theirs["ms_p50"]) / float(ours["ms_p50"]) if not ours["note"] else 0.0
-        print(f"{ours['shape']:14} {ours['mode']:20} {times:6.1f} x PyTorch {ours['note']}")
-    return int(any(row["note"] for row in rows))
+    )
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each case")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR|CSV")
+    run = parser.parse_args(arguments)
+    run.machine, run.clock = harness.describe_machine("cpu"), harness.clock_for("cpu")
+    path = harness.result_path(run.output, run.machine)
+    is_wrong = False
+    for case, op, dtype, layout in itertools.product(CASES, OPS, DTYPES, LAYOUTS):
+        rows = bench(case, op, dtype, layout, run)
+        harness.record(path, rows)
+        print_line(rows)
+        is_wrong |= any(row.get("note") for row in rows)
+    return int(is_wrong)
 
 
 if __name__ == "__main__":

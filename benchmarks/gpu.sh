@@ -50,13 +50,14 @@ step versions 10 bash -c versions
 step build 85 python3 setup.py --quiet build_ext --inplace
 step graphs 30 python3 -m pytest -q -p no:cacheprovider tests/test_reversible_cuda.py -k graph
 step tests 75 python3 -m pytest -q -n 8 -p no:cacheprovider
-step bench-step 125 python3 -m benchmarks.bench_step --device cuda --seconds 30 --output "$OUT"
-step bench-memory 40 python3 -m benchmarks.bench_memory --device cuda --parts real --models $PER_IMAGE --output "$OUT"
+step bench-step 115 python3 -m benchmarks.bench_step --device cuda --seconds 25 --output "$OUT"
+step bench-memory 35 python3 -m benchmarks.bench_memory --device cuda --parts real --models $PER_IMAGE --output "$OUT"
 step profile 20 python3 -m benchmarks.profile_step --device cuda --models revbifpn_s0 --repeats 3 --output "$OUT"
 step compile 30 python3 -m benchmarks.compile_ahead --target sm_90
-step bench 50 python3 -m benchmarks.bench_ops --device cuda --output "$OUT"
-step memcheck 30 bash -c 'sanitize memcheck "tests/test_resample_*.py tests/test_norm_act.py" "triton and odd and fp32"'
-step racecheck 20 bash -c 'sanitize racecheck "tests/test_resample_add.py tests/test_norm_act.py" "triton and odd and fp32"'
+step bench 45 python3 -m benchmarks.bench_ops --device cuda --output "$OUT"
+step bench-norms 30 python3 -m benchmarks.bench_norms --device cuda --seconds 0.3 --output "$OUT"
+step memcheck 25 bash -c 'sanitize memcheck "tests/test_resample_*.py tests/test_norm_act.py" "triton and odd and fp32"'
+step racecheck 15 bash -c 'sanitize racecheck "tests/test_resample_add.py tests/test_norm_act.py" "triton and odd and fp32"'
 step report 20 bash -c report
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -85,26 +85,32 @@ class OperatorTimes(TorchDispatchMode):
 
 
 COARSEST = 3
+OURS = {  # by the starts of names
+    "depthwise": "convolution, depthwise",
+    "pointwise": "convolution, 1×1",
+    "batch_statistics": "batch norm, activation, gate",  # fused
+    "norm_act": "batch norm, activation, gate",
+    "norm_factors": "batch norm, activation, gate",
+    "squeeze_excite": "squeeze-excite, classifier",
+    "resample": "resample",
+}
 ACTIVATIONS = ("hardswish", "silu", "relu", "threshold", "sigmoid", "hardsigmoid", "gelu")
 
 
 def kind_of(name: str, args: tuple, tensors: list[Tensor], batch: int) -> str:
     """The row of the profile that an operator belongs to."""
-    if "depthwise_weight_grad" in name:
-        return "convolution, depthwise"
-    if name.startswith(("norm_act", "batch_statistics")):
-        return "batch norm, activation, gate"  # fused
+    for start, kind in OURS.items():
+        if name.startswith(start):
+            return kind
     if _is_gate(tensors, batch):
         return "squeeze-excite, classifier"
     if "convolution" in name:
         return _kind_of_convolution(name, args)
-    if name in ("mm", "addmm", "bmm"):
-        return "convolution, 1×1"  # on a CPU ours are matrix products
     if "batch_norm" in name:
         return "batch norm"
     if any(activation in name for activation in ACTIVATIONS):
         return "activation"
-    if "resample" in name or "upsample" in name:
+    if "upsample" in name:
         return "resample"
     return "additions, copies, other"
 

@@ -55,10 +55,25 @@ def _depthwise_weight_grad(x, grad, kernel_size, *_, out_val, **__) -> int:
     return 2 * grad.numel() * kernel_size**2
 
 
+def _depthwise_input_grad(grad, weight, *_, out_val, **__) -> int:
+    return 2 * grad.numel() * weight[0].numel()
+
+
+def _pointwise_conv(x, weight, *_, out_val, **__) -> int:
+    return 2 * out_val.numel() * weight.shape[1]
+
+
+def _pointwise_conv_backward(grad, x, weight, *_, out_val, **__) -> int:
+    return 4 * grad.numel() * weight.shape[1]
+
+
 FORMULAS = flop_registry | {
     torch.ops.aten.convolution: _convolution,
     torch.ops.aten.convolution_backward: _convolution_backward,
     torch.ops.revbifpn.depthwise_weight_grad: _depthwise_weight_grad,
+    torch.ops.revbifpn.depthwise_input_grad: _depthwise_input_grad,
+    torch.ops.revbifpn.pointwise_conv: _pointwise_conv,
+    torch.ops.revbifpn.pointwise_conv_backward: _pointwise_conv_backward,
 }
 
 

@@ -12,7 +12,7 @@ from benchmarks.memory import held_and_peak
 from benchmarks.rivals import NETWORKS, Network
 from benchmarks.roofline import Peaks, Work, work_of
 from benchmarks.training import Step
-from revbifpn_kernels import training_memory
+from revbifpn_kernels import MBConv, training_memory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MIB = 2**20
@@ -107,7 +107,18 @@ def test_work_of_a_step():
     assert backward.flop == forward.flop  # an image needs no gradient
     depthwise = nn.Conv2d(8, 8, 3, groups=8, padding=1)
     assert work_of(nn.Sequential(net, depthwise), (2, 3, 16, 16))[2].flop == 2 * 2 * pixels * 72
+    mbconv = nn.Sequential(ChannelsLast(), MBConv(16, 24, 5, 2))  # of our operators
+    for autocast in (None, torch.bfloat16):
+        work = [w.flop for w in work_of(mbconv, (2, 16, 8, 8), autocast=autocast)]
+        # of the image, which needs no gradient, and of the map between
+        depthwise, pointwise = 2 * 2 * 16 * 16 * 25, 2 * 2 * 16 * 16 * 24
+        assert sum(work) == 2 * depthwise + 3 * pointwise
     assert Peaks(1e3, 1e3).roof_ms([Work(1000, 1), Work(1, 2000)]) == pytest.approx(3000)
+
+
+class ChannelsLast(nn.Module):
+    def forward(self, x):
+        return x.contiguous(memory_format=torch.channels_last)
 
 
 def test_kinds_of_operators():
