@@ -157,6 +157,9 @@ class Options:
     )
     fsdp: bool = flag(False, "shard by FSDP2, under torchrun; DDP otherwise")
     device: str = option("auto", "a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    threads: int | None = option(
+        None, "of the CPU, for each process; 1 for digits, else PyTorch's choice", int, is_free=True
+    )
     workers: int | None = option(
         None, "processes that load images; one less than the cores, at most 8", int, is_free=True
     )
@@ -210,6 +213,8 @@ def completed(options: Options) -> Options:
     settings = dict(preset.settings) if options.model is None else {}
     found["settings"] = tuple(sorted((settings | dict(options.settings or ())).items()))
     found["model"] = options.model or "revbifpn_s0"
+    if options.threads is None and options.data is None:
+        found["threads"] = 1  # of such small images, two take as long
     if options.workers is None:
         found["workers"] = min(8, max(1, len(os.sched_getaffinity(0)) - 1))
     options = dataclasses.replace(options, **found)
@@ -222,6 +227,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("epochs seed split_seed", lambda v: v >= 0, _WHOLE.format(0)),
     ("batch_size accumulate log_every", lambda v: v >= 1, _WHOLE.format(1)),
     ("image_size", lambda v: v is None or v >= 32, _WHOLE.format(32)),
+    ("threads", lambda v: v is None or v >= 1, _WHOLE.format(1)),
     ("workers", lambda v: v is None or v >= 0, _WHOLE.format(0)),
     ("lr", lambda v: 0 < v < math.inf, "a positive number"),
     (

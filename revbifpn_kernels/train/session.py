@@ -25,6 +25,8 @@ WEIGHTS = "weights.safetensors"
 
 def main(options: Options) -> int:
     """Train as asked; 0 if the last step was reached, 128 + the signal if one came before."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     with joined(options) as world:
         found, config, side = prepare(options)
         if options.memory:
@@ -103,7 +105,7 @@ def _train(run: Run, found: data.Data, side: int, report: Report, keeper, signal
     if is_complete:
         score = evaluate.evaluate(run.result, test, options, run.world)
         report.skip(score.skipped)
-        write_result(run, found, side, report)
+        write_result(run, found.classes, test, report)
         report.finish(score)
     return is_complete
 
@@ -130,7 +132,7 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(kind, signal.SIG_IGN)
 
 
-def write_result(run: Run, found: data.Data, side: int, report: Report) -> None:
+def write_result(run: Run, classes: list[str], test: data.Evaluation, report: Report) -> None:
     """The weights that were tested, and what is to be exported."""
     weights = state.get_model_state_dict(run.result, options=state.WHOLE)
     if not run.world.is_first:
@@ -149,7 +151,7 @@ def write_result(run: Run, found: data.Data, side: int, report: Report) -> None:
 
         network = RevBiFPN(run.config)
         network.load_state_dict(weights)
-        report.say(export(network, Path(run.options.export), side, found.classes, found.test))
+        report.say(export(network, Path(run.options.export), test, classes))
 
 
 def print_memory(options: Options, config: Config, side: int) -> None:
