@@ -18,7 +18,7 @@ MODEL = ["--model=revbifpn_s0", *(f"--set={name}={value}" for name, value in NUM
 TINY = [
     *MODEL,
     *("--image-size=32", "--batch-size=256", "--epochs=2", "--warmup-epochs=0.5"),
-    *("--workers=0", "--no-progress", "--no-tensorboard", "--threads=1"),
+    *("--augment=none", "--workers=0", "--no-progress", "--no-tensorboard", "--threads=1"),
 ]
 STEPS = 8
 # Of a folder with few pictures.

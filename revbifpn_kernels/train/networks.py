@@ -4,7 +4,7 @@ import math
 import warnings
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..mbconv import NORM_LAYER, MBConv
 from ..models.checkpoints import load_checkpoint
@@ -56,7 +56,22 @@ def build(options: Options, numbers: Config) -> RevBiFPN:
     elif options.new_head:
         raise TrainError("train: --new-head needs --checkpoint, got none")
     freeze(model, options.freeze)
+    if options.lattice is not None and not options.reversible:
+        model.head.register_forward_hook(_with_dense_gradients)
     return model
+
+
+def _with_dense_gradients(head: nn.Module, images: tuple, maps: tuple[Tensor, ...]) -> None:
+    """Give the head's norms gradients in the format of their maps, as the engine does.
+
+    That of the mean which follows has strides of 0, and PyTorch's batch norm sums it in another
+    order: stored activations would not have the bits of recomputed ones.
+    """
+    for y in maps:
+        if y.requires_grad:
+            is_last = y.is_contiguous(memory_format=torch.channels_last)
+            layout = torch.channels_last if is_last else torch.contiguous_format
+            y.register_hook(lambda grad, layout=layout: grad.contiguous(memory_format=layout))
 
 
 def freeze(model: RevBiFPN, parts: tuple[str, ...]) -> None:
