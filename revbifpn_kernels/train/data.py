@@ -20,6 +20,7 @@ from .pictures import BadPicture, open_picture
 
 MODES = {1: "L", 3: "RGB"}  # of pictures, by channels
 IGNORED = -1  # the label of what is no image: padding, a file that cannot be read
+EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 PATIENCE = 100  # bad files in a row until the disk is to blame, not a file
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 DIGITS_SHARES = (0.7, 0.1, 0.2)
@@ -74,7 +75,7 @@ class Files:
     side: int
 
     def name(self, index: int) -> str:
-        return self.paths[index]
+        return f"{self.root.name}/{self.paths[index]}"
 
     def load(self, index: int):
         return open_picture(self.root / self.paths[index], self.mode, self.side)
@@ -133,7 +134,7 @@ def listed(top: Path, classes: list[str], mode: str, side: int) -> tuple[Files, 
             for file in sorted([*files, *(f for f in folders if _is_picture_name(f))]):
                 path = Path(where, file)
                 if reason := _unfit(path):
-                    skipped.append((str(path.relative_to(top)), reason))
+                    skipped.append((f"{top.name}/{path.relative_to(top)}", reason))
                 else:
                     paths.append(str(path.relative_to(top)))
                     labels.append(label)
@@ -179,7 +180,7 @@ def _unfit(path: Path) -> str | None:
 
 
 def _is_picture_name(name: str) -> bool:
-    return has_file_allowed_extension(name, IMG_EXTENSIONS)
+    return has_file_allowed_extension(name, EXTENSIONS)
 
 
 def _subset(files: Files, chosen: list[int]) -> Files:

@@ -36,8 +36,8 @@ def open_picture(path: str | Path, mode: str = "RGB", side: int = 224) -> Image.
     except BadPicture:
         raise
     except Exception as error:  # Pillow's readers raise all kinds, down to struct.error
-        text = str(error).replace(str(path), "it").splitlines() or [""]
-        raise BadPicture(f"{type(error).__name__}: {text[0][:120]}") from error
+        text = getattr(error, "strerror", None) or str(error).replace(str(path), "it")
+        raise BadPicture(f"{type(error).__name__}: {text.partition(chr(10))[0]}") from error
 
 
 def _decoded(picture: Image.Image, mode: str, side: int) -> Image.Image:
