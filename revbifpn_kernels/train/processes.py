@@ -6,6 +6,7 @@ one's checkpoint is everybody's.
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -82,6 +83,9 @@ def joined(options: Options) -> Iterator[World]:
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:
+        # Gloo's threads drop the last collective's tensors, for which they need the interpreter;
+        # whoever destroys the group holds it and waits for the threads, for ever (torch 2.12).
+        time.sleep(0.2)
         dist.destroy_process_group()
 
 
