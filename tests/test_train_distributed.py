@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,17 @@ import torch.distributed as dist
 from test_distributed import on_two_processes
 from tiny import tiny
 from torch import nn
-from trainings import TINY, assert_same_run, checkpoint, losses, rows, train
+from trainings import (
+    TINY,
+    assert_same_run,
+    checkpoint,
+    ended,
+    losses,
+    pair,
+    rows,
+    train,
+    wait_for_step,
+)
 
 from revbifpn_kernels.train.processes import World, distributed, share_statistics
 
@@ -23,25 +32,17 @@ ROOT = Path(__file__).resolve().parents[1]
 CURVE = ("--norm=group", "--log-every=1", "--opt=momentum", "--lr=0.02", "--epochs=3", "--drop=0")
 
 
-def torchrun(*arguments: str, restarts: int = 0) -> subprocess.Popen:
+def torchrun(*arguments: str) -> subprocess.Popen:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    launcher += [f"--max-restarts={restarts}", "-m", "revbifpn_kernels.train"]
+    launcher += ["--max-restarts=1", "-m", "revbifpn_kernels.train"]
     paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.Popen(
         [sys.executable, *launcher, *TINY, *arguments],
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def run(*arguments: str, restarts: int = 0) -> str:
-    process = torchrun(*arguments, restarts=restarts)
-    said, _ = process.communicate(timeout=90)
-    assert process.returncode == 0, said
-    return said
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +53,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("options", [(), ("--fsdp", "--accumulate=2")], ids=["ddp", "fsdp"])
 def test_two_processes_have_the_loss_curve_of_one(options, alone, tmp_path):
-    said = run(*CURVE, *options, f"--out={tmp_path}")
-    assert said.count("test accuracy") == 1
+    assert ended(pair(*CURVE, *options, f"--out={tmp_path}")) == [0, 0]
     assert losses(tmp_path) == pytest.approx(losses(alone), abs=1e-5)
     ours, theirs = (rows(out / "epochs.csv") for out in (tmp_path, alone))
     for ours_row, theirs_row in zip(ours, theirs, strict=True):
@@ -67,20 +67,17 @@ def test_two_processes_have_the_loss_curve_of_one(options, alone, tmp_path):
 
 def test_a_killed_rank_restarts_all_from_the_last_checkpoint(tmp_path):
     """Batch norm, EMA, dropout: the restarted run ends with the bits of one that nobody killed."""
-    every = "--checkpoint-minutes=0"
     options = ("--drop=0.2", "--log-every=1", "--epochs=6")
     whole, out = tmp_path / "whole", tmp_path / "killed"
-    run(*options, f"--out={whole}")
-    process = torchrun(*options, every, f"--out={out}", "--resume=auto", restarts=1)
-    deadline = time.monotonic() + 100
-    while not (out / "checkpoint.pt").exists() or len(rows(out / "steps.csv")) < 6:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    assert ended(pair(*options, f"--out={whole}")) == [0, 0]
+    process = torchrun(*options, "--checkpoint-minutes=0", f"--out={out}", "--resume=auto")
+    wait_for_step(out, 6)
     os.kill(worker_of(process.pid), signal.SIGKILL)
     said, _ = process.communicate(timeout=90)
     assert process.returncode == 0, said
     starts = [line.split("from step ")[1] for line in said.splitlines() if "from step " in line]
     assert len(starts) == 2 and starts[0] == "0 of 24" and int(starts[1].split()[0]) >= 5
+    assert said.count("test accuracy") == 1
     assert_same_run(out, whole)
     assert losses(out) == losses(whole)
 
@@ -135,15 +132,13 @@ def test_on_two_processes(check, tmp_path):
     on_two_processes(check, tmp_path)
 
 
-def test_a_checkpoint_of_two_processes_goes_on_in_one(tmp_path, alone):
-    """Sharded by FSDP2, stopped, continued by one: the curve of a run that was never stopped."""
-    process = torchrun(*CURVE, f"--out={tmp_path}", "--checkpoint-minutes=0", "--resume=auto")
-    deadline = time.monotonic() + 100
-    while not (tmp_path / "steps.csv").exists() or len(rows(tmp_path / "steps.csv")) < 3:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.terminate()  # torchrun passes it on
-    process.communicate(timeout=60)
+@pytest.mark.parametrize("options", [(), ("--fsdp",)], ids=["ddp", "fsdp"])
+def test_a_checkpoint_of_two_processes_goes_on_in_one(options, tmp_path, alone):
+    """Stopped by a signal that reaches the second rank alone."""
+    processes = pair(*CURVE, *options, f"--out={tmp_path}")
+    wait_for_step(tmp_path, 3)
+    processes[1].terminate()
+    assert ended(processes) == [143, 143]
     assert 3 <= checkpoint(tmp_path)["step"] < 12
     with pytest.warns(UserWarning, match="is of 2 processes, continuing on 1"):
         train(tmp_path, *CURVE, "--resume=auto")

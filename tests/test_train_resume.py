@@ -19,6 +19,7 @@ from trainings import (
     rows,
     started,
     train,
+    wait_for_step,
 )
 
 from revbifpn_kernels.train import checkpoint as files
@@ -38,14 +39,6 @@ def uninterrupted(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "uninterrupted"
     assert finished(*DRAWING, f"--out={out}") == 0
     return out
-
-
-def wait_for_step(out, step: int) -> None:
-    """Until steps.csv tells of it."""
-    deadline = time.monotonic() + 60
-    while not (out / "steps.csv").exists() or len(rows(out / "steps.csv")) < step:
-        assert time.monotonic() < deadline, f"step {step} was not reached"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])

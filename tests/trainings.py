@@ -3,7 +3,9 @@
 import csv
 import multiprocessing
 import os
+import socket
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -31,16 +33,17 @@ def train(out: Path, *arguments: str) -> Path:
     return out
 
 
-def started(*arguments: str) -> multiprocessing.Process:
+def started(*arguments: str, **environment: str) -> multiprocessing.Process:
     """A run in a process of its own, which begins at once: the libraries are loaded already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["revbifpn_kernels.train.session"])
-    process = context.Process(target=_exit_with, args=([*TINY, *arguments],))
+    process = context.Process(target=_exit_with, args=([*TINY, *arguments], environment))
     process.start()
     return process
 
 
-def _exit_with(arguments: list[str]) -> None:
+def _exit_with(arguments: list[str], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     torch.set_num_threads(1)
     code = main(arguments)
     sys.stdout.flush()
@@ -51,6 +54,29 @@ def finished(*arguments: str) -> int:
     process = started(*arguments)
     process.join(120)
     return process.exitcode
+
+
+def pair(*arguments: str) -> list[multiprocessing.Process]:
+    """A run on two processes, as torchrun starts them."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    return [started(*arguments, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
+
+
+def ended(processes: list[multiprocessing.Process]) -> list[int]:
+    for process in processes:
+        process.join(90)
+    return [process.exitcode for process in processes]
+
+
+def wait_for_step(out: Path, step: int) -> None:
+    """Until steps.csv tells of it."""
+    deadline = time.monotonic() + 90
+    while not (out / "steps.csv").exists() or len(rows(out / "steps.csv")) < step:
+        assert time.monotonic() < deadline, f"step {step} was not reached"
+        time.sleep(0.01)
 
 
 def checkpoint(out: Path) -> dict:

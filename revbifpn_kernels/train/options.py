@@ -155,7 +155,7 @@ class Options:
         nargs="?",
         const="inductor",
     )
-    fsdp: bool = flag(False, "shard by FSDP2, under torchrun; DDP otherwise")
+    fsdp: bool = flag(False, "shard by FSDP2, under torchrun; DDP otherwise", is_free=True)
     device: str = option("auto", "a GPU if there is one", choices=("auto", "cpu", "cuda"))
     threads: int | None = option(
         None, "of the CPU, for each process; 1 for digits, else PyTorch's choice", int, is_free=True

@@ -7,6 +7,7 @@ one's checkpoint is everybody's.
 import contextlib
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -105,6 +106,8 @@ def distributed(model: RevBiFPN, world: World, fsdp: bool) -> nn.Module:
         return shard(model, world) if fsdp else model
     if fsdp:
         return shard(model, world)
+    # Of 1×1 convolutions in channels_last: two ways to write one layout, nothing is copied slowly.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     return DistributedDataParallel(
         model,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,

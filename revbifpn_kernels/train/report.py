@@ -115,8 +115,8 @@ class Report:
         row = {
             "step": run.step,
             "epoch": run.epoch,
-            "train_loss": f"{train_loss:.6g}",
-            "val_loss": f"{score.loss:.6g}",
+            "train_loss": f"{train_loss:.9g}",
+            "val_loss": f"{score.loss:.9g}",
             "val_accuracy": f"{score.accuracy:.6f}",
             "seconds": f"{run.seconds:.1f}",
         }
