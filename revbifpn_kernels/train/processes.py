@@ -80,9 +80,13 @@ def joined(options: Options) -> Iterator[World]:
             )
         yield World(0, 1, device)
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo")
+    # torchrun's restarts may share a store with their predecessors, whose addresses are in it.
+    store, rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if is_cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
+        yield World(rank, size, device)
     finally:
         # Gloo's threads drop the last collective's tensors, for which they need the interpreter;
         # whoever destroys the group holds it and waits for the threads, for ever (torch 2.12).
