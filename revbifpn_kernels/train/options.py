@@ -81,7 +81,7 @@ DIGITS_NETWORK = (
     ("neck_se_ratios", (0.25, 0.25, 0.125)),
 )
 PRESETS = {
-    "digits": Preset(40, 64, 4e-3, 2, 0.02, 0.99, 0.1, "affine", DIGITS_NETWORK),
+    "digits": Preset(25, 64, 4e-3, 2, 0.02, 0.99, 0.1, "affine", DIGITS_NETWORK),
     "folder": Preset(300, 256, 1e-3, 5, 0.05, 0.9999, 0.1, "crop", ()),
 }
 
