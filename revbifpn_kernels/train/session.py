@@ -1,5 +1,6 @@
 """A whole run: put together, trained, tested, written down."""
 
+import itertools
 import os
 import signal
 import sys
@@ -65,8 +66,7 @@ def prepare(options: Options) -> tuple[data.Data, Config, int]:
 def _out(options: Options, world: World) -> Path:
     """The run's folder, the same on all ranks; a run that is in it already is not overwritten."""
     name = Path(options.data).resolve().name if options.data else "digits"
-    chosen = options.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    out = Path(world.gathered(chosen)[0])
+    out = Path(world.gathered(options.out or _new_folder(f"runs/{name}-"))[0])
     if options.resume == "never" and (out / checkpoint.NAME).exists():
         raise TrainError(
             f"train: --out must be a new folder without --resume auto, got {out} with a checkpoint"
@@ -74,6 +74,13 @@ def _out(options: Options, world: World) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     world.any(False)  # no rank writes there before all have looked
     return out
+
+
+def _new_folder(start: str) -> str:
+    """With the time, and a number if another run began in the same second."""
+    stem = start + time.strftime("%Y%m%d-%H%M%S")
+    names = itertools.chain([stem], (f"{stem}-{k}" for k in itertools.count(2)))
+    return next(name for name in names if not os.path.exists(name))
 
 
 def _resume(run: Run, keeper: loop.Keeper) -> None:

@@ -72,7 +72,10 @@ def start(options: Options, world: World, config: Config, data: Data) -> Run:
         model = model.to(memory_format=torch.channels_last)
     model = processes.synchronised(model.to(world.device), world)
     # Copied before it is sharded or compiled: neither can be copied afterwards.
-    ema = ModelEmaV3(model, options.ema_decay, use_warmup=True) if options.ema_decay else None
+    ema = None
+    if options.ema_decay:
+        # Not by lists of tensors under FSDP: parameters are sharded there, statistics are not.
+        ema = ModelEmaV3(model, options.ema_decay, use_warmup=True, foreach=not options.fsdp)
     if options.fsdp and ema is not None:
         processes.shard(ema.module, world)
     net = processes.distributed(model, world, options.fsdp)
