@@ -127,9 +127,14 @@ def check_agreement(rank: int) -> None:
     assert dist.get_world_size() == 2
 
 
-@pytest.mark.parametrize("check", [check_overlap, check_statistics, check_agreement])
-def test_on_two_processes(check, tmp_path):
-    on_two_processes(check, tmp_path)
+def check_all(rank: int) -> None:
+    check_statistics(rank)
+    check_agreement(rank)
+    check_overlap(rank)
+
+
+def test_on_two_processes(tmp_path):
+    on_two_processes(check_all, tmp_path)
 
 
 @pytest.mark.parametrize("options", [(), ("--fsdp",)], ids=["ddp", "fsdp"])

@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-# A decoded picture takes three bytes a pixel, in each worker; Pillow refuses the same number.
-MOST_PIXELS = 178_956_970
 # JPEG decodes a picture larger than this at 1/2, 1/4 or 1/8 of its side at once.
 DRAFT_PIXELS = 16_000_000
 
@@ -24,7 +22,8 @@ def open_picture(path: str | Path, mode: str = "RGB", side: int = 224) -> Image.
     JPEGs of many pixels are reduced while they are decoded, to no less than four times `side`.
 
     Raises:
-        BadPicture: Damaged, truncated, too large, no picture, or no regular file.
+        BadPicture: Damaged, truncated, no picture, no regular file, or of more than 179 million
+            pixels, which Pillow refuses to decode.
     """
     try:
         if not stat.S_ISREG(Path(path).stat().st_mode):  # opening a pipe would wait for ever
@@ -41,10 +40,7 @@ def open_picture(path: str | Path, mode: str = "RGB", side: int = 224) -> Image.
 
 
 def _decoded(picture: Image.Image, mode: str, side: int) -> Image.Image:
-    pixels = picture.width * picture.height
-    if pixels > MOST_PIXELS:
-        raise BadPicture(f"{picture.width}×{picture.height} pixels, more than {MOST_PIXELS}")
-    if pixels > DRAFT_PIXELS:
+    if picture.width * picture.height > DRAFT_PIXELS:
         picture.draft(None, (4 * side, 4 * side))
     picture.load()
     upright = ImageOps.exif_transpose(picture)
