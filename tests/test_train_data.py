@@ -133,7 +133,8 @@ def test_training_among_bad_files(tmp_path, capsys):
     assert f"train: {len(names)} files or folders were skipped, see skipped.txt" in said.err
     assert "train: skipped train/dog/pipe.png: not a regular file" in said.err
     assert any(line.startswith("val/cat/vast.png: DecompressionBombError") for line in skipped)
-    assert "21 to validate, 21 to test (the same), 3 classes" in said.out
+    assert "24 to validate, 24 to test (the same), 3 classes" in said.out
+    assert " of 18 test images right" in said.out
 
 
 def test_a_lost_disk_is_not_a_bad_file(tmp_path):
