@@ -114,10 +114,11 @@ def folder(root: str, channels: int, side: int, split_seed: int) -> Data:
             raise TrainError(f"train: --data must have val/ beside train/, got {root} without it")
         classes = _classes(found["train"])
         parts, skipped = [], []
-        for part in (found["train"], found["val"], found["test"] or found["val"]):
+        for part in filter(None, found.values()):
             files, unfit = listed(part, classes, mode, side)
             parts.append(files)
-            skipped += [entry for entry in unfit if entry not in skipped]
+            skipped += unfit
+        parts += parts[1:] if found["test"] is None else []
     for part, files in zip(SPLITS, parts, strict=True):
         if not files.paths:
             raise TrainError(f"train: --data must have pictures to {part} on, got none in {root}")
