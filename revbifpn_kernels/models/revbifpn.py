@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..mbconv import is_unwatched
+from ..ops.launch import Geometry
+from ..ops.resample import in_format
 from ..reversible import ReversibleSequential
 from .body import body
 from .checks import whole
@@ -117,6 +119,11 @@ class RevBiFPN(nn.Module):
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Return logits (N, num_classes) from `forward_features`; pooled features if asked."""
+        if not features.is_leaf and not torch.compiler.is_compiling():
+            # The mean's has strides of 0, which PyTorch's batch norm adds up in another order:
+            # stored activations would not have the bits of recomputed ones.
+            is_last = Geometry.of(features).channels_last
+            features.register_hook(lambda grad: in_format(grad, is_last))
         pooled = self.dropout(features.mean((2, 3)))
         return pooled if pre_logits else self.classifier(pooled)
 

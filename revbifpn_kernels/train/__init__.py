@@ -1,0 +1,18 @@
+"""Training from the command line, `python -m revbifpn_kernels.train`: one file an idea.
+
+    options.py     what can be asked for; which answers may not change in mid-run
+    pictures.py    a file becomes pixels, whatever it holds, or a reason why not
+    data.py        digits, folders of pictures, their split; a sample by its key
+    augment.py     torchvision's transforms
+    order.py       which sample stands where in which step: a function of seed and step alone
+    networks.py    the model by name, its norms, frozen parts, weights to start from
+    processes.py   torchrun, DDP, FSDP2; what ranks must agree on
+    checkpoint.py  a file that is whole or was never there; generators of random numbers
+    state.py       all that a run is between two steps: captured, restored
+    loop.py        steps, evaluations, signals, losses that are not finite
+    evaluate.py    loss and accuracy of images that are not trained on
+    report.py      progress bar, CSV, TensorBoard, the picture, the last line
+    export.py      ONNX and torch.export, checked against the network
+
+`training.md`, `scaling.md` and `finetuning.md` are written for users.
+"""

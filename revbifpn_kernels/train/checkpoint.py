@@ -1,0 +1,83 @@
+"""Files that are whole or were never there, and generators of random numbers as tensors."""
+
+import io
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .options import TrainError
+
+NAME = "checkpoint.pt"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`: at every moment, also after a power cut, old or new is there.
+
+    Raises:
+        OSError: The disk is full or gone; then the old file is untouched.
+    """
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename is on the disk when its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    # In memory first: PyTorch's own writer turns a full disk into an error without a number.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Nothing in the file is executed."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise TrainError(
+            f"train: --resume: {path} is damaged ({type(error).__name__}: {reason}); "
+            "start anew in another --out"
+        ) from error
+
+
+def generators() -> dict[str, Any]:
+    """The states of Python's, NumPy's and PyTorch's generators."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_generators(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,192 @@
+"""Steps, evaluations between them, checkpoints, signals, and losses that are not finite."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checkpoint, state
+from .augment import Batch
+from .evaluate import Score, autocast
+from .networks import to_training
+from .options import TrainError
+from .processes import reducing, share_statistics
+from .report import Report
+from .state import Run
+
+
+class Signals:
+    """Notes SIGTERM and SIGINT, so that a run ends between two steps; a second ends it at once."""
+
+    KINDS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __enter__(self) -> "Signals":
+        self.before = [signal.signal(kind, self._note) for kind in self.KINDS]
+        return self
+
+    def __exit__(self, *error) -> None:
+        for kind, handler in zip(self.KINDS, self.before, strict=True):
+            signal.signal(kind, handler)
+
+    def _note(self, kind: int, frame) -> None:
+        self.received = kind
+        signal.signal(kind, signal.SIG_DFL)
+
+
+class Keeper:
+    """Writes the checkpoint when it is due, and keeps the old one if that fails."""
+
+    def __init__(self, out: Path, minutes: float, warn: Callable[[str], None]) -> None:
+        self.path, self.interval, self.warn = out / checkpoint.NAME, 60 * minutes, warn
+        self.last_time = time.monotonic()
+        self.step: int | None = None  # of the file
+
+    @property
+    def is_due(self) -> bool:
+        return time.monotonic() - self.last_time >= self.interval
+
+    def save(self, run: Run) -> bool:
+        """Whether the file is now of this step; every rank must call it."""
+        content = state.capture(run)
+        self.last_time = time.monotonic()
+        if run.world.is_first:
+            try:
+                checkpoint.save(self.path, content)
+            except OSError as error:
+                held = (
+                    "there is none yet" if self.step is None else f"that of step {self.step} stays"
+                )
+                self.warn(
+                    f"checkpoint of step {run.step} not written to {self.path}: {error}; {held}"
+                )
+                return False
+        self.step = run.step
+        return True
+
+    def described(self) -> str:
+        return "none" if self.step is None else f"{self.path} of step {self.step}"
+
+
+class Done(NamedTuple):
+    """A step that has been made and not yet looked at."""
+
+    step: int
+    lr: float
+    loss: Tensor
+    gradient: Tensor
+    seconds: float
+    waited: float
+
+
+def train(
+    run: Run,
+    batches: Iterator[Batch],
+    validate: Callable[[], Score],
+    report: Report,
+    keeper: Keeper,
+    signals: Signals,
+) -> bool:
+    """Go on until the last step; whether that was reached, and no signal came before."""
+    recent: list[Done] = []
+    losses: list[float] = []
+    began = time.monotonic() - run.seconds
+    while run.step < run.steps:
+        recent.append(advance(run, batches, report))
+        run.seconds = time.monotonic() - began
+        is_epoch = run.step % run.order.steps_per_epoch == 0
+        # The clock of the first rank counts: a checkpoint is written by all together.
+        is_due, is_stopped = run.world.any(
+            run.world.is_first and keeper.is_due, signals.received is not None
+        )
+        if is_epoch or is_due or is_stopped or len(recent) >= run.options.log_every:
+            losses += settle(run, recent, report, keeper)
+            recent.clear()
+        if is_epoch:
+            score = validate()
+            report.skip(score.skipped)
+            report.epoch(math.fsum(losses) / len(losses), score)
+            losses.clear()
+            run.seconds = time.monotonic() - began
+        if is_due or is_stopped or run.step == run.steps:
+            keeper.save(run)
+        if is_stopped:
+            return False
+    return True
+
+
+def advance(run: Run, batches: Iterator[Batch], report: Report) -> Done:
+    """One step of the optimizer, on all parts of its batch."""
+    options, device = run.options, run.world.device
+    start, waited = time.monotonic(), 0.0
+    to_training(run.model, options.freeze)
+    run.schedule.step_update(run.step)
+    total = torch.zeros((), device=device)
+    for part in range(options.accumulate):
+        before = time.monotonic()
+        images, labels, skipped = next(batches)
+        waited += time.monotonic() - before
+        report.skip(skipped)
+        images, labels = (t.to(device, non_blocking=True) for t in (images, labels))
+        if options.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with reducing(run.net, is_last=part == options.accumulate - 1):
+            with autocast(options, run.world):
+                logits = run.net(images)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=options.label_smoothing)
+            run.scaler.scale(loss / options.accumulate).backward()
+        total += loss.detach() / options.accumulate
+    gradient = _update(run)
+    lr = run.optimizer.param_groups[0]["lr"]
+    run.step += 1
+    return Done(run.step, lr, total, gradient, time.monotonic() - start, waited)
+
+
+def _update(run: Run) -> Tensor:
+    """Move weights, their average and statistics; the gradient's length before it was clipped."""
+    trained = [p for p in run.model.parameters() if p.grad is not None]
+    run.scaler.unscale_(run.optimizer)
+    gradient = torch.nn.utils.clip_grad_norm_(trained, run.options.clip_grad or math.inf)
+    if isinstance(gradient, torch.distributed.tensor.DTensor):
+        gradient = gradient.full_tensor()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    share_statistics(run.model, run.world)
+    if run.ema is not None:
+        run.ema.update(run.model, step=run.step)
+    return gradient
+
+
+def settle(run: Run, recent: list[Done], report: Report, keeper: Keeper) -> list[float]:
+    """Look at steps: one that is not finite ends the run before anything of it is kept."""
+    sums = torch.stack([torch.stack([done.loss, done.gradient]) for done in recent]).double()
+    sums[:, 0] = run.world.total(sums[:, 0].contiguous()) / run.world.size
+    values = sums.tolist()
+    for done, (loss, gradient) in zip(recent, values, strict=True):
+        # A GradScaler looks for gradients that overflow, and skips them.
+        kinds = {"loss": loss} | ({} if run.scaler.is_enabled() else {"gradient": gradient})
+        for kind, value in kinds.items():
+            if not math.isfinite(value):
+                raise TrainError(
+                    f"train: expected a finite {kind}, got {value} in step {done.step} (epoch "
+                    f"{(done.step - 1) // run.order.steps_per_epoch + 1}), learning rate "
+                    f"{done.lr:.3g}; last good checkpoint: {keeper.described()}"
+                )
+    losses, gradients = zip(*values, strict=True)
+    report.log(
+        len(recent),
+        math.fsum(losses) / len(losses),
+        math.fsum(gradients) / len(gradients),
+        sum(done.seconds for done in recent),
+        sum(done.waited for done in recent),
+    )
+    return list(losses)

@@ -1,0 +1,94 @@
+"""The model by name, its norms, the parts that stay frozen, the weights it starts from."""
+
+import math
+import warnings
+
+import torch
+from torch import nn
+
+from ..mbconv import NORM_LAYER, MBConv
+from ..models.checkpoints import load_checkpoint
+from ..models.create import config_of
+from ..models.revbifpn import RevBiFPN
+from ..models.sizes import Config
+from .data import MODES
+from .options import Options, TrainError
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Groups of eight channels, or fewer where eight do not divide them."""
+    return nn.GroupNorm(channels // math.gcd(channels, 8), channels, eps=1e-3)
+
+
+def config(options: Options, classes: int) -> Config:
+    settings = dict(options.settings)
+    for name, value in (
+        ("drop_rate", options.drop),
+        ("drop_path_rate", options.drop_path),
+        ("lattice", options.lattice),
+    ):
+        if value is not None:
+            settings[name] = value
+    settings["norm_layer"] = group_norm if options.norm == "group" else NORM_LAYER
+    for name in ("num_classes", "neck"):
+        if name in settings:
+            raise TrainError(f"train: --set cannot change {name}, got {settings[name]}")
+    try:
+        numbers = config_of(options.model, classes, True, settings)
+    except (TypeError, ValueError) as error:
+        raise TrainError(f"train: --model or --set: {error}") from error
+    if numbers.in_chans not in MODES:
+        raise TrainError(f"train: --set in_chans must be 1 or 3, got {numbers.in_chans}")
+    return numbers
+
+
+def build(options: Options, numbers: Config) -> RevBiFPN:
+    """The model on the CPU, in its state before the first step."""
+    torch.manual_seed(options.seed)
+    model = RevBiFPN(numbers, reversible=options.reversible)
+    if options.checkpoint is not None:
+        try:
+            load_checkpoint(model, options.checkpoint)
+        except (OSError, ValueError) as error:
+            raise TrainError(f"train: --checkpoint: {error}") from error
+        if options.new_head:
+            model.reset_classifier(numbers.num_classes)
+    elif options.new_head:
+        raise TrainError("train: --new-head needs --checkpoint, got none")
+    freeze(model, options.freeze)
+    return model
+
+
+def freeze(model: RevBiFPN, parts: tuple[str, ...]) -> None:
+    for part in parts:
+        try:
+            module = model.get_submodule(part)
+        except AttributeError:
+            known = [name for name, _ in model.named_children()]
+            raise TrainError(
+                f"train: --freeze must name parts of the model, such as {', '.join(known)} or "
+                f"body.0, got {part!r}"
+            ) from None
+        module.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise TrainError(f"train: --freeze must leave parameters to train, got {','.join(parts)}")
+
+
+def to_training(model: nn.Module, frozen: tuple[str, ...]) -> None:
+    """Frozen parts keep their running statistics, and drop nothing."""
+    model.train()
+    for part in frozen:
+        model.get_submodule(part).eval()
+
+
+def compile_parts(model: RevBiFPN, backend: str) -> None:
+    """A chain breaks the compiler's graph, its transforms do not; stored it has no chains."""
+    if not model.reversible:
+        model.compile(backend=backend)
+        return
+    # Every width and level is a graph of its own: more than the default limit of one function.
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 1024)
+    warnings.filterwarnings("ignore", module="torch._inductor")
+    for module in model.modules():
+        if isinstance(module, MBConv):
+            module.compile(backend=backend)

@@ -1,0 +1,175 @@
+"""A whole run: put together, trained, tested, written down."""
+
+import itertools
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch.utils.data import DataLoader
+
+from ..models.cost import training_memory
+from ..models.revbifpn import RevBiFPN
+from ..models.sizes import Config
+from . import augment, checkpoint, data, evaluate, loop, networks, state
+from .options import Options, TrainError
+from .order import Parts
+from .processes import World, joined
+from .report import MIB, Report
+from .state import Run
+
+WEIGHTS = "weights.safetensors"
+
+
+def main(options: Options) -> int:
+    """Train as asked; 0 if the last step was reached, 128 + the signal if one came before."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    with joined(options) as world:
+        found, config, side = prepare(options)
+        if options.memory:
+            if world.is_first:
+                print_memory(options, config, side)
+            return 0
+        out = _out(options, world)
+        run = state.start(options, world, config, found)
+        keeper = loop.Keeper(out, options.checkpoint_minutes, lambda text: report.warn(text))
+        _resume(run, keeper)
+        report = Report(run, out)
+        with loop.Signals() as signals:
+            is_complete = _train(run, found, side, report, keeper, signals)
+        if not is_complete:
+            kind = signal.Signals(signals.received or signal.SIGTERM)
+            report.bar.close()
+            report.say(
+                f"stopped by {kind.name} after step {run.step} of {run.steps}; checkpoint: "
+                f"{keeper.described()}; continue with --out {out} --resume auto"
+            )
+            return 128 + kind
+        return 0
+
+
+def prepare(options: Options) -> tuple[data.Data, Config, int]:
+    """Data, the model's numbers and the side of images, which depend on each other."""
+    config = networks.config(options, 1)
+    side = options.image_size or config.resolution
+    if options.data is None:
+        found = data.digits(config.in_chans, side, options.split_seed)
+    else:
+        found = data.folder(options.data, config.in_chans, side, options.split_seed)
+    return found, networks.config(options, len(found.classes)), side
+
+
+def _out(options: Options, world: World) -> Path:
+    """The run's folder, the same on all ranks; a run that is in it already is not overwritten."""
+    name = Path(options.data).resolve().name if options.data else "digits"
+    out = Path(world.gathered(options.out or _new_folder(f"runs/{name}-"))[0])
+    if options.resume == "never" and (out / checkpoint.NAME).exists():
+        raise TrainError(
+            f"train: --out must be a new folder without --resume auto, got {out} with a checkpoint"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    world.any(False)  # no rank writes there before all have looked
+    return out
+
+
+def _new_folder(start: str) -> str:
+    """With the time, and a number if another run began in the same second."""
+    stem = start + time.strftime("%Y%m%d-%H%M%S")
+    names = itertools.chain([stem], (f"{stem}-{k}" for k in itertools.count(2)))
+    return next(name for name in names if not os.path.exists(name))
+
+
+def _resume(run: Run, keeper: loop.Keeper) -> None:
+    if keeper.path.exists():
+        state.restore(run, checkpoint.load(keeper.path))
+        keeper.step = run.step
+
+
+def _train(run: Run, found: data.Data, side: int, report: Report, keeper, signals) -> bool:
+    options, mode = run.options, data.MODES[run.config.in_chans]
+    transform = augment.for_evaluation(options, mode, side)
+    blank = torch.zeros(run.config.in_chans, side, side)
+    val, test = (data.Evaluation(part, transform, blank) for part in (found.val, found.test))
+    report.say(
+        f"{len(found.train.labels)} images to train on, {len(val)} to validate, {len(test)} to "
+        f"test{' (the same)' if found.test is found.val else ''}, {len(found.classes)} classes; "
+        f"{sum(p.numel() for p in run.model.parameters()):,} parameters; from step {run.step} of "
+        f"{run.steps}"
+    )
+    report.skip(found.skipped)
+    is_complete = loop.train(
+        run,
+        iter(_batches(run, found, mode, side)),
+        lambda: evaluate.evaluate(run.result, val, options, run.world),
+        report,
+        keeper,
+        signals,
+    )
+    if is_complete:
+        score = evaluate.evaluate(run.result, test, options, run.world)
+        report.skip(score.skipped)
+        write_result(run, found.classes, test, report)
+        report.finish(score)
+    return is_complete
+
+
+def _batches(run: Run, found: data.Data, mode: str, side: int) -> DataLoader:
+    """All parts of all steps that are left."""
+    options, world = run.options, run.world
+    order = Parts(run.order, run.step, run.steps, options.accumulate, world.rank, world.size)
+    views = data.Training(found.train, augment.for_training(options, mode, side), options.seed)
+    return DataLoader(
+        views,
+        batch_sampler=order,
+        collate_fn=augment.Collate(len(found.classes), options.mixup, options.cutmix),
+        num_workers=options.workers,
+        worker_init_fn=_ignore_signals,
+        pin_memory=world.device.type == "cuda",
+        generator=torch.Generator(),  # not the global one, whose state is part of the run
+    )
+
+
+def _ignore_signals(worker: int) -> None:
+    """A terminal signals all processes, and the run needs its images until it has ended."""
+    for kind in loop.Signals.KINDS:
+        signal.signal(kind, signal.SIG_IGN)
+
+
+def write_result(run: Run, classes: list[str], test: data.Evaluation, report: Report) -> None:
+    """The weights that were tested, and what is to be exported."""
+    weights = state.get_model_state_dict(run.result, options=state.WHOLE)
+    if not run.world.is_first:
+        return
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    path = report.out / WEIGHTS
+    try:
+        checkpoint.write_atomically(path, safetensors.torch.save(tensors))
+    except OSError as error:
+        raise TrainError(
+            f"train: {path} not written: {error}; the run is kept in {report.out}: make room and "
+            "run again with --resume auto"
+        ) from error
+    if run.options.export is not None:
+        from .export import export
+
+        network = RevBiFPN(run.config)
+        network.load_state_dict(weights)
+        report.say(export(network, Path(run.options.export), test, classes))
+
+
+def print_memory(options: Options, config: Config, side: int) -> None:
+    """What a step takes on top of weights, gradients and optimizer, counted on fake tensors."""
+    dtype = None if options.amp == "none" else getattr(torch, options.amp)
+    print(f"{'images':>6}{'mode':>14}{'held MiB':>12}{'peak MiB':>12}")
+    for images in (2, 16):
+        for reversible in (True, False):
+            model = RevBiFPN(config, reversible=reversible)
+            shape = (images, config.in_chans, side, side)
+            held, peak = (n / MIB for n in training_memory(model, shape, autocast=dtype))
+            name = "reversible" if reversible else "stored"
+            print(f"{images:6}{name:>14}{held:12.1f}{peak:12.1f}")
+    sys.stdout.flush()

@@ -1,0 +1,185 @@
+"""Nothing is lost: runs that are stopped, killed, out of disk or out of numbers."""
+
+import errno
+import os
+import random
+import resource
+import signal
+import time
+
+import pytest
+import torch
+from trainings import (
+    STEPS,
+    TINY,
+    assert_same_run,
+    checkpoint,
+    finished,
+    losses,
+    rows,
+    started,
+    train,
+    wait_for_step,
+)
+
+from revbifpn_kernels.train import checkpoint as files
+from revbifpn_kernels.train.__main__ import main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+# All that draws numbers: order, augmentation, mixing, dropout, stochastic depth.
+DRAWING = (
+    *("--augment=affine", "--mixup=0.2", "--drop=0.2", "--drop-path=0.2"),
+    *("--log-every=1", "--accumulate=2", "--epochs=2"),
+)
+EVERY_STEP = "--checkpoint-minutes=0"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    assert finished(*DRAWING, f"--out={out}") == 0
+    return out
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_between_steps_and_it_goes_on_bit_for_bit(
+    kind, uninterrupted, tmp_path
+):
+    again = (*DRAWING, f"--out={tmp_path}", "--resume=auto", "--workers=1")
+    process = started(*again)
+    wait_for_step(tmp_path, 2)  # in the middle of an epoch
+    os.kill(process.pid, kind)
+    process.join(60)
+    assert process.exitcode == 128 + kind
+    assert 2 <= checkpoint(tmp_path)["step"] < STEPS
+    assert finished(*again, "--workers=0") == 0
+    assert_same_run(tmp_path, uninterrupted)
+    assert losses(tmp_path) == losses(uninterrupted)
+    for table in ("steps.csv", "epochs.csv"):
+        steps = [[row["step"] for row in rows(out / table)] for out in (tmp_path, uninterrupted)]
+        assert steps[0] == steps[1]
+
+
+def kill_at_random_moments(out, options, kills: int, seed: int) -> list[int]:
+    """Start the run again and again, kill it each time; the steps that its checkpoints are of."""
+    draw = random.Random(seed)
+    steps = []
+    for _ in range(kills):
+        process = started(*options, f"--out={out}", "--resume=auto", EVERY_STEP)
+        time.sleep(draw.uniform(0.2, 1.2))
+        process.kill()
+        process.join()
+        steps.append(checkpoint(out)["step"] if (out / "checkpoint.pt").exists() else 0)
+    assert finished(*options, f"--out={out}", "--resume=auto", EVERY_STEP) == 0
+    return steps
+
+
+def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_bits(uninterrupted, tmp_path):
+    steps = kill_at_random_moments(tmp_path, DRAWING, 3, seed=0)
+    assert steps == sorted(steps)
+    assert_same_run(tmp_path, uninterrupted)
+    assert losses(tmp_path) == losses(uninterrupted)
+
+
+@pytest.mark.slow
+def test_twenty_kills(tmp_path):
+    options = (*DRAWING, "--epochs=20")
+    assert finished(*options, f"--out={tmp_path / 'whole'}") == 0
+    steps = kill_at_random_moments(tmp_path / "killed", options, 20, seed=1)
+    print(steps)
+    assert steps == sorted(steps) and len(set(steps)) > 10 and steps[-1] < 80
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_a_kill_between_two_steps_loses_no_more_than_the_interval(tmp_path, monkeypatch):
+    """The file on the disk is at each moment of the step before, or of this one."""
+    seen = []
+    replace = os.replace
+
+    def watched(source, target):
+        if str(target).endswith("checkpoint.pt"):
+            before = checkpoint(tmp_path)["step"] if os.path.exists(target) else 0
+            seen.append((before, torch.load(source, weights_only=True)["step"]))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    train(tmp_path, EVERY_STEP)
+    assert seen == [(step, step + 1) for step in range(STEPS)]
+
+
+def test_a_file_is_old_or_new_never_half(tmp_path):
+    path = tmp_path / "file"
+    files.write_atomically(path, b"old" * 1000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # the disk fails in mid-file
+        with pytest.raises(OSError):
+            files.write_atomically(path, b"new" * 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == b"old" * 1000
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path, monkeypatch, capsys):
+    write, calls = files.write_atomically, []
+
+    def full(path, content):
+        calls.append(path)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_atomically", full)
+        assert main([*TINY, f"--out={tmp_path}", EVERY_STEP]) == 1
+    said = capsys.readouterr().err
+    assert "checkpoint of step 3 not written" in said
+    assert "No space left on device; that of step 2 stays" in said
+    assert "make room and run again with --resume auto" in said
+    assert checkpoint(tmp_path)["step"] == 2
+    assert main([*TINY, f"--out={tmp_path}", "--resume=auto"]) == 0
+    assert "from step 2 of 8" in capsys.readouterr().out
+
+
+def test_a_changed_configuration_is_refused_with_the_difference(tmp_path, capsys):
+    train(tmp_path)
+    changed = ["--resume=auto", "--lr=0.5", "--set=features=48", "--split-seed=1", "--workers=1"]
+    assert main([*TINY, f"--out={tmp_path}", *changed]) == 1
+    said = capsys.readouterr().err
+    assert "--lr: 0.004 in the checkpoint, 0.5 now" in said
+    assert "features: 24 in the checkpoint, 48 now" in said
+    assert "--split-seed: 0 in the checkpoint, 1 now" in said
+    assert "training images: 1259 images, " in said
+    assert "--workers" not in said
+
+
+def test_a_finished_run_is_only_tested_again(tmp_path, capsys):
+    train(tmp_path)
+    before = checkpoint(tmp_path)
+    curve = losses(tmp_path)
+    capsys.readouterr()
+    train(tmp_path, "--resume=auto")
+    assert "test accuracy" in capsys.readouterr().out.splitlines()[-1]
+    assert checkpoint(tmp_path)["step"] == before["step"] and losses(tmp_path) == curve
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(b"PK\x03\x04 nothing more")
+    assert main([*TINY, f"--out={tmp_path}", "--resume=auto"]) == 1
+    said = capsys.readouterr().err
+    assert f"{path} is damaged" in said and "start anew in another --out" in said
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
+    wild = ["--lr=1e30", "--clip-grad=0", "--warmup-epochs=1", "--log-every=2", EVERY_STEP]
+    assert main([*TINY, f"--out={tmp_path}", *wild]) == 1
+    said = capsys.readouterr().err
+    kept = checkpoint(tmp_path)
+    assert f"in step {kept['step'] + 1} (epoch 1), learning rate " in said
+    assert f"last good checkpoint: {tmp_path}/checkpoint.pt of step {kept['step']}" in said
+    assert all(t.isfinite().all() for t in kept["model"].values())
