@@ -138,6 +138,12 @@ REVBIFPN_INLINE void walk_group(const NormJob<accumulator_t<T>> &job,
   T *y = Op::WRITES ? job.y.template at<T>(n, c, 0, begin) : nullptr;
   lane_vector<accumulator_t<T>> sums[Op::SUMS + 1] = {};
   for (int64_t pixel = begin; pixel < end; ++pixel) {
+    // The next group's: the lines of a block lie too far apart for the hardware to foresee.
+    __builtin_prefetch(x + GROUP * job.x.stride_w);
+    if constexpr (Op::READS_GRAD)
+      __builtin_prefetch(grad + GROUP * job.grad.stride_w);
+    if constexpr (Op::WRITES)
+      __builtin_prefetch(y + GROUP * job.y.stride_w, 1);
     step_at<Op>(factors, x, grad, y, IS_WHOLE ? LANES : lanes, sums);
     x += job.x.stride_w;
     if constexpr (Op::READS_GRAD)
