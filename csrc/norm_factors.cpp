@@ -2,38 +2,23 @@
 
 #include <tuple>
 
-#include "common.h"
+#include "sums.h"
 
 namespace revbifpn {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
 constexpr const char *OP = "norm_factors";
-
-template <class T>
-const T *values_of(const char *name, const OptionalTensor &tensor, int64_t elements,
-                   ScalarType type) {
-  if (!tensor)
-    return nullptr;
-  STD_TORCH_CHECK(tensor->is_cpu() && tensor->scalar_type() == type &&
-                      tensor->numel() == elements && tensor->is_contiguous(),
-                  OP, ": ", name, " must be contiguous, of ", elements,
-                  " elements of mean's dtype");
-  return static_cast<const T *>(tensor->data_ptr());
-}
 
 template <class T>
 void fill(const Tensor &mean, const Tensor &invstd, const OptionalTensor &weight,
           const OptionalTensor &bias, const OptionalTensor &kept, const Tensor &scale,
           const Tensor &shift) {
   const int64_t samples = scale.size(0), channels = scale.size(1);
-  const ScalarType type = mean.scalar_type();
-  const T *means = values_of<T>("mean", mean, channels, type);
-  const T *invstds = values_of<T>("invstd", invstd, channels, type);
-  const T *weights = values_of<T>("weight", weight, channels, type);
-  const T *biases = values_of<T>("bias", bias, channels, type);
-  const T *factors = values_of<T>("kept", kept, samples, type);
+  const T *means = values_of<T>(OP, "mean", mean, channels);
+  const T *invstds = values_of<T>(OP, "invstd", invstd, channels);
+  const T *weights = values_of<T>(OP, "weight", weight, channels);
+  const T *biases = values_of<T>(OP, "bias", bias, channels);
+  const T *factors = values_of<T>(OP, "kept", kept, samples);
   T *scales = static_cast<T *>(scale.data_ptr()), *shifts = static_cast<T *>(shift.data_ptr());
   for (int64_t n = 0; n < samples; ++n) {
     const T factor = factors == nullptr ? T(1) : factors[n];

@@ -26,16 +26,20 @@ Tensor maps_of_pixels(const Tensor &pixels, const Tensor &like) {
 }
 
 /// (O, C) of weights (O, C, 1, 1).
-Tensor matrix_of(const char *op, const Tensor &weight, int64_t channels) {
+Tensor matrix_of(const char *op, const Tensor &weight, const Tensor &x) {
+  const int64_t channels = x.size(1);
   STD_TORCH_CHECK(weight.dim() == 4 && weight.numel() == weight.size(0) * channels, op,
                   ": weight must have shape (O, ", channels, ", 1, 1)");
+  STD_TORCH_CHECK(channels > 0 && weight.size(0) > 0 && weight.is_cpu() &&
+                      weight.scalar_type() == x.scalar_type(),
+                  op, ": weight must have channels on both sides, x's dtype and device");
   return stable::reshape(weight, {weight.size(0), channels});
 }
 
 Tensor pointwise_conv_cpu(const Tensor &x, const Tensor &weight) {
   const char *op = "pointwise_conv";
   maps_of(op, x); // checks
-  const Tensor matrix = matrix_of(op, weight, x.size(1));
+  const Tensor matrix = matrix_of(op, weight, x);
   return maps_of_pixels(stable::matmul(pixels_of(x), stable::transpose(matrix, 0, 1)), x);
 }
 
@@ -44,10 +48,12 @@ std::tuple<Tensor, Tensor> pointwise_conv_backward_cpu(const Tensor &grad, const
   const char *op = "pointwise_conv_backward";
   maps_of(op, x); // checks
   maps_of(op, grad);
-  const Tensor matrix = matrix_of(op, weight, x.size(1)), pulled = pixels_of(grad);
-  STD_TORCH_CHECK(grad.size(1) == weight.size(0) && grad.size(0) == x.size(0) &&
-                      grad.size(2) == x.size(2) && grad.size(3) == x.size(3),
-                  op, ": grad must have the shape of the convolution's result");
+  const Tensor matrix = matrix_of(op, weight, x);
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.size(1) == weight.size(0) &&
+                      grad.size(0) == x.size(0) && grad.size(2) == x.size(2) &&
+                      grad.size(3) == x.size(3),
+                  op, ": grad must have the shape and dtype of the convolution's result");
+  const Tensor pulled = pixels_of(grad);
   const Tensor grad_weight = stable::matmul(stable::transpose(pulled, 0, 1), pixels_of(x));
   return {maps_of_pixels(stable::matmul(pulled, matrix), x),
           stable::view(grad_weight, {weight.size(0), weight.size(1), 1, 1})};

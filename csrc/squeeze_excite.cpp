@@ -108,6 +108,11 @@ Tensor dense(const Tensor &tensor) {
              : torch::stable::contiguous(tensor, torch::headeronly::MemoryFormat::Contiguous);
 }
 
+void check_means(const char *op, const Tensor &means) {
+  STD_TORCH_CHECK(means.dim() == 2, op, ": means must have shape (N, C), got ", means.dim(),
+                  " dimensions");
+}
+
 /// Calls `function` with the network of dense arguments.
 template <class Function>
 void with_network(const char *op, const Tensor &means, const Tensor &reduce_weight,
@@ -123,8 +128,6 @@ void with_network(const char *op, const Tensor &means, const Tensor &reduce_weig
                           values_of<Acc>(op, "expand_bias", expand_bias, channels), images,
                           channels, hidden, act_of(op, act)});
   };
-  STD_TORCH_CHECK(means.dim() == 2, op, ": means must have shape (N, C), got ", means.dim(),
-                  " dimensions");
   if (means.scalar_type() == ScalarType::Double)
     call(double{});
   else
@@ -134,6 +137,7 @@ void with_network(const char *op, const Tensor &means, const Tensor &reduce_weig
 Tensor squeeze_excite_gates_cpu(const Tensor &means, const Tensor &reduce_weight,
                                 const Tensor &reduce_bias, const Tensor &expand_weight,
                                 const Tensor &expand_bias, const std::string &act) {
+  check_means("squeeze_excite_gates", means);
   Tensor gates = empty_sums(means, {means.size(0), means.size(1)});
   with_network("squeeze_excite_gates", dense(means), dense(reduce_weight), dense(reduce_bias),
                dense(expand_weight), dense(expand_bias), act, [&]<class Acc>(Network<Acc> network) {
@@ -179,6 +183,7 @@ squeeze_excite_gates_backward_cpu(const Tensor &grad_gates, const Tensor &means,
                                   const Tensor &expand_weight, const Tensor &expand_bias,
                                   const std::string &act) {
   const char *op = "squeeze_excite_gates_backward";
+  check_means(op, means);
   const auto empty_like = [&](const Tensor &tensor) {
     const auto sizes = tensor.sizes();
     return empty_sums(means, std::vector<int64_t>(sizes.begin(), sizes.end()));
@@ -203,7 +208,11 @@ norm_act_excite_grad_cpu(const Tensor &grad, const Tensor &x, const Tensor &mean
                          const Tensor &reduce_weight, const Tensor &reduce_bias,
                          const Tensor &expand_weight, const Tensor &expand_bias,
                          const std::string &act, const std::string &squeeze_act, bool is_batch) {
-  constexpr int64_t OF_GATES = 4; // among the sums
+  constexpr int64_t OF_GATES = 4;     // among the sums
+  maps_of("norm_act_excite_grad", x); // checks
+  check_means("norm_act_excite_grad", means);
+  STD_TORCH_CHECK(means.size(0) == x.size(0) && means.size(1) == x.size(1),
+                  "norm_act_excite_grad: means must have x's (N, C)");
   const Tensor sums = norm_act_sums_cpu(grad, x, mean, invstd, weight, bias, act, true);
   const auto [grad_means, grad_reduce, grad_reduce_bias, grad_expand, grad_expand_bias] =
       squeeze_excite_gates_backward_cpu(torch::stable::select(sums, 0, OF_GATES), means,

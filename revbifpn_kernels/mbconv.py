@@ -103,20 +103,21 @@ class MBConv(nn.Sequential):
         """What runs fused, and whether the last norm is left to who reads the result; None where
         the modules must run. Decided in the first of two runs."""
         recorder = replay.recorder()
-        plans = {} if recorder is None else recorder.run.plans
-        if self not in plans:
-            # In evaluation PyTorch's norms, without statistics to take, are as fast on CPUs: 0.9 of
-            # the time (2-core EPYC, S0 and S2, 2026-11-24). Not by whether a graph is wanted, which
-            # would let `inverse` round otherwise than the forward.
-            # A run that nobody records is one that a block must refuse or hide, as modules let it.
-            is_hidden = recorder is None and replay.is_replaying()
-            may_run = self.training and not is_hidden and can_run(x)
-            stages = _stages_of(self) if may_run else None
-            is_fused = stages is not None and all(stage.fits(x) for stage in stages)
-            plans[self] = None
-            if is_fused:
-                plans[self] = stages, replay.may_leave_norm(self) and is_unwatched(self)
-        return plans[self]
+        return self._decide(x) if recorder is None else recorder.plan(lambda: self._decide(x))
+
+    def _decide(self, x: Tensor) -> tuple[list[Stage], bool] | None:
+        # In evaluation PyTorch's norms, without statistics to take, are as fast on CPUs: 0.9 of
+        # the time (2-core EPYC, S0 and S2, 2026-11-24). Not by whether a graph is wanted, which
+        # would let `inverse` round otherwise than the forward.
+        # A run that nobody records is one that a block must refuse or hide, as modules let it.
+        is_hidden = replay.recorder() is None and replay.is_replaying()
+        may_run = self.training and not is_hidden and can_run(x)
+        stages = _stages_of(self) if may_run else None
+        if stages is None or not all(stage.fits(x) for stage in stages):
+            return None
+        # A subclass's forward expects maps.
+        is_plain = type(self).forward is MBConv.forward and is_unwatched(self)
+        return stages, is_plain and replay.may_leave_norm(self)
 
 
 class ConvNorm(nn.Sequential):

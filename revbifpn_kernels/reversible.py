@@ -10,7 +10,6 @@ and puts the inputs on the tape for the block before. What is held does not grow
 """
 
 import functools
-import weakref
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -111,7 +110,8 @@ class Tape:
         self.check = check
         self.first: int | None = None  # the first block that keeps a graph
         self.outputs: dict[int, list[Tensor]] = {}
-        self.recomputed: dict[int, weakref.ref] = {}  # graph nodes of blocks that keep inputs
+        # In the forward, of the block before if it keeps its inputs: its call, and these.
+        self.before: tuple[_Call, Streams] | None = None
         self.last: list[tuple] | None = None  # what the block before returned, in the forward
 
     def check_unchanged(self, index: int, block: nn.Module, xs: Streams) -> None:
@@ -135,7 +135,7 @@ class Tape:
 
 
 class _Call(NamedTuple):
-    """One block in one forward call."""
+    """One block in one forward call; `before` computes its inputs again if they are not kept."""
 
     block: Reversible
     replay: Replay
@@ -143,17 +143,22 @@ class _Call(NamedTuple):
     index: int
     inputs: int
     parameters: list[Tensor]
+    before: "_Call | None" = None
 
     def saved(self, xs: Streams, ys: Streams) -> Streams:
-        """The streams to save: none if other blocks will restore or compute them."""
+        """The streams to save: none if the block after this one will restore the outputs."""
         if self.block.keeps_inputs:
-            return () if self.follows_another else xs
+            return xs
         return ys if self.index == self.tape.blocks - 1 else ()
 
-    @property
-    def follows_another(self) -> bool:
-        """Whether the inputs are computed again by the block before."""
-        return self.block.reruns_before and self.index - 1 in self.tape.recomputed
+    def inputs_again(self, xs: list[Tensor]) -> list[Tensor]:
+        """What `xs` are the inputs of `before` for."""
+        if self.before is None:
+            return xs
+        replay = self.before.replay
+        xs = self.before.inputs_again(xs)
+        with replay.held.restored(), replay.second(), torch.no_grad():
+            return list(compute_of(self.before.block)(self.before.block, *xs))
 
 
 class _Block(torch.autograd.Function):
@@ -179,9 +184,11 @@ class _Block(torch.autograd.Function):
         buffers = call.replay.held.buffers_read(call.replay.moved())
         ctx.call = call
         ctx.channels_last = [y.dim() == 4 and Geometry.of(y).channels_last for y in ys]
-        if call.block.keeps_inputs:
-            call.tape.recomputed[call.index] = weakref.ref(ctx)
-        streams = call.saved(xs, ys)
+        if call.before is None:
+            streams = call.saved(xs, ys)
+        else:
+            streams = call.tape.before[1]
+        call.tape.before = (call, streams) if call.block.keeps_inputs else None
         ctx.saved_streams = len(streams)
         # Parameters and buffers are saved so that autograd notices a change before the backward.
         ctx.save_for_backward(*streams, *call.replay.held.unique_parameters, *buffers)
@@ -196,7 +203,9 @@ class _Block(torch.autograd.Function):
                 f"{type(call.block).__name__}: a gradient of gradients (create_graph=True) needs "
                 "stored activations; set reversible=False"
             )
-        ys = _streams_again(ctx)
+        saved = [y.detach() for y in ctx.saved_tensors[: ctx.saved_streams]]
+        ys = call.inputs_again(saved) if saved else call.tape.take(call.index, call.block)
+        del saved
         step = Step(call.replay, ctx.needs_input_grad[1 : 1 + call.inputs])
         call.replay.stand_ins = call.replay.held.stand_ins()
         with call.replay.held.restored() as stand_ins:
@@ -208,24 +217,11 @@ class _Block(torch.autograd.Function):
                 ],
                 step,
             )
-        if call.index > call.tape.first and call.index - 1 not in call.tape.recomputed:
+        if call.index > call.tape.first and call.before is None:
             call.tape.outputs[call.index - 1] = list(xs)
         stand_ins |= call.replay.stand_ins
         used = [stand_ins.get(id(p), p) for p in call.parameters]
         return None, *grad_xs, *(step.parameter_grads.get(id(p)) for p in used)
-
-
-def _streams_again(ctx) -> list[Tensor]:
-    """What a block's backward starts from: its outputs, or its inputs where it keeps those."""
-    call = ctx.call
-    saved = [y.detach() for y in ctx.saved_tensors[: ctx.saved_streams]]
-    if saved or not call.block.keeps_inputs:
-        return saved or call.tape.take(call.index, call.block)
-    before = call.tape.recomputed[call.index - 1]()
-    again = before.call
-    xs = _streams_again(before)
-    with again.replay.held.restored(), again.replay.second(), torch.no_grad():
-        return list(compute_of(again.block)(again.block, *xs))
 
 
 class _Place(NamedTuple):
@@ -267,11 +263,13 @@ def _call_alone(block: Reversible, compute: Callable, place: _Place, xs: Streams
     replay = Replay(block, place.tape.check)
     parameters = [p for p in replay.held.unique_parameters if p.requires_grad]
     if not parameters and not any(x.requires_grad for x in xs):
+        place.tape.before = None
         with torch.no_grad():
             return compute(block, *xs)
     if place.tape.first is None:
         place.tape.first = place.index
-    call = _Call(block, replay, *place, len(xs), parameters)
+    before = place.tape.before[0] if block.reruns_before and place.tape.before else None
+    call = _Call(block, replay, *place, len(xs), parameters, before)
     return _Block.apply(call, *xs, *parameters)
 
 
@@ -291,6 +289,7 @@ def _run_with_tape(chain: "ReversibleSequential", xs: Streams) -> Streams:
     tape = Tape(len(chain), chain.check)
     for index, block in enumerate(chain):
         xs = block(*xs, place=_Place(tape, index))
+    tape.before = None  # its calls refer to the tape
     return xs
 
 

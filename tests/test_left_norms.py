@@ -174,3 +174,37 @@ def test_stored_activations_differentiate_twice():
     x = torch.randn(2, 16, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(net, x)
     assert torch.autograd.gradgradcheck(net, x)
+
+
+class LayerScaled(MBConv):
+    def forward(self, x):
+        return super().forward(x) * 0.5
+
+
+@over_modes
+def test_subclasses_see_maps(monkeypatch, reversible):
+    net = RevBlock(LayerScaled(8, 8), make(OPTIONS["plain"], torch.float32, (8, 8))).double()
+    xs = streams(block)
+    ours = results(net, xs, reversible)
+    assert error(ours, as_modules(monkeypatch, net, xs, reversible=False)) < 1e-7
+
+
+class TwiceOnce(nn.Module):
+    """Calls one MBConv as the edge of a silo of its own, which takes scaled sources, and alone."""
+
+    def __init__(self, is_silo_first):
+        super().__init__()
+        self.inner = RevSilo({(0, 1): MBConv(8, 8)})
+        self.is_silo_first = is_silo_first
+
+    def forward(self, x):
+        module = self.inner.down["0_1"]
+        alone = None if self.is_silo_first else module(x)
+        fused = self.inner(x, x)[1]
+        return fused + (module(x) if alone is None else alone)
+
+
+@pytest.mark.parametrize("is_silo_first", [True, False])
+def test_who_takes_the_result_decides_in_each_call(is_silo_first):
+    net, xs = RevBlock(TwiceOnce(is_silo_first), nn.Identity()).double(), streams(block)
+    assert error(results(net, xs), results(net, xs, reversible=False)) < 1e-12

@@ -58,9 +58,9 @@ def test_bad_input():
     with torch.device("meta"):
         meta = [t.to("meta") for t in (mean, invstd, weight, bias, kept)]
     norm_factors = torch.ops.revbifpn.norm_factors
-    with pytest.raises(ValueError, match="norm_factors: weight must have mean's"):
+    with pytest.raises(ValueError, match="norm_factors: weight must have"):
         norm_factors(*meta[:2], meta[2][:4], *meta[3:], samples)
-    with pytest.raises(ValueError, match=r"norm_factors: kept must have shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"norm_factors: kept must have \(\(4,\)"):
         norm_factors(*meta, 4)
     with pytest.raises(
         RuntimeError, match="norm_factors: invstd must be contiguous, of 5 elements"

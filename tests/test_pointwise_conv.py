@@ -68,13 +68,23 @@ def test_opcheck():
 
 def test_errors():
     grad, x, weight = inputs(SHAPES["even"], torch.float32)
-    with pytest.raises(ValueError, match=r"pointwise_conv: weight must have shape \(O, 32, 1, 1\)"):
+    with pytest.raises(ValueError, match=r"pointwise_conv: weight must have \(\(48, 32, 1, 1\)"):
         pointwise_conv(x, weight[:, :5])
-    with pytest.raises(ValueError, match="pointwise_conv: weight .* and torch.float64"):
+    with pytest.raises(ValueError, match="pointwise_conv: weight must have .*got .*float64"):
         pointwise_conv(x, weight.double())
-    with pytest.raises(ValueError, match="pointwise_conv_backward: grad must have shape"):
+    with pytest.raises(ValueError, match="pointwise_conv_backward: grad must have"):
         pointwise_conv_backward(grad[:, 1:], x, weight)
     with pytest.raises(RuntimeError, match="pointwise_conv: weight must have shape"):
         torch.ops.revbifpn.pointwise_conv(x, weight[:, :5])
     with pytest.raises(RuntimeError, match="pointwise_conv_backward: grad must have the shape"):
         torch.ops.revbifpn.pointwise_conv_backward(grad[:, 1:], x, weight)
+
+
+def test_no_channels_are_refused():
+    x, weight = torch.zeros(2, 0, 4, 4), torch.zeros(3, 0, 1, 1)
+    with pytest.raises(ValueError, match="pointwise_conv: "):
+        pointwise_conv(x, weight)
+    with pytest.raises(RuntimeError, match="must have channels on both sides"):
+        torch.ops.revbifpn.pointwise_conv(x, weight)
+    with pytest.raises(ValueError, match=r"pointwise_conv: weight must have .*meta"):
+        pointwise_conv(torch.zeros(2, 3, 4, 4), torch.zeros(3, 3, 1, 1, device="meta"))

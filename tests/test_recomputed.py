@@ -7,6 +7,7 @@ import torch
 from helpers import same_bits
 from tiny import tiny
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.memory import held_and_peak
 from revbifpn_kernels import Recomputed, ReversibleSequential
@@ -131,3 +132,21 @@ def test_models_do_not_hold_the_pyramid_unless_it_is_watched():
     twin.load_state_dict(net.state_dict())
     twin.head.register_forward_pre_hook(lambda module, xs: None)
     assert_same_bits(results(net, x), results(twin, x))
+
+
+def test_under_a_checkpoint_and_once_unpacked():
+    net, x = tiny(), torch.randn(2, 3, 64, 96, requires_grad=True)
+    twin = copy.deepcopy(net)
+    net(x).sin().sum().backward()
+    expected, x.grad = x.grad, None
+    checkpoint(twin, x, use_reentrant=False).sin().sum().backward()
+    torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_detached_block_before_it_is_run_again():
+    net = chain(Widening, Following)
+    stored = copy.deepcopy(net)
+    stored.reversible = False
+    for each in (net, stored):
+        each[0].register_forward_hook(lambda module, xs, ys: tuple(y.detach() for y in ys))
+    assert_same_bits(*(gradients_of_second(each) for each in (net, stored)))

@@ -16,7 +16,9 @@ from chains import (
     streams,
     transform,
 )
+from test_distributed import on_two_processes
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from revbifpn_kernels import RevBlock, ReversibleSequential
@@ -176,3 +178,17 @@ def test_evaluation_leaves_what_hooks_saw():
         net(*streams(silos))
     assert len(seen) == 6
     assert all(torch.equal(x, before) for x, before, _ in seen)
+
+
+def check_inner_sharding(rank: int) -> None:
+    block = RevBlock(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+    fully_shard(block.f)
+    fully_shard(block)
+    with pytest.raises(
+        RuntimeError, match=r"FSDPConv2d is sharded by itself .* fully_shard\(block\)"
+    ):
+        block(torch.randn(2, 8, 4, 4, requires_grad=True))
+
+
+def test_transforms_sharded_by_themselves_are_refused(tmp_path):
+    on_two_processes(check_inner_sharding, tmp_path)

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..mbconv import is_unwatched
 from ..ops.launch import Geometry
 from ..ops.resample import in_format
+from ..replay.held import parts_of
 from ..reversible import ReversibleSequential
 from .body import body
 from .checks import whole
@@ -160,8 +161,7 @@ class RevBiFPN(nn.Module):
             type(self.neck) is Neck
             and type(self.head) is Head
             and self.neck.reversible is self.head.reversible is True
-            and is_unwatched(self.neck)
-            and is_unwatched(self.head)
+            and all(map(is_unwatched, (*parts_of(self.neck), *parts_of(self.head))))
             and not getattr(self, "_is_replica", False)  # DataParallel's hide their parameters
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()

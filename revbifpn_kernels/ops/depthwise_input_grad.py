@@ -4,14 +4,15 @@ dx[n, c, h, w] = Σ_{i,j} grad[n, c, (h + padding − i)/stride, (w + padding �
 
 over the taps where both divide. grad (N, C, h, w), W (C, 1, k, k), dx (N, C, H, W). Reads grad from
 the caches and writes dx once. For half precision and strides PyTorch's takes 18 to 74 times as
-long; for float32, or without strides, it is mostly the faster one and is called, as it is on GPUs:
-see `fused_mbconv.py`.
+long (2-core AMD EPYC, one thread, torch 2.12, 2026-11-25: `benchmarks.bench_depthwise`); for
+float32, or without strides, it is mostly the faster one and is called, as it is on GPUs: see
+`fused_mbconv.py`.
 """
 
 import torch
 from torch import Tensor
 
-from .checks import check_maps
+from .checks import check_maps, check_values
 from .resample import library
 
 
@@ -37,12 +38,8 @@ def _check(grad: Tensor, weight: Tensor, height, width, stride: int, padding: in
         if value < least:
             raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
     kernel = weight.shape[-1]
-    expected = (grad.shape[1], 1, kernel, kernel), grad.dtype
-    if (tuple(weight.shape), weight.dtype) != expected:
-        raise ValueError(
-            f"{op}: weight must have shape (C, 1, k, k) and dtype of grad's {tuple(grad.shape)} "
-            f"and {grad.dtype}, got {tuple(weight.shape)} and {weight.dtype}"
-        )
+    expected = (grad.shape[1], 1, kernel, kernel), grad.dtype, grad.device
+    check_values(op, "weight", weight, expected)
     sides = tuple((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
     if tuple(grad.shape[2:]) != sides:
         raise ValueError(

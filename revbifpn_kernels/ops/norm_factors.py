@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import check_values
 from .launch import Launch
 from .resample import library
 from .tiling import BLOCK
@@ -84,16 +85,14 @@ library.impl("norm_factors", norm_factors_cuda, "CUDA")
 
 @torch.library.register_fake("revbifpn::norm_factors", lib=library)
 def _norm_factors_fake(mean, invstd, weight, bias, kept, samples):
-    expected = tuple(mean.shape), mean.dtype, mean.device
+    per_channel, per_sample = (
+        (shape, mean.dtype, mean.device) for shape in (tuple(mean.shape), (samples,))
+    )
     for name, values in (("invstd", invstd), ("weight", weight), ("bias", bias)):
-        got = expected if values is None else (tuple(values.shape), values.dtype, values.device)
-        if got != expected:
-            raise ValueError(f"norm_factors: {name} must have mean's {expected}, got {got}")
-    if kept is not None and (tuple(kept.shape), kept.dtype) != ((samples,), mean.dtype):
-        raise ValueError(
-            f"norm_factors: kept must have shape {(samples,)} and dtype {mean.dtype}, got "
-            f"{tuple(kept.shape)} and {kept.dtype}"
-        )
+        if values is not None:
+            check_values("norm_factors", name, values, per_channel)
+    if kept is not None:
+        check_values("norm_factors", "kept", kept, per_sample)
     return tuple(mean.new_empty(samples, len(mean)) for _ in range(2))
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_maps
+from .checks import check_maps, check_values
 from .resample import library
 
 pointwise_conv_reference = F.conv2d
@@ -34,12 +34,10 @@ library.define("pointwise_conv_backward(Tensor grad, Tensor x, Tensor weight) ->
 
 def _check(op: str, x: Tensor, weight: Tensor) -> None:
     check_maps(op, "x", x)
-    expected, got = (x.shape[1], 1, 1), tuple(weight.shape[1:])
-    if weight.dim() != 4 or got != expected or weight.dtype != x.dtype:
-        raise ValueError(
-            f"{op}: weight must have shape (O, {x.shape[1]}, 1, 1) and dtype {x.dtype}, got "
-            f"{tuple(weight.shape)} and {weight.dtype}"
-        )
+    shape = (len(weight) if weight.dim() == 4 else 0, x.shape[1], 1, 1)
+    check_values(op, "weight", weight, (shape, x.dtype, x.device))
+    if 0 in shape:
+        raise ValueError(f"{op}: weight must have channels on both sides, got {shape}")
 
 
 @torch.library.register_fake("revbifpn::pointwise_conv", lib=library)
@@ -58,11 +56,7 @@ def _check_backward(grad: Tensor, x: Tensor, weight: Tensor) -> None:
     op = "pointwise_conv_backward"
     _check(op, x, weight)
     expected = (len(x), len(weight), *x.shape[2:])
-    if tuple(grad.shape) != expected or grad.dtype != x.dtype:
-        raise ValueError(
-            f"{op}: grad must have shape {expected} and dtype {x.dtype}, got {tuple(grad.shape)} "
-            f"and {grad.dtype}"
-        )
+    check_values(op, "grad", grad, (expected, x.dtype, x.device))
 
 
 def _channels_last(like: Tensor, channels: int) -> Tensor:

@@ -40,7 +40,9 @@ class Held:
         self.buffers: list[tuple[Slot, int]] = []  # with their versions
         self.has_opaque = False
         self.counters: set[int] = set()  # ids of norms' `num_batches_tracked`
-        for module in parts_of(block):
+        parts = parts_of(block)
+        _check_sharding(block, parts)
+        for module in parts:
             self.modes.append((module, module.training))
             self.has_opaque |= is_opaque(module)
             if isinstance(module, _NormBase):
@@ -129,6 +131,18 @@ def _check_materialised(block: nn.Module, parameter: Tensor) -> None:
             f"{type(block).__name__}: a lazy module has no parameters yet; expected one forward "
             "under torch.no_grad() before the first step"
         )
+
+
+def _check_sharding(block: nn.Module, parts: Iterable[nn.Module]) -> None:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # importing it takes a second
+    if fsdp is None:
+        return
+    for part in parts:
+        if part is not block and isinstance(part, fsdp.FSDPModule):
+            raise RuntimeError(
+                f"{type(block).__name__}: {type(part).__name__} is sharded by itself within the "
+                "block, whose second run FSDP does not see; expected fully_shard(block)"
+            )
 
 
 def parts_of(module: nn.Module) -> list[nn.Module]:

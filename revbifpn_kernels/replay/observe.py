@@ -39,7 +39,7 @@ class Run:
         self.is_checkpointed = False  # the second run is, and a third would follow
         self.events: list = []  # of Kept, State, Statistics, SharedStatistics
         self.moved: list[Tensor] = []  # running statistics and counters that the first run moved
-        self.plans: dict = {}  # by module: what it found out about itself in the first run
+        self.plans: list = []  # what modules decided in the first run, in order
 
 
 def call(func: Callable, *args, **kwargs):
@@ -78,6 +78,11 @@ class First(TorchFunctionMode):
         super().__init__()
         self.run = run
         self.counters = counters
+
+    def plan(self, decide: Callable):
+        """What `decide` says, in the second run, too."""
+        self.run.plans.append(decide())
+        return self.run.plans[-1]
 
     def recall(self, kind: type) -> None:
         """Nothing yet."""
@@ -118,8 +123,15 @@ class Second(TorchFunctionMode):
     def __init__(self, run: Run, stand_ins: Mapping[int, Tensor]) -> None:
         super().__init__()
         self.run = run
-        self.events = iter(run.events)
+        self.events, self.plans = iter(run.events), iter(run.plans)
         self.stand_ins = stand_ins
+
+    def plan(self, decide: Callable):
+        """What was decided there in the first run."""
+        try:
+            return next(self.plans)
+        except StopIteration:
+            raise NotRepeatable("called an MBConv more often than in its first run") from None
 
     def recall(self, kind: type):
         """What the first run remembered there."""
