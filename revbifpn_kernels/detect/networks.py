@@ -27,7 +27,7 @@ class Heads(NamedTuple):
     points: int  # a side, that a bin averages; their gradient is slow on CPUs
     representation: int
     mask_layers: tuple[int, ...]
-    proposals: dict[str, int]
+    proposals: dict[str, float]
 
 
 HEADS = {
@@ -45,6 +45,7 @@ HEADS = {
             "rpn_post_nms_top_n_test": 100,
             "rpn_batch_size_per_image": 64,
             "box_batch_size_per_image": 48,
+            "box_positive_fraction": 0.5,
         },
     ),
     "coco": Heads(8, (0.5, 1.0, 2.0), 1, 2, 1024, (256,) * 4, {}),

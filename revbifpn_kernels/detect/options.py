@@ -32,7 +32,6 @@ PRESETS = {
     "digits": Preset(128, 8, 16, 2e-3, 50, 64, 0.0, (("extra_silos", 0),)),
     "coco": Preset(512, 24, 16, 1e-3, 500, 256, 0.5, ()),
 }
-MEMORY_SIDE = 512  # of --memory
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Options:
     amp: bool = flag(False, "autocast to bfloat16")
     device: str = option("auto", "a GPU if there is one", choices=("auto", "cpu", "cuda"))
     threads: int | None = option(
-        None, "of the CPU; PyTorch's choice unless given", int, is_free=True
+        None, "of the CPU; 1 for digits, else PyTorch's choice", int, is_free=True
     )
     workers: int = option(0, "processes that load images", int, is_free=True)
     out: str = option("runs/detect", "folder of the run", is_free=True)
@@ -97,14 +96,13 @@ class Options:
         None, "write the digits to this new folder, as --data reads them, and stop", is_free=True
     )
     memory: bool = flag(
-        False,
-        f"count what backbones hold at --image-size ({MEMORY_SIDE} unless given), and stop",
-        is_free=True,
+        False, "count what backbones hold at --image-size, 512 unless given, and stop", is_free=True
     )
 
     @property
     def dataset(self) -> str:
-        return "digits" if self.data is None else "coco"
+        """Whose defaults hold; memory is counted of the sizes that people train."""
+        return "digits" if self.data is None and not self.memory else "coco"
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
@@ -135,10 +133,10 @@ def completed(options: Options) -> Options:
         for name, value in preset._asdict().items()
         if name != "settings" and getattr(options, name) is None
     }
-    if options.memory and options.image_size is None:
-        found["image_size"] = MEMORY_SIDE
     settings = dict(preset.settings) | dict(options.settings or ())
     found["settings"] = tuple(sorted(settings.items()))
+    if options.threads is None and options.dataset == "digits":
+        found["threads"] = 1  # of such small images; more wait for each other
     options = dataclasses.replace(options, **found)
     _check(options)
     return options
