@@ -8,7 +8,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 PYTEST_ARGS ?= -n auto
 ASAN := build/asan
 
-.PHONY: $(VENV) bench bench-stack bench-step bench-memory report test test-asan lint wheel kernels clean
+.PHONY: $(VENV) bench bench-stack bench-step bench-memory report detect test test-asan lint wheel kernels clean
 
 $(VENV): $(INSTALLED)
 
@@ -40,6 +40,11 @@ bench-memory: $(INSTALLED)
 
 report: $(INSTALLED)
 	$(RUN) -m benchmarks.step_report
+
+# The digits; DETECT_ARGS="--masks", "--data DIR --out runs/mine", …
+detect: $(INSTALLED)
+	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[detect]" "$(TORCH)"
+	$(RUN) -m revbifpn_kernels.detect $(DETECT_ARGS)
 
 test: $(INSTALLED)
 	$(RUN) -m pytest $(PYTEST_ARGS)

@@ -32,7 +32,7 @@ class Result(NamedTuple):
 
 
 def evaluate(run: Run, data: Data) -> Result:
-    """Detect on all images to measure on, and compare. A picture that cannot be read is left out."""
+    """Detect on all images to measure on, and compare; those that cannot be read do not count."""
     found, skipped = {}, []
     run.model.eval()
     for start in range(0, len(data.val), run.options.batch_size):

@@ -36,9 +36,7 @@ class Keeper:
             checkpoint.save(self.path, runs.capture(run))
         except OSError as error:
             stays = "there is none yet" if self.step is None else f"that of step {self.step} stays"
-            self.warn(
-                f"checkpoint of step {run.step} not written to {self.path}: {error}; {stays}"
-            )
+            self.warn(f"checkpoint of step {run.step} not written to {self.path}: {error}; {stays}")
         else:
             self.step = run.step
 
@@ -85,9 +83,9 @@ def train(
         recent.append(advance(run, batches, report))
         clock.tick()
         is_last, is_stopped = run.progress >= 1, signals.received is not None
-        is_evaluated = run.options.eval_every and run.step % (
-            per_epoch * run.options.eval_every
-        ) == 0
+        is_evaluated = (
+            run.options.eval_every and run.step % (per_epoch * run.options.eval_every) == 0
+        )
         is_kept = keeper.is_due or is_stopped or is_last
         if is_kept or is_evaluated or len(recent) >= run.options.log_every:
             settle(run, recent, report, keeper)

@@ -28,11 +28,8 @@ class Row(NamedTuple):
 
 
 def _resnet50_fpn() -> nn.Module:
-    """All layers trained: nothing was trained before."""
-    detector = fasterrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, trainable_backbone_layers=5
-    )
-    return detector.backbone
+    """Without weights, so that all of its layers are trained."""
+    return fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).backbone
 
 
 def _hrnet_w18() -> nn.Module:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..models.sizes import SIZES
-from ..train.options import TrainError, differences, flag, option, setting, switch
+from ..train.options import TrainError, flag, option, setting, switch
 
 
 class DetectError(TrainError):
@@ -29,7 +29,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "digits": Preset(128, 8, 16, 2e-3, 50, 64, 0.0, (("extra_silos", 0),)),
+    "digits": Preset(128, 7, 8, 3e-3, 100, 64, 0.0, (("extra_silos", 0),)),
     "coco": Preset(512, 24, 16, 1e-3, 500, 256, 0.5, ()),
 }
 
@@ -172,13 +172,9 @@ def _check(options: Options) -> None:
 
 def saved(options: Options) -> dict[str, Any]:
     """What a checkpoint keeps of them: all that changes the numbers of a run."""
-    return {
+    kept = {
         switch(name): getattr(options, name)
         for name, field in FIELDS.items()
-        if not field.metadata["is_free"]
+        if not field.metadata["is_free"] and name != "settings"
     }
-
-
-def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A line for each answer that is not the same."""
-    return differences(before, now)
+    return kept | {f"--set {name}": value for name, value in options.settings}

@@ -13,9 +13,7 @@ from . import coco
 from .evaluate import NAMES, Result
 from .run import Run
 
-LOSSES = (
-    *("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"),
-)
+LOSSES = (*("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"),)
 STEP_COLUMNS = ["step", "epoch", "loss", *LOSSES, "lr", "images_per_s", "data_share", "peak_mib"]
 MASK_NAMES = tuple("mask_" + name for name in NAMES)
 AP_COLUMNS = ["step", "epoch", "seconds", "cpu_seconds", *NAMES, *MASK_NAMES]
@@ -118,7 +116,9 @@ class Report:
         )
         masks = ""
         if "mask_AP" in precision:
-            masks = f", masks AP50 {shown(precision['mask_AP50'])}, AP {shown(precision['mask_AP'])}"
+            masks = (
+                f", masks AP50 {shown(precision['mask_AP50'])}, AP {shown(precision['mask_AP'])}"
+            )
         self.say(
             f"AP50 {shown(precision['AP50'])}, AP {shown(precision['AP'])}{masks} in "
             f"{run.seconds:.0f} s"

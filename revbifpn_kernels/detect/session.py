@@ -10,7 +10,8 @@ from ..train import checkpoint
 from ..train.loop import Signals
 from ..train.order import Parts
 from ..train.session import _ignore_signals
-from . import data, draw, evaluate, loop, networks, run as runs, scenes
+from . import data, draw, evaluate, loop, networks, scenes
+from . import run as runs
 from .options import DetectError, Options
 from .report import Report
 from .run import Run
@@ -59,7 +60,9 @@ def _out(options: Options) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DetectError(f"detect: --out must be a folder to write to, got {out}: {error}") from None
+        raise DetectError(
+            f"detect: --out must be a folder to write to, got {out}: {error}"
+        ) from None
     return out
 
 
