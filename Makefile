@@ -43,7 +43,6 @@ report: $(INSTALLED)
 
 # The digits; DETECT_ARGS="--masks", "--data DIR --out runs/mine", …
 detect: $(INSTALLED)
-	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[detect]" "$(TORCH)"
 	$(RUN) -m revbifpn_kernels.detect $(DETECT_ARGS)
 
 test: $(INSTALLED)

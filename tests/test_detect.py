@@ -209,6 +209,7 @@ def test_the_clock_ends_a_run_with_a_learning_rate_of_nearly_0(tmp_path):
         (["--set=in_chans=1"], "--set in_chans must be 3, got 1"),
         (["--checkpoint=none.pth"], "none.pth"),
         (["--write=.", "--data=."], "--write writes the digits, and goes without --data"),
+        (["--resume=auto", "--out="], "--resume auto needs --out"),
         (["--write=."], "--write must be a new folder, got ."),
     ],
 )

@@ -25,7 +25,7 @@ BOX_BINS, MASK_BINS = 7, 14  # a side, of what is pooled
 class Heads(NamedTuple):
     """What suits the size of images and objects."""
 
-    anchor: int  # an anchor's side, in pixels of its level
+    anchors: tuple[float, ...]  # roots of their areas, in pixels of their level
     ratios: tuple[float, ...]  # its height to its width
     extra: int  # levels beyond the pyramid's
     points: int  # a side, that a bin averages; their gradient is slow on CPUs
@@ -37,8 +37,8 @@ class Heads(NamedTuple):
 
 HEADS = {
     "digits": Heads(
-        anchor=4,
-        ratios=(1.0, 1.6),
+        anchors=(3.0, 4.25),
+        ratios=(1.5,),
         extra=0,
         points=1,
         representation=256,
@@ -54,7 +54,7 @@ HEADS = {
             "box_positive_fraction": 0.5,
         },
     ),
-    "coco": Heads(8, (0.5, 1.0, 2.0), 1, 2, 1024, (), (256,) * 4, {}),
+    "coco": Heads((8.0,), (0.5, 1.0, 2.0), 1, 2, 1024, (), (256,) * 4, {}),
 }
 
 
@@ -85,7 +85,7 @@ def build(options: Options, classes: int) -> FasterRCNN:
     trunk, heads = backbone(options), HEADS[options.dataset]
     strides = trunk.model.config.strides
     strides += tuple(strides[-1] << k + 1 for k in range(heads.extra))
-    sizes = tuple((heads.anchor * stride,) for stride in strides)
+    sizes = tuple(tuple(a * stride for a in heads.anchors) for stride in strides)
     names = [str(k) for k in range(len(trunk.levels))]
     numbers = heads.proposals | {
         "num_classes": None,
@@ -119,8 +119,8 @@ def _box_head(channels: int, heads: Heads) -> nn.Module:
 
 
 def _pool(names: list[str], bins: int, heads: Heads, options: Options) -> MultiScaleRoIAlign:
-    """Twice the anchor's side leaves the finest level: as torchvision's 224 at stride 16."""
-    return MultiScaleRoIAlign(names, bins, heads.points, canonical_scale=28 * heads.anchor)
+    """A box of 28 times the smallest anchor is pooled at stride 16, as torchvision's of 224."""
+    return MultiScaleRoIAlign(names, bins, heads.points, canonical_scale=28 * heads.anchors[0])
 
 
 def parameters(model: nn.Module) -> int:

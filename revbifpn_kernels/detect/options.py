@@ -29,7 +29,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "digits": Preset(128, 7, 8, 3e-3, 100, 64, 0.0, (("extra_silos", 0),)),
+    "digits": Preset(128, 8, 8, 3e-3, 100, 64, 0.0, (("extra_silos", 0),)),
     "coco": Preset(512, 24, 16, 1e-3, 500, 256, 0.5, ()),
 }
 
@@ -76,7 +76,7 @@ class Options:
         None, "of the CPU; 1 for digits, else PyTorch's choice", int, is_free=True
     )
     workers: int = option(0, "processes that load images", int, is_free=True)
-    out: str = option("runs/detect", "folder of the run", is_free=True)
+    out: str | None = option(None, "folder of the run; runs/NAME-TIME unless given", is_free=True)
     resume: str = option(
         "never",
         "auto continues the run in --out if there is one",
@@ -166,6 +166,8 @@ def _check(options: Options) -> None:
             value = getattr(options, name)
             if not is_right(value):
                 raise DetectError(f"detect: {switch(name)} must be {wanted}, got {value}")
+    if options.resume == "auto" and not options.out:
+        raise DetectError("detect: --resume auto needs --out, the folder of the run; got none")
     if options.write is not None and options.data is not None:
         raise DetectError("detect: --write writes the digits, and goes without --data; got both")
 

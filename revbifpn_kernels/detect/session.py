@@ -1,6 +1,8 @@
 """A whole run: put together, trained, measured, written down."""
 
+import os
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -52,7 +54,8 @@ def main(options: Options) -> int:
 
 def _out(options: Options) -> Path:
     """The run's folder; a run that is in it already is not overwritten."""
-    out = Path(options.out)
+    name = "detect-" + (Path(options.data).resolve().name if options.data else "digits")
+    out = Path(options.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     if options.resume == "never" and (out / checkpoint.NAME).exists():
         raise DetectError(
             f"detect: --out must be a new folder without --resume auto, got {out} with a checkpoint"
