@@ -64,9 +64,9 @@ def test_bad_objects_are_left_out_by_name(bad, reason):
 
 
 def test_boxes_over_the_edge_are_cut_off():
-    found = coco.read(document(good(bbox=[-20, 70, 50, 50])), "train.json", masks=False)
-    assert found.images[0].boxes == [(0.0, 70.0, 30.0, 80.0)]
-    assert "cut to the image, its box was [-20, 70, 50, 50]" in found.skipped[0][1]
+    found = coco.read(document(good(bbox=[-20, 70, 150, 50])), "train.json", masks=False)
+    assert found.images[0].boxes == [(0.0, 70.0, 100.0, 80.0)]
+    assert "cut to the image, its box was [-20, 70, 150, 50]" in found.skipped[0][1]
 
 
 @pytest.mark.parametrize(
