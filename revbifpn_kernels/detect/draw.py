@@ -35,11 +35,12 @@ def grid(data: Data, found: dict[int, Found], count: int) -> bytes:
 
 def _draw(axes, data: Data, number: int, found: Found) -> None:
     image, annotated = data.val.load(Key(0, number))
-    axes.imshow(image)
+    extent = (0, image.width, image.height, 0)  # boxes count from the edge of a pixel
+    axes.imshow(image, extent=extent)
     if "masks" in found:
         kept = found["masks"][found["scores"] >= LEAST_SCORE]
         shade = kept.amax(0).float() if len(kept) else torch.zeros(image.size[::-1])
-        axes.imshow(shade, cmap="autumn", alpha=0.5 * shade.numpy())
+        axes.imshow(shade.numpy(), cmap="autumn", alpha=0.5 * shade.numpy(), extent=extent)
     for box, label in zip(annotated.boxes, annotated.labels, strict=True):
         _box(axes, box, TRUTH, "--")
         axes.text(
