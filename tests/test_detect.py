@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shlex
 import signal
 import threading
 import time
@@ -13,11 +12,10 @@ import torch
 
 pytest.importorskip("pycocotools", reason="an extra")
 pytest.importorskip("torchvision", reason="an extra")
-from conftest import ROOT
-from detections import MODEL, STEPS, TINY, detect, said, write_digits
+from detections import STEPS, TINY, detect, said
 from trainings import checkpoint, rows
 
-from revbifpn_kernels.detect import coco, data, evaluate, loop, memory, networks, options, scenes
+from revbifpn_kernels.detect import coco, data, evaluate, loop, options, scenes
 from revbifpn_kernels.detect import run as runs
 from revbifpn_kernels.detect.__main__ import main
 from revbifpn_kernels.train import checkpoint as files
@@ -27,7 +25,6 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*not found to be deterministic|.*does not have a determin"),
 ]
-README = ROOT / "revbifpn_kernels" / "detect" / "README.md"
 
 
 @pytest.mark.parametrize("part", [0, 1])
@@ -174,7 +171,7 @@ def test_what_cannot_go_on_is_refused(tmp_path, capsys):
     changed = ["--resume=auto", "--lr=0.5", "--train-images=12", "--set=features=48"]
     assert main([*TINY, f"--out={tmp_path}", *changed]) == 1
     err = said(capsys)[1]
-    assert "--lr: 0.002 in the checkpoint, 0.5 now" in err
+    assert "--lr: 0.003 in the checkpoint, 0.5 now" in err
     assert "--train-images: 8 in the checkpoint, 12 now" in err
     assert "features: 24 in the checkpoint, 48 now" in err
     (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 nothing more")
@@ -217,41 +214,3 @@ def test_messages(arguments, message, tmp_path, capsys):
     assert main([*TINY, f"--out={tmp_path / 'run'}", *arguments]) == 1
     err = said(capsys)[1]
     assert err.startswith("detect: ") and message in err
-
-
-def test_memory_is_counted_as_a_real_step_allocates():
-    from benchmarks.memory import held_and_peak
-
-    rows_of = {}
-    for mode in ("--reversible", "--no-reversible"):
-        model = networks.backbone(options.parse([*TINY, mode])).train()
-        rows_of[mode] = memory.measured(mode, model, 64, None)
-        real = []
-        for images in memory.BATCHES:
-            for p in model.parameters():
-                p.grad = torch.zeros_like(p)
-            batch = torch.rand(images, 3, 64, 64)
-            real.append(held_and_peak(lambda b=batch, m=model: sum(x.sum() for x in m(b).values())))
-        share = (real[1][0] - real[0][0]) / 2 / memory.MIB
-        assert abs(rows_of[mode].held_mib - share) < 0.1 * share
-    assert rows_of["--no-reversible"].held_mib > 2 * rows_of["--reversible"].held_mib
-
-
-def commands() -> list[str]:
-    lines = README.read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if line.startswith("python -m revbifpn_kernels.detect")]
-
-
-@pytest.mark.parametrize("command", commands())
-def test_the_commands_of_the_page_run(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    arguments = shlex.split(command, comments=True)[3:]
-    if "--write" not in arguments:
-        write_digits(tmp_path / "digits")
-    if "--memory" in arguments:
-        monkeypatch.setattr(memory, "SHOWN", ())
-        for name in ("_resnet50_fpn", "_hrnet_w18"):
-            monkeypatch.setattr(memory, name, lambda: torch.nn.Conv2d(3, 4, 3))
-    shrunk = TINY[:-3] if "--memory" not in arguments else [*MODEL, "--image-size=64"]
-    assert main([*arguments, *shrunk, "--no-progress"]) == 0
-    assert "ResNet-50-FPN" in said(capsys)[0] or "--memory" not in arguments
