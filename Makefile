@@ -8,14 +8,14 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 PYTEST_ARGS ?= -n auto
 ASAN := build/asan
 
-.PHONY: $(VENV) bench bench-norms bench-stack bench-step bench-memory report train test test-asan lint wheel kernels clean
+.PHONY: $(VENV) bench bench-norms bench-stack bench-step bench-memory report train detect test test-asan lint wheel kernels clean
 
 $(VENV): $(INSTALLED)
 
 $(INSTALLED): $(SOURCES)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja
-	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[test,bench,train]" "$(TORCH)"
+	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[test,bench]" "$(TORCH)"
 	touch $@
 
 bench: $(INSTALLED)
@@ -49,6 +49,10 @@ report: $(INSTALLED)
 # Handwritten digits, in two minutes; TRAIN_ARGS="--data DIR --out DIR …" trains on your pictures.
 train: $(INSTALLED)
 	$(RUN) -m revbifpn_kernels.train $(TRAIN_ARGS)
+
+# The digits; DETECT_ARGS="--masks", "--data DIR --out runs/mine", …
+detect: $(INSTALLED)
+	$(RUN) -m revbifpn_kernels.detect $(DETECT_ARGS)
 
 test: $(INSTALLED)
 	$(RUN) -m pytest $(PYTEST_ARGS)

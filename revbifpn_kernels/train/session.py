@@ -127,13 +127,13 @@ def _batches(run: Run, found: data.Data, mode: str, side: int) -> DataLoader:
         batch_sampler=order,
         collate_fn=augment.Collate(len(found.classes), options.mixup, options.cutmix),
         num_workers=options.workers,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=ignore_signals,
         pin_memory=world.device.type == "cuda",
         generator=torch.Generator(),  # not the global one, whose state is part of the run
     )
 
 
-def _ignore_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """A terminal signals all processes, and the run needs its images until it has ended."""
     for kind in loop.Signals.KINDS:
         signal.signal(kind, signal.SIG_IGN)

@@ -1,0 +1,62 @@
+"""A picture of predictions beside the truth."""
+
+import io
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from ..train.order import Key
+from .data import Data
+from .evaluate import Found
+
+NAME = "predictions.png"
+COLUMNS = 4
+LEAST_SCORE = 0.5  # of what is drawn
+TRUTH, PREDICTED = "white", "C1"
+
+
+def grid(data: Data, found: dict[int, Found], count: int) -> bytes:
+    """PNG: the first images that were measured on, true boxes thin and white, found ones orange."""
+    numbers = sorted(found)[:count]
+    rows = max(1, -(-len(numbers) // COLUMNS))
+    figure = Figure(figsize=(3 * COLUMNS, 3.2 * rows), layout="constrained")
+    for axes in figure.subplots(rows, COLUMNS, squeeze=False).flat:
+        axes.set_axis_off()
+    for axes, number in zip(figure.axes, numbers, strict=False):
+        _draw(axes, data, number, found[number])
+    figure.suptitle(
+        f"dashed white: truth; orange: predicted with a score of {LEAST_SCORE} or more", fontsize=10
+    )
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
+    return picture.getvalue()
+
+
+def _draw(axes, data: Data, number: int, found: Found) -> None:
+    image, annotated = data.val.load(Key(0, number))
+    extent = (0, image.width, image.height, 0)  # boxes count from the edge of a pixel
+    axes.imshow(image, extent=extent)
+    if "masks" in found:
+        kept = found["masks"][found["scores"] >= LEAST_SCORE]
+        shade = kept.amax(0).float() if len(kept) else torch.zeros(image.size[::-1])
+        axes.imshow(shade.numpy(), cmap="autumn", alpha=0.5 * shade.numpy(), extent=extent)
+    for box, label in zip(annotated.boxes, annotated.labels, strict=True):
+        _box(axes, box, TRUTH, "--")
+        axes.text(
+            box[2], box[3], data.classes[label - 1], color=TRUTH, fontsize=7, ha="right", va="top"
+        )
+    for box, label, score in zip(*(found[k] for k in ("boxes", "labels", "scores")), strict=True):
+        if score >= LEAST_SCORE:
+            _box(axes, box.tolist(), PREDICTED, "-")
+            name = f"{data.classes[int(label) - 1]} {float(score):.2f}"
+            axes.text(*box[:2].tolist(), name, color=PREDICTED, fontsize=7, va="bottom")
+
+
+def _box(axes, box, colour: str, style: str) -> None:
+    left, top, right, bottom = box
+    axes.add_patch(
+        Rectangle(
+            (left, top), right - left, bottom - top, fill=False, edgecolor=colour, linestyle=style
+        )
+    )

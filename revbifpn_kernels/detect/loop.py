@@ -1,0 +1,140 @@
+"""Steps, signals, losses that are not finite, checkpoints."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..train import checkpoint
+from ..train.loop import Signals
+from . import run as runs
+from .data import Batch
+from .options import DetectError
+from .report import Report
+from .run import Run, autocast
+
+
+class Keeper:
+    """Writes the checkpoint when it is due, and keeps the old one if that fails."""
+
+    def __init__(self, out: Path, minutes: float, warn: Callable[[str], None]) -> None:
+        self.path, self.interval, self.warn = out / checkpoint.NAME, 60 * minutes, warn
+        self.last_time = time.monotonic()
+        self.step: int | None = None  # of the file
+
+    @property
+    def is_due(self) -> bool:
+        return time.monotonic() - self.last_time >= self.interval
+
+    def save(self, run: Run) -> None:
+        self.last_time = time.monotonic()
+        try:
+            checkpoint.save(self.path, runs.capture(run))
+        except OSError as error:
+            stays = "there is none yet" if self.step is None else f"that of step {self.step} stays"
+            self.warn(f"checkpoint of step {run.step} not written to {self.path}: {error}; {stays}")
+        else:
+            self.step = run.step
+
+    def described(self) -> str:
+        return "none" if self.step is None else f"{self.path} of step {self.step}"
+
+
+class Clock:
+    """Adds the time that passes to a run's."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.began = time.monotonic() - run.seconds, time.process_time() - run.cpu_seconds
+
+    def tick(self) -> None:
+        self.run.seconds = time.monotonic() - self.began[0]
+        self.run.cpu_seconds = time.process_time() - self.began[1]
+
+
+class Done(NamedTuple):
+    """A step that has been made and not yet looked at."""
+
+    step: int
+    lr: float
+    losses: dict[str, Tensor]
+    gradient: Tensor
+    seconds: float
+    waited: float
+
+
+def train(
+    run: Run,
+    batches: Iterator[Batch],
+    evaluate: Callable[[], None],
+    report: Report,
+    keeper: Keeper,
+    signals: Signals,
+) -> bool:
+    """Go on until the last step or minute; whether that was reached, and no signal came before."""
+    recent: list[Done] = []
+    clock = Clock(run)
+    per_epoch = run.order.steps_per_epoch
+    while run.progress < 1:
+        recent.append(advance(run, batches, report))
+        clock.tick()
+        is_last, is_stopped = run.progress >= 1, signals.received is not None
+        is_evaluated = (
+            run.options.eval_every and run.step % (per_epoch * run.options.eval_every) == 0
+        )
+        is_kept = keeper.is_due or is_stopped or is_last
+        if is_kept or is_evaluated or len(recent) >= run.options.log_every:
+            settle(run, recent, report, keeper)
+            recent.clear()
+        if is_kept:
+            keeper.save(run)
+        if is_stopped:
+            return False
+        if is_evaluated and not is_last:
+            evaluate()
+            clock.tick()
+    return True
+
+
+def advance(run: Run, batches: Iterator[Batch], report: Report) -> Done:
+    """One step of the optimizer."""
+    start, lr = time.monotonic(), run.lr
+    images, targets, skipped = next(batches)
+    waited = time.monotonic() - start
+    report.skip(skipped)
+    images = [image.to(run.device) for image in images]
+    targets = [{key: t.to(run.device) for key, t in target.items()} for target in targets]
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.model.train()
+    with autocast(run):
+        losses = run.model(images, targets)
+    sum(losses.values()).backward()
+    trained = [p for p in run.model.parameters() if p.grad is not None]
+    gradient = torch.nn.utils.clip_grad_norm_(trained, run.options.clip_grad or math.inf)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    losses = {name: loss.detach() for name, loss in losses.items()}
+    return Done(run.step, lr, losses, gradient, time.monotonic() - start, waited)
+
+
+def settle(run: Run, recent: list[Done], report: Report, keeper: Keeper) -> None:
+    """Look at steps: one that is not finite ends the run before anything of it is kept."""
+    for done in recent:
+        for name, value in [*done.losses.items(), ("gradient", done.gradient)]:
+            if not math.isfinite(value):
+                raise DetectError(
+                    f"detect: expected a finite {name}, got {float(value)} in step {done.step}, "
+                    f"learning rate {done.lr:.3g}; last good checkpoint: {keeper.described()}"
+                )
+    losses = {
+        name: math.fsum(float(done.losses[name]) for done in recent) / len(recent)
+        for name in recent[0].losses
+    }
+    seconds, waited = sum(done.seconds for done in recent), sum(done.waited for done in recent)
+    report.log(len(recent), losses, recent[-1].lr, seconds, waited)

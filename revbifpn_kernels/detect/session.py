@@ -1,0 +1,108 @@
+"""A whole run: put together, trained, measured, written down."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from ..train import checkpoint
+from ..train.loop import Signals
+from ..train.order import Parts
+from ..train.session import ignore_signals
+from . import data, draw, evaluate, loop, networks, scenes
+from . import run as runs
+from .options import DetectError, Options
+from .report import Report
+from .run import Run
+
+
+def main(options: Options) -> int:
+    """Train as asked; 0 if the end was reached, 128 + the signal if one came before."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.memory:
+        from .memory import print_table
+
+        print_table(options)
+        return 0
+    if options.write is not None:
+        scenes.write(Path(options.write), dict(zip(data.PARTS, data.digits(options), strict=True)))
+        return 0
+    found = data.prepare(options)
+    run = runs.start(options, found)
+    out = _out(options)
+    keeper = loop.Keeper(out, options.checkpoint_minutes, lambda text: report.warn(text))
+    if keeper.path.exists():
+        runs.restore(run, checkpoint.load(keeper.path))
+        keeper.step = run.step
+    report = Report(run, out)
+    with Signals() as signals:
+        is_complete = _train(run, found, report, keeper, signals)
+    if is_complete:
+        return 0
+    kind = signal.Signals(signals.received or signal.SIGTERM)
+    report.bar.close()
+    report.say(
+        f"stopped by {kind.name} after step {run.step} of {run.steps}; checkpoint: "
+        f"{keeper.described()}; continue with --out {out} --resume auto"
+    )
+    return 128 + kind
+
+
+def _out(options: Options) -> Path:
+    """The run's folder; a run that is in it already is not overwritten."""
+    name = "detect-" + (Path(options.data).resolve().name if options.data else "digits")
+    out = Path(options.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    if options.resume == "never" and (out / checkpoint.NAME).exists():
+        raise DetectError(
+            f"detect: --out must be a new folder without --resume auto, got {out} with a checkpoint"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DetectError(
+            f"detect: --out must be a folder to write to, got {out}: {error}"
+        ) from None
+    return out
+
+
+def _train(run: Run, found: data.Data, report: Report, keeper, signals: Signals) -> bool:
+    report.say(
+        f"{len(found.train)} images an epoch to train on, {len(found.val)} to measure on, "
+        f"{len(found.classes)} classes; {networks.parameters(run.model):,} parameters; "
+        f"{torch.get_num_threads()} threads; from step {run.step} of {run.steps}"
+    )
+    report.skip(found.skipped)
+    batches = iter(_batches(run, found))
+
+    def score() -> evaluate.Result:
+        result = evaluate.evaluate(run, found)
+        report.score(result)
+        return result
+
+    if not loop.train(run, batches, score, report, keeper, signals):
+        return False
+    clock = loop.Clock(run)
+    result = evaluate.evaluate(run, found)
+    clock.tick()
+    report.score(result)
+    if run.options.draw:
+        picture = draw.grid(found, result.found, run.options.draw)
+        report.write(lambda: checkpoint.write_atomically(report.out / draw.NAME, picture))
+    report.finish(result)
+    return True
+
+
+def _batches(run: Run, found: data.Data) -> DataLoader:
+    """All batches that are left."""
+    return DataLoader(
+        data.Training(found.train, run.options),
+        batch_sampler=Parts(run.order, run.step, run.steps),
+        collate_fn=data.collate,
+        num_workers=run.options.workers,
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # not the global one, whose state is part of the run
+    )
