@@ -60,7 +60,7 @@ test: $(INSTALLED)
 # A copy, so that the instrumented extension never lies beside the sources.
 test-asan: $(INSTALLED)
 	rm -rf $(ASAN) && mkdir -p $(ASAN)
-	cp -r setup.py pyproject.toml LICENSE csrc revbifpn_kernels tests $(ASAN)
+	cp -r setup.py pyproject.toml LICENSE csrc revbifpn_kernels benchmarks tests $(ASAN)
 	rm -f $(ASAN)/revbifpn_kernels/*.so
 	cd $(ASAN) && SANITIZE=address,undefined $(abspath $(RUN)) setup.py --quiet build_ext --inplace
 	cd $(ASAN) && env ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \

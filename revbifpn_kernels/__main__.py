@@ -44,7 +44,7 @@ def print_backends() -> None:
                 f"{backend if _has_kernel(op, device) else 'no kernel'} ({device})"
                 for device, backend in (("CPU", "C++"), ("CUDA", "Triton"))
             )
-            print(f"  {op.removeprefix('revbifpn::'):24}{', '.join(kernels)}")
+            print(f"  {op.removeprefix('revbifpn::'):32}{', '.join(kernels)}")
 
 
 def _has_kernel(op: str, device: str) -> bool:
@@ -72,7 +72,11 @@ def print_models(names: list[str], side: int | None, dtype: str, reversible: boo
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m revbifpn_kernels", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m revbifpn_kernels",
+        description=__doc__,
+        epilog="To train: python -m revbifpn_kernels.train, python -m revbifpn_kernels.detect.",
+    )
     commands = parser.add_subparsers(required=True, metavar="info")
     info = commands.add_parser("info", help="versions, devices, backends, costs of the models")
     info.add_argument("--model", choices=tuple(SIZES), help="this one alone; all take a minute")

@@ -48,7 +48,7 @@ def test_the_commands_of_the_page_run(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = shlex.split(command, comments=True)[3:]
     if "--write" not in arguments:
-        write_digits(tmp_path / "digits")
+        write_digits(tmp_path / "digits-as-coco")
     if "--memory" in arguments:
         monkeypatch.setattr(memory, "SHOWN", ())
         for name in ("_resnet50_fpn", "_hrnet_w18"):
