@@ -1,6 +1,6 @@
 // The gradient of a depthwise convolution with respect to its input, row by row, on CPUs.
 
-#include "common.h"
+#include "depthwise.h"
 
 namespace revbifpn {
 namespace {
@@ -15,18 +15,13 @@ Tensor depthwise_input_grad_cpu(const Tensor &grad, const Tensor &weight, int64_
                       weights.width == kernel_size && weights.dtype == grad_maps.dtype &&
                       weight.is_contiguous(),
                   OP, ": weight must be contiguous, of shape (C, 1, k, k) and of grad's dtype");
-  const auto is_below = [](int64_t value, int64_t least) {
-    return value >= least && value < INT32_MAX;
-  };
   STD_TORCH_CHECK(
-      is_below(stride, 1) && is_below(padding, 0) && is_below(height, 1) && is_below(width, 1), OP,
+      is_size(stride, 1) && is_size(padding, 0) && is_size(height, 1) && is_size(width, 1), OP,
       ": stride, height and width must be at least 1, padding at least 0, all below "
       "2^31");
-  const auto side_of = [&](int64_t side) {
-    return (side + 2 * padding - kernel_size) / stride + 1;
-  };
-  STD_TORCH_CHECK(grad_maps.height == side_of(height) && grad_maps.width == side_of(width), OP,
-                  ": grad must have the sides of the convolution's result");
+  STD_TORCH_CHECK(grad_maps.height == convolved_side(height, kernel_size, stride, padding) &&
+                      grad_maps.width == convolved_side(width, kernel_size, stride, padding),
+                  OP, ": grad must have the sides of the convolution's result");
   STD_TORCH_CHECK(channels <= 1 || grad_maps.stride_c == 1, OP, ": grad must be in channels_last");
   const std::vector<int64_t> shape = {grad.size(0), channels, height, width};
   Tensor result = torch::stable::empty(shape, grad.scalar_type(), std::nullopt, grad.device(),

@@ -1,7 +1,7 @@
 // The gradient of a depthwise convolution with respect to its weights, on CPUs: image by image,
 // then summed.
 
-#include "common.h"
+#include "depthwise.h"
 
 namespace revbifpn {
 namespace {
@@ -30,17 +30,11 @@ Tensor depthwise_weight_grad_cpu(const Tensor &x, const Tensor &grad, int64_t ke
   const Maps x_maps = maps_of(op, x), grad_maps = maps_of(op, grad);
   check_same_planes(op, x, grad);
   STD_TORCH_CHECK(x_maps.dtype == grad_maps.dtype, op, ": grad must have x's dtype");
-  const auto is_below = [](int64_t value, int64_t least) {
-    return value >= least && value < INT32_MAX;
-  };
   STD_TORCH_CHECK(
-      is_below(kernel_size, 1) && is_below(stride, 1) && is_below(padding, 0), op,
+      is_size(kernel_size, 1) && is_size(stride, 1) && is_size(padding, 0), op,
       ": kernel_size and stride must be at least 1, padding at least 0, all below 2^31");
-  const auto side_of = [&](int64_t side) {
-    return (side + 2 * padding - kernel_size) / stride + 1;
-  };
-  STD_TORCH_CHECK(grad_maps.height == side_of(x_maps.height) &&
-                      grad_maps.width == side_of(x_maps.width),
+  STD_TORCH_CHECK(grad_maps.height == convolved_side(x_maps.height, kernel_size, stride, padding) &&
+                      grad_maps.width == convolved_side(x_maps.width, kernel_size, stride, padding),
                   op, ": grad must have the sides of the convolution's result");
   STD_TORCH_CHECK(x.size(1) <= 1 || (x_maps.stride_c == 1 && grad_maps.stride_c == 1), op,
                   ": maps must be in channels_last");
