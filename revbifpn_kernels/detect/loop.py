@@ -3,45 +3,17 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..train import checkpoint
+from ..train.checkpoint import Keeper
 from ..train.loop import Signals
-from . import run as runs
 from .data import Batch
 from .options import DetectError
 from .report import Report
 from .run import Run, autocast
-
-
-class Keeper:
-    """Writes the checkpoint when it is due, and keeps the old one if that fails."""
-
-    def __init__(self, out: Path, minutes: float, warn: Callable[[str], None]) -> None:
-        self.path, self.interval, self.warn = out / checkpoint.NAME, 60 * minutes, warn
-        self.last_time = time.monotonic()
-        self.step: int | None = None  # of the file
-
-    @property
-    def is_due(self) -> bool:
-        return time.monotonic() - self.last_time >= self.interval
-
-    def save(self, run: Run) -> None:
-        self.last_time = time.monotonic()
-        try:
-            checkpoint.save(self.path, runs.capture(run))
-        except OSError as error:
-            stays = "there is none yet" if self.step is None else f"that of step {self.step} stays"
-            self.warn(f"checkpoint of step {run.step} not written to {self.path}: {error}; {stays}")
-        else:
-            self.step = run.step
-
-    def described(self) -> str:
-        return "none" if self.step is None else f"{self.path} of step {self.step}"
 
 
 class Clock:
@@ -91,7 +63,7 @@ def train(
             settle(run, recent, report, keeper)
             recent.clear()
         if is_kept:
-            keeper.save(run)
+            keeper.save(run.step)
         if is_stopped:
             return False
         if is_evaluated and not is_last:

@@ -1,18 +1,30 @@
 """What can be asked for on the command line."""
 
-import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..models.sizes import SIZES
-from ..train.options import TrainError, flag, option, setting, switch
+from ..train.options import (
+    WHOLE,
+    Rules,
+    TrainError,
+    check_rules,
+    flag,
+    missing,
+    option,
+    parser_of,
+    setting,
+    switch,
+)
 
 
 class DetectError(TrainError):
     """What a user can mend: the command prints the message alone, without a traceback."""
+
+    command = "detect"
 
 
 class Preset(NamedTuple):
@@ -109,30 +121,19 @@ FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
-    parser = argparse.ArgumentParser(
-        prog="python -m revbifpn_kernels.detect",
-        description="Train a detector on a RevBiFPN: on COCO annotations, or on digits.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = parser_of(
+        "detect",
+        "Train a detector on a RevBiFPN: on COCO annotations, or on digits.",
+        FIELDS,
+        aliases={"out": "--output"},
     )
-    for name, field in FIELDS.items():
-        argument = dict(field.metadata["argument"])
-        if "action" not in argument or argument["action"] == "append":
-            argument["type"] = field.metadata["kind"]
-        names = [switch(name)] + (["--output"] if name == "out" else [])
-        parser.add_argument(
-            *names, dest=name, default=field.default, help=field.metadata["help"], **argument
-        )
     return completed(Options(**vars(parser.parse_args(arguments))))
 
 
 def completed(options: Options) -> Options:
     """With the data's defaults in place of None; raises for what is out of range."""
     preset = PRESETS[options.dataset]
-    found = {
-        name: value
-        for name, value in preset._asdict().items()
-        if name != "settings" and getattr(options, name) is None
-    }
+    found = missing(options, preset)
     settings = dict(preset.settings) | dict(options.settings or ())
     found["settings"] = tuple(sorted(settings.items()))
     if options.threads is None and options.dataset == "digits":
@@ -142,14 +143,13 @@ def completed(options: Options) -> Options:
     return options
 
 
-_WHOLE = "a whole number from {} on"
-_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("epochs seed workers warmup_steps draw eval_every", lambda v: v >= 0, _WHOLE.format(0)),
-    ("log_every train_images val_images out_channels", lambda v: v >= 1, _WHOLE.format(1)),
+_RULES: Rules = (
+    ("epochs seed workers warmup_steps draw eval_every", lambda v: v >= 0, WHOLE.format(0)),
+    ("log_every train_images val_images out_channels", lambda v: v >= 1, WHOLE.format(1)),
     # Batch norm needs two values of each channel, and the coarsest map may have a single pixel.
-    ("batch_size", lambda v: v >= 2, _WHOLE.format(2)),
-    ("image_size", lambda v: v >= 64, _WHOLE.format(64)),
-    ("threads", lambda v: v is None or v >= 1, _WHOLE.format(1)),
+    ("batch_size", lambda v: v >= 2, WHOLE.format(2)),
+    ("image_size", lambda v: v >= 64, WHOLE.format(64)),
+    ("threads", lambda v: v is None or v >= 1, WHOLE.format(1)),
     ("lr", lambda v: 0 < v < math.inf, "a positive number"),
     (
         "minutes weight_decay clip_grad checkpoint_minutes",
@@ -161,11 +161,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 
 def _check(options: Options) -> None:
-    for fields, is_right, wanted in _RULES:
-        for name in fields.split():
-            value = getattr(options, name)
-            if not is_right(value):
-                raise DetectError(f"detect: {switch(name)} must be {wanted}, got {value}")
+    check_rules(options, _RULES, DetectError)
     if options.resume == "auto" and not options.out:
         raise DetectError("detect: --resume auto needs --out, the folder of the run; got none")
     if options.write is not None and options.data is not None:

@@ -1,13 +1,8 @@
 """What a run tells: a progress bar, rows of CSV, warnings once each, the last line."""
 
-import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tqdm import tqdm
-
-from ..train.checkpoint import write_atomically
-from ..train.data import Skipped
+from ..train.console import Console
 from ..train.report import Table, peak_mib
 from . import coco
 from .evaluate import NAMES, Result
@@ -17,37 +12,21 @@ LOSSES = (*("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_
 STEP_COLUMNS = ["step", "epoch", "loss", *LOSSES, "lr", "images_per_s", "data_share", "peak_mib"]
 MASK_NAMES = tuple("mask_" + name for name in NAMES)
 AP_COLUMNS = ["step", "epoch", "seconds", "cpu_seconds", *NAMES, *MASK_NAMES]
-SHOWN = 20  # skipped entries on the terminal; the file has all
 
 
 def shown(value: float) -> str:
     return "–" if value != value else f"{value:.2f}"
 
 
-class Report:
-    """Everything that a run says. A full disk costs rows, not the run."""
+class Report(Console):
+    """Everything that a run says."""
+
+    command = "detect"
 
     def __init__(self, run: Run, out: Path) -> None:
-        self.run, self.out = run, out
-        self.skipped: dict[Skipped, None] = {}
-        self.waited = self.stepped = 0.0  # seconds, since this process began
-        self.has_failed = False
-        self.bar = tqdm(
-            total=run.steps,
-            initial=run.step,
-            unit="step",
-            disable=None if run.options.progress else True,
-            dynamic_ncols=True,
-        )
+        super().__init__(run, out)
         self.steps = Table(out / "steps.csv", STEP_COLUMNS, run.step)
         self.precisions = Table(out / "precision.csv", AP_COLUMNS, run.step)
-
-    def say(self, text: str) -> None:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-
-    def warn(self, text: str) -> None:
-        tqdm.write(f"detect: {text}", file=sys.stderr)
 
     @property
     def _epoch(self) -> str:
@@ -87,17 +66,6 @@ class Report:
             + f", {run.seconds:.0f} s"
         )
 
-    def skip(self, found: Iterable[Skipped]) -> None:
-        """Name each entry that was left out or changed, once."""
-        for entry in found:
-            if entry in self.skipped:
-                continue
-            self.skipped[entry] = None
-            if len(self.skipped) <= SHOWN:
-                self.warn(f"skipped {': '.join(entry)}")
-            elif len(self.skipped) == SHOWN + 1:
-                self.warn("skipped more; skipped.txt will name them")
-
     def finish(self, result: Result) -> None:
         """The skipped entries, and the last line."""
         run, precision = self.run, result.precisions
@@ -105,11 +73,8 @@ class Report:
         if self.skipped:
             skipped = list(self.skipped)
             self.warn(f"{len(skipped)} skipped, see skipped.txt: {coco.summary(skipped)}")
-            lines = "".join(f"{name}: {reason}\n" for name, reason in skipped)
-            self.write(lambda: write_atomically(self.out / "skipped.txt", lines.encode()))
-        if self.stepped:
-            share = 100 * self.waited / self.stepped
-            self.say(f"waiting for images took {share:.1f} % of the steps")
+            self.write_skipped(skipped)
+        self.tell_waiting()
         self.say(
             f"{run.cpu_seconds:.0f} s of CPU time, peak memory {peak_mib(run.device):.0f} MiB; "
             f"all files in {self.out}"
@@ -123,11 +88,3 @@ class Report:
             f"AP50 {shown(precision['AP50'])}, AP {shown(precision['AP'])}{masks} in "
             f"{run.seconds:.0f} s"
         )
-
-    def write(self, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except OSError as error:
-            if not self.has_failed:
-                self.warn(f"a report could not be written, training goes on: {error}")
-            self.has_failed = True

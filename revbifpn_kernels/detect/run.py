@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models.detection import FasterRCNN
 
 from ..train import checkpoint
-from ..train.options import differences
+from ..train.options import refuse_changes
 from ..train.order import Order, seed_of
 from . import networks
 from .data import Data, Digits
@@ -115,15 +115,11 @@ def restore(run: Run, state: dict[str, Any]) -> None:
             f"detect: --resume: expected a checkpoint of version {VERSION} of this command, got "
             f"{state.get('version')} with {', '.join(map(str, state))}"
         )
-    lines = differences(
+    refuse_changes(
         state["options"] | {"training images": state["data"]},
         saved(run.options) | {"training images": run.digest},
+        DetectError,
     )
-    if lines:
-        raise DetectError(
-            "detect: --resume auto continues a run as it was begun, got other options; start anew "
-            "in another --out, or take back:\n  " + "\n  ".join(lines)
-        )
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.step, run.seconds = state["step"], state["seconds"]

@@ -1,7 +1,6 @@
 """A whole run: put together, trained, measured, written down."""
 
 import os
-import signal
 import time
 from pathlib import Path
 
@@ -34,7 +33,9 @@ def main(options: Options) -> int:
     found = data.prepare(options)
     run = runs.start(options, found)
     out = _out(options)
-    keeper = loop.Keeper(out, options.checkpoint_minutes, lambda text: report.warn(text))
+    keeper = checkpoint.Keeper(
+        out, options.checkpoint_minutes, lambda text: report.warn(text), lambda: runs.capture(run)
+    )
     if keeper.path.exists():
         runs.restore(run, checkpoint.load(keeper.path))
         keeper.step = run.step
@@ -43,13 +44,7 @@ def main(options: Options) -> int:
         is_complete = _train(run, found, report, keeper, signals)
     if is_complete:
         return 0
-    kind = signal.Signals(signals.received or signal.SIGTERM)
-    report.bar.close()
-    report.say(
-        f"stopped by {kind.name} after step {run.step} of {run.steps}; checkpoint: "
-        f"{keeper.described()}; continue with --out {out} --resume auto"
-    )
-    return 128 + kind
+    return report.stopped(signals.received, keeper)
 
 
 def _out(options: Options) -> Path:

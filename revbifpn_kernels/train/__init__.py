@@ -7,11 +7,12 @@
     order.py       which sample stands where in which step: a function of seed and step alone
     networks.py    the model by name, its norms, frozen parts, weights to start from
     processes.py   torchrun, DDP, FSDP2; what ranks must agree on
-    checkpoint.py  a file that is whole or was never there; generators of random numbers
+    checkpoint.py  a file that is whole or was never there, and when; generators of random numbers
     state.py       all that a run is between two steps: captured, restored
     loop.py        steps, evaluations, signals, losses that are not finite
     evaluate.py    loss and accuracy of images that are not trained on
-    report.py      progress bar, CSV, TensorBoard, the picture, the last line
+    console.py     the terminal: progress bar, warnings once each, how a run stopped
+    report.py      CSV, TensorBoard, the picture, the last line
     export.py      ONNX and torch.export, checked against the network
 
 `training.md`, `scaling.md` and `finetuning.md` are written for users.

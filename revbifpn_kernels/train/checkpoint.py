@@ -3,6 +3,8 @@
 import io
 import os
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +83,48 @@ def set_generators(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+class Keeper:
+    """Writes the checkpoint when it is due, and keeps the old one if that fails.
+
+    Args:
+        capture: Returns the content; every rank must call `save`, which calls it.
+        is_first: Whether this rank writes.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        minutes: float,
+        warn: Callable[[str], None],
+        capture: Callable[[], dict[str, Any]],
+        is_first: bool = True,
+    ) -> None:
+        self.path, self.interval, self.warn = out / NAME, 60 * minutes, warn
+        self.capture, self.is_first = capture, is_first
+        self.last_time = time.monotonic()
+        self.step: int | None = None  # of the file
+
+    @property
+    def is_due(self) -> bool:
+        return time.monotonic() - self.last_time >= self.interval
+
+    def save(self, step: int) -> bool:
+        """Whether the file is now of this step."""
+        content = self.capture()
+        self.last_time = time.monotonic()
+        if self.is_first:
+            try:
+                save(self.path, content)
+            except OSError as error:
+                held = (
+                    "there is none yet" if self.step is None else f"that of step {self.step} stays"
+                )
+                self.warn(f"checkpoint of step {step} not written to {self.path}: {error}; {held}")
+                return False
+        self.step = step
+        return True
+
+    def described(self) -> str:
+        return "none" if self.step is None else f"{self.path} of step {self.step}"

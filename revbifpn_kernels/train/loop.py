@@ -4,15 +4,14 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checkpoint, state
 from .augment import Batch
+from .checkpoint import Keeper
 from .evaluate import Score, autocast
 from .networks import to_training
 from .options import TrainError
@@ -40,40 +39,6 @@ class Signals:
     def _note(self, kind: int, frame) -> None:
         self.received = kind
         signal.signal(kind, signal.SIG_DFL)
-
-
-class Keeper:
-    """Writes the checkpoint when it is due, and keeps the old one if that fails."""
-
-    def __init__(self, out: Path, minutes: float, warn: Callable[[str], None]) -> None:
-        self.path, self.interval, self.warn = out / checkpoint.NAME, 60 * minutes, warn
-        self.last_time = time.monotonic()
-        self.step: int | None = None  # of the file
-
-    @property
-    def is_due(self) -> bool:
-        return time.monotonic() - self.last_time >= self.interval
-
-    def save(self, run: Run) -> bool:
-        """Whether the file is now of this step; every rank must call it."""
-        content = state.capture(run)
-        self.last_time = time.monotonic()
-        if run.world.is_first:
-            try:
-                checkpoint.save(self.path, content)
-            except OSError as error:
-                held = (
-                    "there is none yet" if self.step is None else f"that of step {self.step} stays"
-                )
-                self.warn(
-                    f"checkpoint of step {run.step} not written to {self.path}: {error}; {held}"
-                )
-                return False
-        self.step = run.step
-        return True
-
-    def described(self) -> str:
-        return "none" if self.step is None else f"{self.path} of step {self.step}"
 
 
 class Done(NamedTuple):
@@ -117,7 +82,7 @@ def train(
             losses.clear()
             run.seconds = time.monotonic() - began
         if is_due or is_stopped or run.step == run.steps:
-            keeper.save(run)
+            keeper.save(run.step)
         if is_stopped:
             return False
     return True

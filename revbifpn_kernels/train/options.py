@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 class TrainError(Exception):
     """What a user can mend: the command prints the message alone, without a traceback."""
 
+    command = "train"
+
 
 def option(default, help: str, kind: Callable = str, *, is_free: bool = False, **argument):
     """A field of `Options`. Free ones may change when a run is resumed: its numbers stay."""
@@ -187,29 +189,48 @@ def switch(name: str) -> str:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
+    parser = parser_of(
+        "train", "Train a RevBiFPN: on pictures in folders, or on handwritten digits.", FIELDS
+    )
+    return completed(Options(**vars(parser.parse_args(arguments))))
+
+
+def parser_of(
+    command: str,
+    description: str,
+    fields: dict[str, dataclasses.Field],
+    aliases: dict[str, str] | None = None,
+) -> argparse.ArgumentParser:
+    """A switch for each field that `option` or `flag` made."""
     parser = argparse.ArgumentParser(
-        prog="python -m revbifpn_kernels.train",
-        description="Train a RevBiFPN: on pictures in folders, or on handwritten digits.",
+        prog=f"python -m revbifpn_kernels.{command}",
+        description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    for name, field in FIELDS.items():
+    for name, field in fields.items():
         argument = dict(field.metadata["argument"])
         if "action" not in argument or argument["action"] == "append":
             argument["type"] = field.metadata["kind"]
+        switches = [switch(name)] + ([aliases[name]] if aliases and name in aliases else [])
         parser.add_argument(
-            switch(name), dest=name, default=field.default, help=field.metadata["help"], **argument
+            *switches, dest=name, default=field.default, help=field.metadata["help"], **argument
         )
-    return completed(Options(**vars(parser.parse_args(arguments))))
+    return parser
+
+
+def missing(options, preset: NamedTuple) -> dict[str, Any]:
+    """What a preset says where the answer was None; settings are joined by the caller."""
+    return {
+        name: value
+        for name, value in preset._asdict().items()
+        if name != "settings" and getattr(options, name) is None
+    }
 
 
 def completed(options: Options) -> Options:
     """With the data's defaults in place of None; raises for what is out of range."""
     preset = PRESETS[options.dataset]
-    found = {
-        name: value
-        for name, value in preset._asdict().items()
-        if name != "settings" and getattr(options, name) is None
-    }
+    found = missing(options, preset)
     settings = dict(preset.settings) if options.model is None else {}
     found["settings"] = tuple(sorted((settings | dict(options.settings or ())).items()))
     found["model"] = options.model or "revbifpn_s0"
@@ -222,13 +243,14 @@ def completed(options: Options) -> Options:
     return options
 
 
-_WHOLE = "a whole number from {} on"
-_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("epochs seed split_seed", lambda v: v >= 0, _WHOLE.format(0)),
-    ("batch_size accumulate log_every", lambda v: v >= 1, _WHOLE.format(1)),
-    ("image_size", lambda v: v is None or v >= 32, _WHOLE.format(32)),
-    ("threads", lambda v: v is None or v >= 1, _WHOLE.format(1)),
-    ("workers", lambda v: v is None or v >= 0, _WHOLE.format(0)),
+Rules = tuple[tuple[str, Callable[[Any], bool], str], ...]
+WHOLE = "a whole number from {} on"
+_RULES: Rules = (
+    ("epochs seed split_seed", lambda v: v >= 0, WHOLE.format(0)),
+    ("batch_size accumulate log_every", lambda v: v >= 1, WHOLE.format(1)),
+    ("image_size", lambda v: v is None or v >= 32, WHOLE.format(32)),
+    ("threads", lambda v: v is None or v >= 1, WHOLE.format(1)),
+    ("workers", lambda v: v is None or v >= 0, WHOLE.format(0)),
     ("lr", lambda v: 0 < v < math.inf, "a positive number"),
     (
         "min_lr warmup_epochs weight_decay clip_grad mixup cutmix checkpoint_minutes",
@@ -241,12 +263,17 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def _check(options: Options) -> None:
-    for fields, is_right, wanted in _RULES:
+def check_rules(options, rules: Rules, error: type[TrainError] = TrainError) -> None:
+    """Raise `error` for the first answer that breaks a rule."""
+    for fields, is_right, wanted in rules:
         for name in fields.split():
             value = getattr(options, name)
             if not is_right(value):
-                raise TrainError(f"train: {switch(name)} must be {wanted}, got {value}")
+                raise error(f"{error.command}: {switch(name)} must be {wanted}, got {value}")
+
+
+def _check(options: Options) -> None:
+    check_rules(options, _RULES)
     if options.batch_size % options.accumulate:
         raise TrainError(
             f"train: --accumulate must divide --batch-size {options.batch_size}, got "
@@ -278,3 +305,14 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             shown = switch(name) if name in FIELDS else name
             lines.append(f"{shown}: {old} in the checkpoint, {new} now")
     return lines
+
+
+def refuse_changes(
+    before: dict[str, Any], now: dict[str, Any], error: type[TrainError] = TrainError
+) -> None:
+    """Raise `error` where a run is resumed with other answers; the message lists them."""
+    if lines := differences(before, now):
+        raise error(
+            f"{error.command}: --resume auto continues a run as it was begun, got other options; "
+            "start anew in another --out, or take back:\n  " + "\n  ".join(lines)
+        )

@@ -6,15 +6,13 @@ Only the first rank tells. A full disk costs rows, not the run.
 import csv
 import io
 import resource
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from .checkpoint import write_atomically
+from .console import Console
 from .data import Skipped
 from .evaluate import Score
 from .state import Run
@@ -22,7 +20,6 @@ from .state import Run
 STEP_COLUMNS = "step epoch loss gradient lr images_per_s data_share peak_mib".split()
 EPOCH_COLUMNS = "step epoch train_loss val_loss val_accuracy seconds".split()
 MIB = 2**20
-SHOWN = 20  # names of skipped files on the terminal; the file has all
 
 
 def peak_mib(device: torch.device) -> float:
@@ -56,22 +53,14 @@ class Table:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
 
 
-class Report:
+class Report(Console):
     """Everything that a run says, on the first rank; silence elsewhere."""
 
+    command = "train"
+
     def __init__(self, run: Run, out: Path) -> None:
-        self.run, self.out, self.is_on = run, out, run.world.is_first
-        self.skipped: dict[str, str] = {}
-        self.waited = self.stepped = 0.0  # seconds, since this process began
-        self.has_failed = False
+        super().__init__(run, out, run.world.is_first)
         self.events = None
-        self.bar = tqdm(
-            total=run.steps,
-            initial=run.step,
-            unit="step",
-            disable=None if self.is_on and run.options.progress else True,
-            dynamic_ncols=True,
-        )
         if self.is_on:
             self.steps = Table(out / "steps.csv", STEP_COLUMNS, run.step)
             self.epochs = Table(out / "epochs.csv", EPOCH_COLUMNS, run.step)
@@ -80,13 +69,8 @@ class Report:
 
                 self.events = SummaryWriter(str(out), purge_step=run.step + 1)
 
-    def say(self, text: str) -> None:
-        if self.is_on:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-
-    def warn(self, text: str) -> None:
-        tqdm.write(f"train: {text}", file=sys.stderr)
+    def key_of(self, entry: Skipped) -> str:
+        return entry[0]
 
     def log(self, steps: int, loss: float, gradient: float, seconds: float, waited: float) -> None:
         """The mean of some steps, which took so many seconds, waiting for images among them."""
@@ -107,7 +91,7 @@ class Report:
             f"{row['images_per_s']} images/s, loss {loss:.4f}, peak {row['peak_mib']} MiB"
         )
         if self.is_on:
-            self._write(lambda: self.steps.add(row))
+            self.write(lambda: self.steps.add(row))
             self._scalars({name: row[name] for name in STEP_COLUMNS[2:]})
 
     def epoch(self, train_loss: float, score: Score) -> None:
@@ -125,19 +109,8 @@ class Report:
             f"{score.loss:.4f}, val accuracy {100 * score.accuracy:.2f} %, {run.seconds:.0f} s"
         )
         if self.is_on:
-            self._write(lambda: self.epochs.add(row))
+            self.write(lambda: self.epochs.add(row))
             self._scalars({name: row[name] for name in EPOCH_COLUMNS[2:5]})
-
-    def skip(self, found: list[Skipped] | tuple[Skipped, ...]) -> None:
-        """Name each file that was left out, once."""
-        for name, reason in found:
-            if name in self.skipped:
-                continue
-            self.skipped[name] = reason
-            if len(self.skipped) <= SHOWN:
-                self.warn(f"skipped {name}: {reason}")
-            elif len(self.skipped) == SHOWN + 1:
-                self.warn("skipped more; skipped.txt will name them")
 
     def finish(self, score: Score) -> None:
         """The picture, the skipped files, and the last line."""
@@ -147,18 +120,14 @@ class Report:
             self.skipped |= found
         if not self.is_on:
             return
-        self._write(self._draw)
+        self.write(self._draw)
         if self.events is not None:
             self._scalars({"test_accuracy": score.accuracy})
             self.events.close()
         if self.skipped:
             self.warn(f"{len(self.skipped)} files or folders were skipped, see skipped.txt")
-            lines = "".join(f"{name}: {reason}\n" for name, reason in sorted(self.skipped.items()))
-            self._write(lambda: write_atomically(self.out / "skipped.txt", lines.encode()))
-        if self.stepped:
-            self.say(
-                f"waiting for images took {100 * self.waited / self.stepped:.1f} % of the steps"
-            )
+            self.write_skipped(entry for _, entry in sorted(self.skipped.items()))
+        self.tell_waiting()
         self.say(f"peak memory {peak_mib(run.world.device):.0f} MiB; all files in {self.out}")
         accuracy = 100 * score.accuracy
         right = round(score.accuracy * score.count) if score.count else 0
@@ -185,14 +154,6 @@ class Report:
     def _scalars(self, values: dict) -> None:
         if self.events is not None:
             for name, value in values.items():
-                self._write(
+                self.write(
                     lambda n=name, v=value: self.events.add_scalar(n, float(v), self.run.step)
                 )
-
-    def _write(self, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except OSError as error:
-            if not self.has_failed:
-                self.warn(f"a report could not be written, training goes on: {error}")
-            self.has_failed = True

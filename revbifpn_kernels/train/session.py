@@ -36,19 +36,19 @@ def main(options: Options) -> int:
             return 0
         out = _out(options, world)
         run = state.start(options, world, config, found)
-        keeper = loop.Keeper(out, options.checkpoint_minutes, lambda text: report.warn(text))
+        keeper = checkpoint.Keeper(
+            out,
+            options.checkpoint_minutes,
+            lambda text: report.warn(text),
+            lambda: state.capture(run),
+            world.is_first,
+        )
         _resume(run, keeper)
         report = Report(run, out)
         with loop.Signals() as signals:
             is_complete = _train(run, found, side, report, keeper, signals)
         if not is_complete:
-            kind = signal.Signals(signals.received or signal.SIGTERM)
-            report.bar.close()
-            report.say(
-                f"stopped by {kind.name} after step {run.step} of {run.steps}; checkpoint: "
-                f"{keeper.described()}; continue with --out {out} --resume auto"
-            )
-            return 128 + kind
+            return report.stopped(signals.received, keeper)
         return 0
 
 
@@ -83,7 +83,7 @@ def _new_folder(start: str) -> str:
     return next(name for name in names if not os.path.exists(name))
 
 
-def _resume(run: Run, keeper: loop.Keeper) -> None:
+def _resume(run: Run, keeper: checkpoint.Keeper) -> None:
     if keeper.path.exists():
         state.restore(run, checkpoint.load(keeper.path))
         keeper.step = run.step

@@ -22,7 +22,7 @@ from ..models.revbifpn import RevBiFPN
 from ..models.sizes import Config
 from . import checkpoint, networks, processes
 from .data import Data
-from .options import Options, TrainError, differences, saved
+from .options import Options, TrainError, refuse_changes, saved
 from .order import Order, seed_of
 from .processes import World
 
@@ -155,15 +155,10 @@ def restore(run: Run, state: dict[str, Any]) -> None:
             f"train: --resume: expected a checkpoint of version {VERSION}, got "
             f"{state.get('version')}"
         )
-    changes = differences(
+    refuse_changes(
         state["options"] | {"training images": state["data"]},
         saved(run.options) | {"training images": run.digest},
     )
-    if changes:
-        raise TrainError(
-            "train: --resume auto continues a run as it was begun, got other options; start anew "
-            "in another --out, or take back:\n  " + "\n  ".join(changes)
-        )
     set_model_state_dict(run.model, state["model"], options=WHOLE)
     if run.ema is not None:
         set_model_state_dict(run.ema.module, state["ema"], options=WHOLE)

@@ -1,0 +1,87 @@
+"""What every command tells on the terminal: a progress bar, warnings once each, how it stopped."""
+
+import signal
+import sys
+from collections.abc import Callable, Hashable, Iterable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .checkpoint import Keeper, write_atomically
+from .data import Skipped
+
+SHOWN = 20  # skipped entries on the terminal; the file has all
+
+
+class Console:
+    """A run's, of which `step` and `steps` are read. A full disk costs rows, not the run.
+
+    Args:
+        is_on: False tells nothing but warnings.
+    """
+
+    command: str
+
+    def __init__(self, run, out: Path, is_on: bool = True) -> None:
+        self.run, self.out, self.is_on = run, out, is_on
+        self.skipped: dict[Hashable, Skipped] = {}
+        self.waited = self.stepped = 0.0  # seconds, since this process began
+        self.has_failed = False
+        self.bar = tqdm(
+            total=run.steps,
+            initial=run.step,
+            unit="step",
+            disable=None if is_on and run.options.progress else True,
+            dynamic_ncols=True,
+        )
+
+    def say(self, text: str) -> None:
+        if self.is_on:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def warn(self, text: str) -> None:
+        tqdm.write(f"{self.command}: {text}", file=sys.stderr)
+
+    def key_of(self, entry: Skipped) -> Hashable:
+        """What tells entries apart that are named once each."""
+        return entry
+
+    def skip(self, found: Iterable[Skipped]) -> None:
+        """Name each entry that was left out or changed, once."""
+        for entry in found:
+            key = self.key_of(entry)
+            if key in self.skipped:
+                continue
+            self.skipped[key] = entry
+            if len(self.skipped) <= SHOWN:
+                self.warn(f"skipped {': '.join(entry)}")
+            elif len(self.skipped) == SHOWN + 1:
+                self.warn("skipped more; skipped.txt will name them")
+
+    def write_skipped(self, entries: Iterable[Skipped]) -> None:
+        lines = "".join(f"{name}: {reason}\n" for name, reason in entries)
+        self.write(lambda: write_atomically(self.out / "skipped.txt", lines.encode()))
+
+    def tell_waiting(self) -> None:
+        if self.stepped:
+            share = 100 * self.waited / self.stepped
+            self.say(f"waiting for images took {share:.1f} % of the steps")
+
+    def stopped(self, received: int | None, keeper: Keeper) -> int:
+        """The exit status after a signal."""
+        kind = signal.Signals(received or signal.SIGTERM)
+        self.bar.close()
+        self.say(
+            f"stopped by {kind.name} after step {self.run.step} of {self.run.steps}; checkpoint: "
+            f"{keeper.described()}; continue with --out {self.out} --resume auto"
+        )
+        return 128 + kind
+
+    def write(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except OSError as error:
+            if not self.has_failed:
+                self.warn(f"a report could not be written, training goes on: {error}")
+            self.has_failed = True
