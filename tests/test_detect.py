@@ -89,7 +89,9 @@ def test_precision():
     assert evaluate.precisions(truth, half, masks=False)["AP"] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("extra", [(), ("--masks", "--amp"), ("--no-reversible", "--eval-every=1")])
+@pytest.mark.parametrize(
+    "extra", [(), ("--masks", "--amp=bfloat16"), ("--no-reversible", "--eval-every=1")]
+)
 def test_a_run(extra, tmp_path, capsys):
     detect(tmp_path, *extra)
     out = said(capsys)[0].splitlines()
@@ -103,6 +105,14 @@ def test_a_run(extra, tmp_path, capsys):
         "--masks" in extra
     )
     assert (tmp_path / "predictions.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_frozen_parts_stay_as_they_are(tmp_path):
+    start = runs.start(chosen := options.parse(TINY), data.prepare(chosen)).model.state_dict()
+    kept = detect(tmp_path, "--freeze=stem,body.0", "--lattice=2^-12")
+    for key, tensor in checkpoint(kept)["model"].items():
+        is_frozen = key.startswith("backbone.model.body.0.")
+        assert torch.equal(tensor, start[key]) == is_frozen, key
 
 
 def test_a_few_scenes_are_learnt():
@@ -204,6 +214,9 @@ def test_the_clock_ends_a_run_with_a_learning_rate_of_nearly_0(tmp_path):
         (["--image-size=32"], "--image-size must be a whole number from 64 on, got 32"),
         (["--set=wide=3"], "--model, --set or --checkpoint: revbifpn_s0: no setting is called"),
         (["--set=in_chans=1"], "--set in_chans must be 3, got 1"),
+        (["--set=num_classes=3"], "--set cannot change num_classes, got 3"),
+        (["--freeze=bdy"], "--freeze must name parts of the model, such as stem, body"),
+        (["--data=."], "--train-images counts scenes of digits, and goes without --data"),
         (["--checkpoint=none.pth"], "none.pth"),
         (["--write=.", "--data=."], "--write writes the digits, and goes without --data"),
         (["--resume=auto", "--out="], "--resume auto needs --out"),

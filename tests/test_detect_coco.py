@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("pycocotools", reason="an extra")
 pytest.importorskip("torchvision", reason="an extra")
-from detections import TINY, detect, said, write_digits
+from detections import FEW, TINY, detect, said, write_digits
 from PIL import Image
 from pycocotools import mask as rle
 
@@ -175,7 +175,7 @@ def test_a_folder_that_cannot_be_used_is_refused(break_it, message, tmp_path, ca
     folder = write_digits(tmp_path / "digits")
     changed = break_it(folder)
     chosen = changed if hasattr(changed, "is_dir") else folder
-    assert main([*TINY, f"--data={chosen}", f"--out={tmp_path / 'run'}"]) == 1
+    assert main([*FEW, f"--data={chosen}", f"--out={tmp_path / 'run'}"]) == 1
     assert message in said(capsys)[1]
 
 

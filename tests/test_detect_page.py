@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("pycocotools", reason="an extra")
 pytest.importorskip("torchvision", reason="an extra")
 from conftest import ROOT
-from detections import MODEL, TINY, said, write_digits
+from detections import FEW, MODEL, TINY, said, write_digits
 
 from revbifpn_kernels.detect import memory, networks, options
 from revbifpn_kernels.detect.__main__ import main
@@ -53,6 +53,8 @@ def test_the_commands_of_the_page_run(command, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(memory, "SHOWN", ())
         for name in ("_resnet50_fpn", "_hrnet_w18"):
             monkeypatch.setattr(memory, name, lambda: torch.nn.Conv2d(3, 4, 3))
-    shrunk = TINY[:-3] if "--memory" not in arguments else [*MODEL, "--image-size=64"]
+    shrunk = [*MODEL, "--image-size=64"]
+    if "--memory" not in arguments:
+        shrunk = FEW if "--data" in arguments else TINY
     assert main([*arguments, *shrunk, "--no-progress"]) == 0
     assert "ResNet-50-FPN" in said(capsys)[0] or "--memory" not in arguments

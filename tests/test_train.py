@@ -8,6 +8,8 @@ from helpers import same_bits
 from safetensors.torch import load_file
 from trainings import STEPS, TINY, assert_same_run, checkpoint, losses, rows, train
 
+from revbifpn_kernels.detect import options as detect_options
+from revbifpn_kernels.train import options as train_options
 from revbifpn_kernels.train.__main__ import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -128,7 +130,24 @@ def test_a_missing_gpu_is_said(capsys):
     assert "--device cuda needs a GPU, found none" in capsys.readouterr().err
 
 
-def test_a_run_is_not_overwritten(tmp_path, capsys):
-    out = train(tmp_path / "run")
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_run_is_not_overwritten(epochs, tmp_path, capsys):
+    out = train(tmp_path / "run", f"--epochs={epochs}")
     assert main([*TINY, f"--out={out}"]) == 1
     assert "--out must be a new folder without --resume auto" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [train_options, detect_options])
+def test_help_names_every_default(command, capsys):
+    with pytest.raises(SystemExit):
+        command.parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "None" not in text and "--set NAME=VALUE" in text
+    for preset in command.PRESETS.values():
+        assert f"{preset.lr} for" in text and f"{preset.epochs} for" in text
+
+
+def test_a_short_run_reaches_its_learning_rate():
+    assert train_options.parse(["--data=.", "--epochs=3"]).warmup_epochs == pytest.approx(0.6)
+    assert train_options.parse(["--data=."]).warmup_epochs == 5
+    assert train_options.parse(["--epochs=3", "--warmup-epochs=2"]).warmup_epochs == 2

@@ -12,9 +12,9 @@ from PIL import Image
 from trainings import FEW, losses, write_pictures
 
 from revbifpn_kernels.train.__main__ import main
-from revbifpn_kernels.train.augment import CentreSquare
+from revbifpn_kernels.train.augment import CentreSquare, for_training
 from revbifpn_kernels.train.data import Evaluation, Training, digits, folder, split
-from revbifpn_kernels.train.options import TrainError
+from revbifpn_kernels.train.options import TrainError, parse
 from revbifpn_kernels.train.order import Key, Order, Parts, drawing_from
 from revbifpn_kernels.train.pictures import BadPicture, open_picture
 
@@ -127,14 +127,28 @@ def test_training_among_bad_files(tmp_path, capsys):
     assert len(losses(tmp_path / "run")) == 6 and np.isfinite(losses(tmp_path / "run")).all()
     said = capsys.readouterr()
     skipped = (tmp_path / "run" / "skipped.txt").read_text().splitlines()
-    names = {line.partition(": ")[0] for line in skipped}
+    names = {line.partition("\t")[0] for line in skipped}
     both = [f"{part}/{name}" for part in ("train/dog", "val/cat") for name in (*BAD, *UNFIT)]
     assert names == {*both, "train/eel/", "val/eel/", "val/fox/"}
-    assert f"train: {len(names)} files or folders were skipped, see skipped.txt" in said.err
+    assert f"train: {len(names)} skipped, see skipped.txt" in said.err
     assert "train: skipped train/dog/pipe.png: not a regular file" in said.err
-    assert any(line.startswith("val/cat/vast.png: DecompressionBombError") for line in skipped)
+    assert "train: skipped train/eel/: no pictures; the class keeps its output" in said.err
+    assert any(line.startswith("val/cat/vast.png\tDecompressionBombError") for line in skipped)
     assert "24 to validate, 24 to test (the same), 3 classes" in said.out
     assert " of 18 test images right" in said.out
+    # A run that goes on knows what it has found, and opens no training image here.
+    (tmp_path / "run" / "skipped.txt").open("a").write("half a li")
+    assert main([*FEW, *options, "--erasing=0.3", "--augment=rand", "--resume=auto"]) == 0
+    assert (tmp_path / "run" / "skipped.txt").read_text().splitlines() == skipped
+    assert "train: skipped" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("augment", ["none", "affine", "crop", "rand", "trivial"])
+def test_pictures_of_all_shapes_fill_the_same_square(augment, tmp_path):
+    for name in ("strip.png", "tall.jpg", "grey.png", "one.png"):
+        GOOD[name](tmp_path / name)
+        transform = for_training(parse(["--data=.", f"--augment={augment}"]), "RGB", 32)
+        assert transform(open_picture(tmp_path / name)).shape == (3, 32, 32)
 
 
 def test_a_lost_disk_is_not_a_bad_file(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from trainings import FEW, NUMBERS, TINY, checkpoint, train, write_pictures
 from revbifpn_kernels import create_model, to_official
 from revbifpn_kernels.train import export as exporting
 from revbifpn_kernels.train.__main__ import main
+from revbifpn_kernels.train.options import parse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,6 +66,16 @@ def test_a_new_head_of_as_many_classes(weights, tmp_path):
         assert torch.equal(now, start) == is_kept
 
 
+def test_weights_name_the_model_they_are_of(tmp_path, capsys):
+    out = train(tmp_path / "run", "--epochs=0", "--set=mode='nearest'", "--norm=group")
+    wrong = [*TINY, "--set=features=16", f"--checkpoint={out}/weights.safetensors"]
+    assert main([*wrong, f"--out={tmp_path / 'tuned'}"]) == 1
+    named = capsys.readouterr().err.rpartition("it was trained with ")[2]
+    asked = [*TINY, "--set=mode='nearest'", "--norm=group"]
+    assert parse(shlex.split(named)).settings == parse(asked).settings
+    assert parse(shlex.split(named)).norm == "group"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -92,6 +104,7 @@ def test_exports_are_run_and_compared(weights, tmp_path, capsys):
     about = json.loads((exported / "network.json").read_text())
     assert about["classes"] == [str(k) for k in range(10)]
     assert about["mode"] == "L" and about["side"] == 32 and about["mean"] == [0.5]
+    assert about["crop"] == 0.875 and about["interpolation"] == "bilinear"
     images = torch.randn(3, 1, 32, 32)
     model = create_model(
         "revbifpn_s0", 10, checkpoint=tmp_path / "run" / "weights.safetensors", **NUMBERS

@@ -8,6 +8,7 @@ outline where outlines are asked for, are left out. Nothing here opens a picture
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -214,7 +215,7 @@ def _is_number(value: Any) -> bool:
     return is_real and math.isfinite(value)
 
 
-def summary(skipped: list[tuple[str, str]]) -> str:
+def summary(skipped: Iterable[tuple[str, str]]) -> str:
     """How often each kind of fault was found, most frequent first."""
     kinds = Counter(reason.partition(",")[0].partition("[")[0].strip() for _, reason in skipped)
     return ", ".join(f"{count}× {kind}" for kind, count in kinds.most_common(5))

@@ -5,6 +5,7 @@ import io
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 from ..train.order import Key
 from .data import Data
@@ -14,6 +15,7 @@ NAME = "predictions.png"
 COLUMNS = 4
 LEAST_SCORE = 0.5  # of what is drawn
 TRUTH, PREDICTED = "white", "C1"
+EDGE = [withStroke(linewidth=2.5, foreground="black", alpha=0.6)]  # seen on any photograph
 
 
 def grid(data: Data, found: dict[int, Found], count: int) -> bytes:
@@ -26,7 +28,9 @@ def grid(data: Data, found: dict[int, Found], count: int) -> bytes:
     for axes, number in zip(figure.axes, numbers, strict=False):
         _draw(axes, data, number, found[number])
     figure.suptitle(
-        f"dashed white: truth; orange: predicted with a score of {LEAST_SCORE} or more", fontsize=10
+        f"dashed white: truth; orange: predicted with a score of {LEAST_SCORE} or more"
+        + ("" if any((found[k]["scores"] >= LEAST_SCORE).any() for k in numbers) else " (none)"),
+        fontsize=10,
     )
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
@@ -43,20 +47,23 @@ def _draw(axes, data: Data, number: int, found: Found) -> None:
         axes.imshow(shade.numpy(), cmap="autumn", alpha=0.5 * shade.numpy(), extent=extent)
     for box, label in zip(annotated.boxes, annotated.labels, strict=True):
         _box(axes, box, TRUTH, "--")
-        axes.text(
-            box[2], box[3], data.classes[label - 1], color=TRUTH, fontsize=7, ha="right", va="top"
-        )
+        _name(axes, box[2], box[3], data.classes[label - 1], TRUTH, ha="right", va="top")
     for box, label, score in zip(*(found[k] for k in ("boxes", "labels", "scores")), strict=True):
         if score >= LEAST_SCORE:
             _box(axes, box.tolist(), PREDICTED, "-")
             name = f"{data.classes[int(label) - 1]} {float(score):.2f}"
-            axes.text(*box[:2].tolist(), name, color=PREDICTED, fontsize=7, va="bottom")
+            _name(axes, *box[:2].tolist(), name, PREDICTED, va="bottom")
+
+
+def _name(axes, x: float, y: float, text: str, colour: str, **alignment) -> None:
+    # $ would begin a formula.
+    axes.text(
+        x, y, text.replace("$", r"\$"), color=colour, fontsize=7, path_effects=EDGE, **alignment
+    )
 
 
 def _box(axes, box, colour: str, style: str) -> None:
     left, top, right, bottom = box
-    axes.add_patch(
-        Rectangle(
-            (left, top), right - left, bottom - top, fill=False, edgecolor=colour, linestyle=style
-        )
-    )
+    place, sides = (left, top), (right - left, bottom - top)
+    look = {"fill": False, "edgecolor": colour, "linestyle": style, "path_effects": EDGE}
+    axes.add_patch(Rectangle(place, *sides, **look))

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ..train.checkpoint import Keeper
 from ..train.loop import Signals
+from ..train.networks import to_training
 from .data import Batch
+from .networks import frozen
 from .options import DetectError
 from .report import Report
 from .run import Run, autocast
@@ -82,7 +84,7 @@ def advance(run: Run, batches: Iterator[Batch], report: Report) -> Done:
     targets = [{key: t.to(run.device) for key, t in target.items()} for target in targets]
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    run.model.train()
+    to_training(run.model, frozen(run.options))
     with autocast(run):
         losses = run.model(images, targets)
     sum(losses.values()).backward()

@@ -16,9 +16,11 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from ..models.create import create_model
 from ..models.detection import DetectionBackbone
+from ..train.networks import freeze, hint_of, refuse_settings
 from .options import DetectError, Options
 
 DROPPED = {"drop_rate": 0.0}  # the classifier's, which a backbone has not
+TRUNK = "backbone.model"  # of a detector
 BOX_BINS, MASK_BINS = 7, 14  # a side, of what is pooled
 
 
@@ -59,18 +61,24 @@ HEADS = {
 
 
 def backbone(options: Options) -> DetectionBackbone:
+    settings = dict(options.settings)
+    refuse_settings(settings, DetectError)
+    if options.lattice is not None:
+        settings["lattice"] = options.lattice
     try:
         model = create_model(
             options.model,
             num_classes=0,
             reversible=options.reversible,
             checkpoint=options.checkpoint,
-            **DROPPED | dict(options.settings),
+            **DROPPED | settings,
         )
     except (OSError, TypeError, ValueError) as error:
-        raise DetectError(f"detect: --model, --set or --checkpoint: {error}") from error
+        hint = hint_of(options.checkpoint) if options.checkpoint else ""
+        raise DetectError(f"detect: --model, --set or --checkpoint: {error}{hint}") from error
     if model.config.in_chans != 3:
         raise DetectError(f"detect: --set in_chans must be 3, got {model.config.in_chans}")
+    freeze(model, options.freeze)
     return DetectionBackbone(
         model,
         options.out_channels,
@@ -106,6 +114,11 @@ def build(options: Options, classes: int) -> FasterRCNN:
         mask_head=MaskRCNNHeads(trunk.out_channels, heads.mask_layers, dilation=1),
         mask_predictor=MaskRCNNPredictor(width, width, classes + 1),
     )
+
+
+def frozen(options: Options) -> list[str]:
+    """Names of a detector's parts that stay as they are."""
+    return [f"{TRUNK}.{part}" for part in options.freeze]
 
 
 def _box_head(channels: int, heads: Heads) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,8 +15,10 @@ from ..train.options import (
     check_rules,
     flag,
     missing,
+    names,
     option,
     parser_of,
+    power,
     setting,
     switch,
 )
@@ -37,12 +40,14 @@ class Preset(NamedTuple):
     warmup_steps: int
     out_channels: int
     flip: float
+    train_images: int | None
+    val_images: int | None
     settings: tuple[tuple[str, Any], ...]
 
 
 PRESETS = {
-    "digits": Preset(128, 8, 8, 3e-3, 100, 64, 0.0, (("extra_silos", 0),)),
-    "coco": Preset(512, 24, 16, 1e-3, 500, 256, 0.5, ()),
+    "digits": Preset(128, 8, 8, 3e-3, 100, 64, 0.0, 1000, 300, (("extra_silos", 0),)),
+    "coco": Preset(512, 24, 16, 1e-3, 500, 256, 0.5, None, None, ()),
 }
 
 
@@ -66,6 +71,8 @@ class Options:
     checkpoint: str | None = option(
         None, "file of the backbone's weights to start from: ours, official, safetensors"
     )
+    freeze: tuple = option((), "its parts that stay as they are: stem,body.0,body,neck", names)
+    lattice: float | None = option(None, "its exact mode, such as 2^-12", power)
     out_channels: int | None = option(None, "of the maps that the detector sees", int)
     image_size: int | None = option(None, "longest side in pixels", int)
     epochs: int | None = option(None, "times that each image is seen; 0 trains nothing", int)
@@ -77,15 +84,15 @@ class Options:
     warmup_steps: int | None = option(None, "in which the learning rate rises", int)
     weight_decay: float = option(0.05, "not on biases and norms", float)
     clip_grad: float = option(10.0, "longest gradient of all parameters; 0: any", float)
-    flip: float | None = option(None, "probability of a mirror image; 0 for digits", float)
+    flip: float | None = option(None, "probability of a mirror image", float)
     seed: int = option(0, "of weights, order, scenes, proposals", int)
-    train_images: int = option(1000, "digits: scenes of an epoch, new ones each time", int)
-    val_images: int = option(300, "digits: scenes to measure on, of other digits", int)
+    train_images: int | None = option(None, "scenes of an epoch of digits, new ones each time", int)
+    val_images: int | None = option(None, "scenes of other digits to measure on", int)
     reversible: bool = flag(True, "recompute activations, or store them")
-    amp: bool = flag(False, "autocast to bfloat16")
+    amp: str = option("none", "autocast", choices=("none", "bfloat16"))
     device: str = option("auto", "a GPU if there is one", choices=("auto", "cpu", "cuda"))
     threads: int | None = option(
-        None, "of the CPU; 1 for digits, else PyTorch's choice", int, is_free=True
+        None, "of the CPU; 2 for digits, else PyTorch's choice", int, is_free=True
     )
     workers: int = option(0, "processes that load images", int, is_free=True)
     out: str | None = option(None, "folder of the run; runs/NAME-TIME unless given", is_free=True)
@@ -121,12 +128,8 @@ FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
-    parser = parser_of(
-        "detect",
-        "Train a detector on a RevBiFPN: on COCO annotations, or on digits.",
-        FIELDS,
-        aliases={"out": "--output"},
-    )
+    about = "Train a detector on a RevBiFPN: on COCO annotations, or on digits."
+    parser = parser_of("detect", about, FIELDS, PRESETS)
     return completed(Options(**vars(parser.parse_args(arguments))))
 
 
@@ -137,7 +140,7 @@ def completed(options: Options) -> Options:
     settings = dict(preset.settings) | dict(options.settings or ())
     found["settings"] = tuple(sorted(settings.items()))
     if options.threads is None and options.dataset == "digits":
-        found["threads"] = 1  # of such small images; more wait for each other
+        found["threads"] = min(2, len(os.sched_getaffinity(0)))  # more wait for each other
     options = dataclasses.replace(options, **found)
     _check(options)
     return options
@@ -145,11 +148,11 @@ def completed(options: Options) -> Options:
 
 _RULES: Rules = (
     ("epochs seed workers warmup_steps draw eval_every", lambda v: v >= 0, WHOLE.format(0)),
-    ("log_every train_images val_images out_channels", lambda v: v >= 1, WHOLE.format(1)),
+    ("log_every out_channels", lambda v: v >= 1, WHOLE.format(1)),
     # Batch norm needs two values of each channel, and the coarsest map may have a single pixel.
     ("batch_size", lambda v: v >= 2, WHOLE.format(2)),
     ("image_size", lambda v: v >= 64, WHOLE.format(64)),
-    ("threads", lambda v: v is None or v >= 1, WHOLE.format(1)),
+    ("threads train_images val_images", lambda v: v is None or v >= 1, WHOLE.format(1)),
     ("lr", lambda v: 0 < v < math.inf, "a positive number"),
     (
         "minutes weight_decay clip_grad checkpoint_minutes",
@@ -166,6 +169,11 @@ def _check(options: Options) -> None:
         raise DetectError("detect: --resume auto needs --out, the folder of the run; got none")
     if options.write is not None and options.data is not None:
         raise DetectError("detect: --write writes the digits, and goes without --data; got both")
+    for name in ("train_images", "val_images"):
+        if options.data is not None and getattr(options, name) is not None:
+            raise DetectError(
+                f"detect: {switch(name)} counts scenes of digits, and goes without --data; got both"
+            )
 
 
 def saved(options: Options) -> dict[str, Any]:

@@ -70,10 +70,7 @@ class Report(Console):
         """The skipped entries, and the last line."""
         run, precision = self.run, result.precisions
         self.bar.close()
-        if self.skipped:
-            skipped = list(self.skipped)
-            self.warn(f"{len(skipped)} skipped, see skipped.txt: {coco.summary(skipped)}")
-            self.write_skipped(skipped)
+        self.tell_skipped(": " + coco.summary(self.skipped.values()))
         self.tell_waiting()
         self.say(
             f"{run.cpu_seconds:.0f} s of CPU time, peak memory {peak_mib(run.device):.0f} MiB; "

@@ -78,7 +78,9 @@ def _optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
         {"params": [p for p in model.parameters() if p.dim() > 1]},
         {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, options.lr, BETAS, weight_decay=options.weight_decay)
+    return torch.optim.AdamW(
+        groups, options.lr, BETAS, weight_decay=options.weight_decay, fused=True
+    )
 
 
 def _digest(data: Data) -> str:
@@ -128,6 +130,6 @@ def restore(run: Run, state: dict[str, Any]) -> None:
 
 
 def autocast(run: Run):
-    if not run.options.amp:
+    if run.options.amp == "none":
         return contextlib.nullcontext()
-    return torch.autocast(run.device.type, torch.bfloat16)
+    return torch.autocast(run.device.type, getattr(torch, run.options.amp))

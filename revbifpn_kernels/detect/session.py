@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from ..train import checkpoint
 from ..train.loop import Signals
 from ..train.order import Parts
-from ..train.session import ignore_signals
+from ..train.session import ignore_signals, refuse_used
 from . import data, draw, evaluate, loop, networks, scenes
 from . import run as runs
 from .options import DetectError, Options
@@ -51,10 +51,7 @@ def _out(options: Options) -> Path:
     """The run's folder; a run that is in it already is not overwritten."""
     name = "detect-" + (Path(options.data).resolve().name if options.data else "digits")
     out = Path(options.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-    if options.resume == "never" and (out / checkpoint.NAME).exists():
-        raise DetectError(
-            f"detect: --out must be a new folder without --resume auto, got {out} with a checkpoint"
-        )
+    refuse_used(out, options.resume, DetectError)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -35,13 +35,13 @@ def for_training(options: Options, mode: str, side: int) -> nn.Module:
     """Draws from the global generators."""
     bilinear = InterpolationMode.BILINEAR
     steps: list[nn.Module] = []
-    if options.augment == "affine":
-        steps.append(v2.RandomAffine(12, (0.1, 0.1), (0.85, 1.15), 10, interpolation=bilinear))
-    elif options.augment in ("crop", "rand", "trivial"):
+    if options.augment in ("crop", "rand", "trivial"):
         steps += [v2.RandomResizedCrop(side), v2.RandomHorizontalFlip()]
     elif options.dataset == "folder":
         steps.append(CentreSquare(side))
-    if options.augment == "rand":
+    if options.augment == "affine":
+        steps.append(v2.RandomAffine(12, (0.1, 0.1), (0.85, 1.15), 10, interpolation=bilinear))
+    elif options.augment == "rand":
         steps.append(v2.RandAugment(interpolation=bilinear))
     elif options.augment == "trivial":
         steps.append(v2.TrivialAugmentWide(interpolation=bilinear))

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .checkpoint import Keeper, write_atomically
+from .checkpoint import Keeper
 from .data import Skipped
 
 SHOWN = 20  # skipped entries on the terminal; the file has all
+SKIPPED = "skipped.txt"
 
 
 class Console:
@@ -24,7 +25,7 @@ class Console:
 
     def __init__(self, run, out: Path, is_on: bool = True) -> None:
         self.run, self.out, self.is_on = run, out, is_on
-        self.skipped: dict[Hashable, Skipped] = {}
+        self.skipped = self._skipped_before() if is_on else {}
         self.waited = self.stepped = 0.0  # seconds, since this process began
         self.has_failed = False
         self.bar = tqdm(
@@ -48,20 +49,40 @@ class Console:
         return entry
 
     def skip(self, found: Iterable[Skipped]) -> None:
-        """Name each entry that was left out or changed, once."""
-        for entry in found:
+        """Name each entry that was left out or changed, once, here and in the file."""
+        new = {}
+        for entry in map(_in_a_line, found):
             key = self.key_of(entry)
             if key in self.skipped:
                 continue
-            self.skipped[key] = entry
+            self.skipped[key] = new[key] = entry
             if len(self.skipped) <= SHOWN:
                 self.warn(f"skipped {': '.join(entry)}")
             elif len(self.skipped) == SHOWN + 1:
-                self.warn("skipped more; skipped.txt will name them")
+                self.warn(f"skipped more; {SKIPPED} names them")
+        if new and self.is_on:
+            self.write(lambda: self._note(new.values()))
 
-    def write_skipped(self, entries: Iterable[Skipped]) -> None:
-        lines = "".join(f"{name}: {reason}\n" for name, reason in entries)
-        self.write(lambda: write_atomically(self.out / "skipped.txt", lines.encode()))
+    def _note(self, entries: Iterable[Skipped]) -> None:
+        with open(self.out / SKIPPED, "a", encoding="utf-8", errors="surrogateescape") as file:
+            file.writelines("\t".join(entry) + "\n" for entry in entries)
+
+    def _skipped_before(self) -> dict[Hashable, Skipped]:
+        """What a run that goes on has found, without a line that a kill cut off."""
+        path, found = self.out / SKIPPED, {}
+        if not path.exists():
+            return found
+        text = path.read_text(encoding="utf-8", errors="surrogateescape") if self.run.step else ""
+        for line in text.split("\n")[:-1]:
+            name, _, reason = line.partition("\t")
+            found[self.key_of((name, reason))] = (name, reason)
+        path.unlink()
+        self._note(found.values())
+        return found
+
+    def tell_skipped(self, summary: str = "") -> None:
+        if self.skipped:
+            self.warn(f"{len(self.skipped)} skipped, see {SKIPPED}{summary}")
 
     def tell_waiting(self) -> None:
         if self.stepped:
@@ -85,3 +106,8 @@ class Console:
             if not self.has_failed:
                 self.warn(f"a report could not be written, training goes on: {error}")
             self.has_failed = True
+
+
+def _in_a_line(entry: Skipped) -> Skipped:
+    name, reason = (text.replace("\n", "\\n").replace("\t", "\\t") for text in entry)
+    return name, reason

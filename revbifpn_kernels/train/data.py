@@ -140,7 +140,7 @@ def listed(top: Path, classes: list[str], mode: str, side: int) -> tuple[Files, 
                     paths.append(str(path.relative_to(top)))
                     labels.append(label)
         if len(paths) == before:
-            skipped.append((f"{top.name}/{name}/", "a class without pictures"))
+            skipped.append((f"{top.name}/{name}/", "no pictures; the class keeps its output"))
     strangers = [name for name in _classes(top) if name not in classes]
     skipped += [(f"{top.name}/{name}/", "no class of the training images") for name in strangers]
     return Files(top, paths, labels, mode, side), skipped

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from ..models.revbifpn import RevBiFPN
-from .augment import MEAN_STD
+from .augment import CROP, MEAN_STD
 from .data import MODES, Evaluation
 from .options import TrainError
 
@@ -46,7 +46,8 @@ def export(network: RevBiFPN, out: Path, views: Evaluation, classes: list[str]) 
             )
     mode = MODES[network.config.in_chans]
     mean, std = MEAN_STD[mode]
-    about = {"classes": classes, "side": images.shape[-1], "mode": mode, "mean": mean, "std": std}
+    about = {"classes": classes, "mode": mode, "crop": CROP, "interpolation": "bilinear"}
+    about |= {"side": images.shape[-1], "mean": mean, "std": std}
     (out / ABOUT).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     listed = ", ".join(f"{name} to {error:.1e}" for name, error in errors.items())
     return f"exported to {out}; logits of {len(images)} test images agree: {listed} of the largest"
@@ -55,7 +56,9 @@ def export(network: RevBiFPN, out: Path, views: Evaluation, classes: list[str]) 
 def _through_program(network: RevBiFPN, images: Tensor, path: Path) -> Tensor:
     shapes = {"image": {0: Dim.AUTO}}
     torch.export.save(torch.export.export(network, (images,), dynamic_shapes=shapes), path)
-    program = torch.export.load(path).module()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it shares the file's memory
+        program = torch.export.load(path).module()
     return torch.cat([program(part) for part in _parts(images)])
 
 

@@ -48,6 +48,9 @@ def setting(text: str) -> tuple[str, Any]:
         ) from None
 
 
+METAVARS = {int: "N", float: "X", setting: "NAME=VALUE"}  # what help shows in place of an answer
+
+
 def names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
@@ -129,7 +132,9 @@ class Options:
     opt: str = option("adamw", "an optimizer of timm's: adamw, sgd, lamb, …")
     lr: float | None = option(None, "learning rate after the warm-up, falls as a cosine", float)
     min_lr: float = option(1e-5, "learning rate at the end", float)
-    warmup_epochs: float | None = option(None, "in which the learning rate rises", float)
+    warmup_epochs: float | None = option(
+        None, "in which the learning rate rises; a fifth of --epochs if that is less", float
+    )
     weight_decay: float | None = option(None, "not on biases and norms", float)
     clip_grad: float = option(5.0, "longest gradient of all parameters; 0: any", float)
     label_smoothing: float | None = option(None, "share of the target spread over classes", float)
@@ -140,7 +145,7 @@ class Options:
     )
     augment: str | None = option(
         None,
-        "none; affine (digits); crop and flip; these with RandAugment or TrivialAugment",
+        "none; affine; crop and flip; these with RandAugment or TrivialAugment",
         choices=("none", "affine", "crop", "rand", "trivial"),
     )
     erasing: float = option(0.0, "probability that a rectangle is erased", float)
@@ -189,9 +194,8 @@ def switch(name: str) -> str:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
-    parser = parser_of(
-        "train", "Train a RevBiFPN: on pictures in folders, or on handwritten digits.", FIELDS
-    )
+    about = "Train a RevBiFPN: on pictures in folders, or on handwritten digits."
+    parser = parser_of("train", about, FIELDS, PRESETS)
     return completed(Options(**vars(parser.parse_args(arguments))))
 
 
@@ -199,23 +203,36 @@ def parser_of(
     command: str,
     description: str,
     fields: dict[str, dataclasses.Field],
-    aliases: dict[str, str] | None = None,
+    presets: dict[str, NamedTuple],
 ) -> argparse.ArgumentParser:
     """A switch for each field that `option` or `flag` made."""
     parser = argparse.ArgumentParser(
         prog=f"python -m revbifpn_kernels.{command}",
+        usage="%(prog)s [options], all of which --help explains",
         description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for name, field in fields.items():
         argument = dict(field.metadata["argument"])
         if "action" not in argument or argument["action"] == "append":
             argument["type"] = field.metadata["kind"]
-        switches = [switch(name)] + ([aliases[name]] if aliases and name in aliases else [])
-        parser.add_argument(
-            *switches, dest=name, default=field.default, help=field.metadata["help"], **argument
-        )
+            argument.setdefault("metavar", METAVARS.get(field.metadata["kind"]))
+        text = field.metadata["help"] + _shown_default(name, field.default, presets)
+        parser.add_argument(switch(name), dest=name, default=field.default, help=text, **argument)
     return parser
+
+
+def _shown_default(name: str, default: Any, presets: dict[str, NamedTuple]) -> str:
+    """What stands if the answer is left out; nothing where the help has said it."""
+    if default is None:
+        found = (
+            {} if name == "settings" else {k: getattr(p, name, None) for k, p in presets.items()}
+        )
+        known = {kind: value for kind, value in found.items() if value is not None}
+        texts = [f"{value} for {kind}" for kind, value in known.items()]
+        if len(known) > 1 and len(set(known.values())) == 1:
+            texts = [str(*set(known.values()))]
+        return f" (default: {', '.join(texts)})" if texts else ""
+    return "" if default == () or default is False else f" (default: {default})"
 
 
 def missing(options, preset: NamedTuple) -> dict[str, Any]:
@@ -234,6 +251,9 @@ def completed(options: Options) -> Options:
     settings = dict(preset.settings) if options.model is None else {}
     found["settings"] = tuple(sorted((settings | dict(options.settings or ())).items()))
     found["model"] = options.model or "revbifpn_s0"
+    if options.warmup_epochs is None:  # a short run has to reach its learning rate, too
+        epochs = preset.epochs if options.epochs is None else options.epochs
+        found["warmup_epochs"] = min(preset.warmup_epochs, epochs / 5)
     if options.threads is None and options.data is None:
         found["threads"] = 1  # of such small images, two take as long
     if options.workers is None:

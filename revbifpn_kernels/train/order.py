@@ -62,7 +62,7 @@ class Order:
         if self.count < self.batch_size:
             raise TrainError(
                 f"train: --batch-size must be at most the {self.count} training images, got "
-                f"{self.batch_size}"
+                f"{self.batch_size}; give a smaller one"
             )
 
     @property

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from .checkpoint import write_atomically
+from .checkpoint import Keeper, write_atomically
 from .console import Console
 from .data import Skipped
 from .evaluate import Score
@@ -116,23 +117,30 @@ class Report(Console):
         """The picture, the skipped files, and the last line."""
         run = self.run
         self.bar.close()
-        for found in run.world.gathered(self.skipped):
-            self.skipped |= found
+        self._gather_skipped()
         if not self.is_on:
             return
         self.write(self._draw)
         if self.events is not None:
             self._scalars({"test_accuracy": score.accuracy})
             self.events.close()
-        if self.skipped:
-            self.warn(f"{len(self.skipped)} files or folders were skipped, see skipped.txt")
-            self.write_skipped(entry for _, entry in sorted(self.skipped.items()))
+        self.tell_skipped()
         self.tell_waiting()
         self.say(f"peak memory {peak_mib(run.world.device):.0f} MiB; all files in {self.out}")
         accuracy = 100 * score.accuracy
         right = round(score.accuracy * score.count) if score.count else 0
         self.say(f"{right} of {score.count} test images right, loss {score.loss:.4f}")
         self.say(f"test accuracy {accuracy:.1f} % in {run.seconds:.0f} s")
+
+    def stopped(self, received: int | None, keeper: Keeper) -> int:
+        self._gather_skipped()
+        return super().stopped(received, keeper)
+
+    def _gather_skipped(self) -> None:
+        """The first rank writes what the others have found; all of them must call."""
+        for found in self.run.world.gathered(list(self.skipped.values())):
+            if self.is_on:
+                self.skip(found)
 
     def _draw(self) -> None:
         rows = self.epochs.rows()
@@ -141,11 +149,14 @@ class Report(Console):
         epochs = [int(row["epoch"]) for row in rows]
         figure = Figure(figsize=(8, 3.2), layout="constrained")
         loss, accuracy = figure.subplots(1, 2)
-        for name, style in (("train_loss", "C0-"), ("val_loss", "C1--")):
+        for name, style in (("train_loss", "C0.-"), ("val_loss", "C1.--")):
             loss.plot(epochs, [float(row[name]) for row in rows], style, label=name.split("_")[0])
-        accuracy.plot(epochs, [100 * float(row["val_accuracy"]) for row in rows], "C1--")
+        accuracy.plot(epochs, [100 * float(row["val_accuracy"]) for row in rows], "C1.--")
         loss.set(xlabel="epoch", ylabel="loss (training: with augmentation)")
         accuracy.set(xlabel="epoch", ylabel="validation accuracy, %")
+        accuracy.set_ylim(max(0, accuracy.get_ylim()[0]), min(100.5, accuracy.get_ylim()[1]))
+        for axes in (loss, accuracy):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         loss.legend()
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=120)

@@ -67,13 +67,20 @@ def _out(options: Options, world: World) -> Path:
     """The run's folder, the same on all ranks; a run that is in it already is not overwritten."""
     name = Path(options.data).resolve().name if options.data else "digits"
     out = Path(world.gathered(options.out or _new_folder(f"runs/{name}-"))[0])
-    if options.resume == "never" and (out / checkpoint.NAME).exists():
-        raise TrainError(
-            f"train: --out must be a new folder without --resume auto, got {out} with a checkpoint"
-        )
+    refuse_used(out, options.resume)
     out.mkdir(parents=True, exist_ok=True)
     world.any(False)  # no rank writes there before all have looked
     return out
+
+
+def refuse_used(out: Path, resume: str, error: type[TrainError] = TrainError) -> None:
+    """Raise `error` where a run has left something, and this one is not to continue it."""
+    found = [name for name in (checkpoint.NAME, WEIGHTS) if (out / name).exists()]
+    if found and resume == "never":
+        raise error(
+            f"{error.command}: --out must be a new folder without --resume auto, got {out} with "
+            f"{found[0]}"
+        )
 
 
 def _new_folder(start: str) -> str:
@@ -147,7 +154,8 @@ def write_result(run: Run, classes: list[str], test: data.Evaluation, report: Re
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     path = report.out / WEIGHTS
     try:
-        checkpoint.write_atomically(path, safetensors.torch.save(tensors))
+        about = {networks.MADE_WITH: networks.model_options(run.options)}
+        checkpoint.write_atomically(path, safetensors.torch.save(tensors, about))
     except OSError as error:
         raise TrainError(
             f"train: {path} not written: {error}; the run is kept in {report.out}: make room and "

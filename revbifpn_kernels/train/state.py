@@ -110,9 +110,11 @@ def _optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
 def _schedule(options: Options, optimizer, steps_per_epoch: int) -> CosineLRScheduler:
     """Linear warm-up, then a cosine; the learning rate is a function of the step."""
     warmup = round(options.warmup_epochs * steps_per_epoch)
+    # A single step would be said to change nothing, and a run of none needs a schedule too.
+    steps = max(2, options.epochs * steps_per_epoch - warmup)
     return CosineLRScheduler(
         optimizer,
-        t_initial=max(1, options.epochs * steps_per_epoch - warmup),
+        t_initial=steps,
         lr_min=min(options.min_lr, options.lr),
         warmup_t=warmup,
         warmup_lr_init=min(options.min_lr, options.lr),
