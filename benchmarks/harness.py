@@ -176,12 +176,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _cpu_name() -> str:
+    """With the instruction set: processors of one name may differ by a factor of two in it."""
     match = None
     if Path("/proc/cpuinfo").exists():
         match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     name = match.group(1) if match else platform.processor() or platform.machine()
     name = re.sub(r"\((R|TM)\)|\bProcessor\b|\bCPU\b|@.*", " ", name, flags=re.IGNORECASE)
-    return f"{' '.join(name.split())} {len(os.sched_getaffinity(0))} cores"
+    words = [*name.split(), torch.backends.cpu.get_cpu_capability()]
+    return f"{' '.join(words)} {len(os.sched_getaffinity(0))} cores"
 
 
 def _commit() -> str:

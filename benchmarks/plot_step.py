@@ -21,7 +21,7 @@ LINES = {
     ("revbifpn", "stored"): ("#e0a458", "s", "RevBiFPN, stored activations"),
     ("efficientnet", "stored"): ("#7a7a7a", "X", "EfficientNet"),
     ("hrnet", "stored"): ("#5b3a6b", "D", "HRNet"),
-    ("bifpn", "stored"): ("#a8c686", "P", "BiFPN"),
+    ("bifpn", "stored"): ("#a8c686", "P", "EfficientNet + BiFPN"),
 }
 RIVALS = {family: style for (family, _), style in LINES.items() if family != "revbifpn"}
 PROVIDERS = {
@@ -83,7 +83,7 @@ def _draw_family(axes: plt.Axes, rows: list[Row], key: tuple[str, str], style) -
         return
     xs, ys, names = zip(*points, strict=True)
     axes.plot(xs, ys, color=color, marker=marker, label=label, lw=1)
-    for x, y, name in (points[0], points[-1]) if len(points) > 1 else ():
+    for x, y, name in {points[0], points[-1]}:
         short = name.split("_")[1].upper()
         axes.annotate(short, (x, y), (4, -9), textcoords="offset points", fontsize=7)
 

@@ -11,6 +11,7 @@ from . import SIZES, __version__, create_model, macs, training_memory
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 MIB = 2**20
+NOT_OURS = "PyTorch's own"  # where it is as fast, such as convolutions on GPUs
 
 
 def version_of(package: str) -> str:
@@ -41,7 +42,7 @@ def print_backends() -> None:
     for op in sorted(torch._C._dispatch_get_all_op_names()):
         if op.startswith("revbifpn::"):
             kernels = (
-                f"{backend if _has_kernel(op, device) else 'no kernel'} ({device})"
+                f"{backend if _has_kernel(op, device) else NOT_OURS} ({device})"
                 for device, backend in (("CPU", "C++"), ("CUDA", "Triton"))
             )
             print(f"  {op.removeprefix('revbifpn::'):32}{', '.join(kernels)}")

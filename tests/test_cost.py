@@ -97,7 +97,7 @@ def test_info_shows_every_operator_and_device(capsys, monkeypatch):
     )
     print_backends()
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    kernels = "C++ (CPU), no kernel (CUDA)".split()
+    kernels = "C++ (CPU), PyTorch's own (CUDA)".split()
     assert lines == [["new", *kernels], ["resample_add", *kernels]]
 
 

@@ -14,8 +14,8 @@ from .evaluate import Found
 NAME = "predictions.png"
 COLUMNS = 4
 LEAST_SCORE = 0.5  # of what is drawn
-TRUTH, PREDICTED = "white", "C1"
-EDGE = [withStroke(linewidth=2.5, foreground="black", alpha=0.6)]  # seen on any photograph
+TRUTH, PREDICTED = "white", "#ffb347"
+EDGE = [withStroke(linewidth=2.2, foreground="#000000b0")]  # seen on any photograph
 
 
 def grid(data: Data, found: dict[int, Found], count: int) -> bytes:

@@ -154,9 +154,9 @@ class Report(Console):
         accuracy.plot(epochs, [100 * float(row["val_accuracy"]) for row in rows], "C1.--")
         loss.set(xlabel="epoch", ylabel="loss (training: with augmentation)")
         accuracy.set(xlabel="epoch", ylabel="validation accuracy, %")
-        accuracy.set_ylim(max(0, accuracy.get_ylim()[0]), min(100.5, accuracy.get_ylim()[1]))
+        accuracy.set_ylim(max(0, accuracy.get_ylim()[0]), min(101, accuracy.get_ylim()[1]))
         for axes in (loss, accuracy):
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         loss.legend()
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=120)
