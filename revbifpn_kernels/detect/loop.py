@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..train.checkpoint import Keeper
-from ..train.loop import Signals
 from ..train.networks import to_training
+from ..train.signals import Signals
 from .data import Batch
 from .networks import frozen
 from .options import DetectError

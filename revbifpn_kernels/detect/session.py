@@ -8,9 +8,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..train import checkpoint
-from ..train.loop import Signals
 from ..train.order import Parts
-from ..train.session import ignore_signals, refuse_used
+from ..train.session import refuse_used
+from ..train.signals import Signals, ignore_signals
 from . import data, draw, evaluate, loop, networks, scenes
 from . import run as runs
 from .options import DetectError, Options

@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 from .options import TrainError
 
 NAME = "checkpoint.pt"
+# Whole tensors on the CPU, under the bare model's names, however they are spread over processes.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

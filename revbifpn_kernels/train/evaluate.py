@@ -12,6 +12,7 @@ from .augment import Collate
 from .data import IGNORED, Evaluation
 from .options import Options
 from .processes import World
+from .signals import ignore_signals
 
 
 class Score(NamedTuple):
@@ -41,6 +42,7 @@ def evaluate(network: nn.Module, views: Evaluation, options: Options, world: Wor
         batch_sampler=list(shares(len(views), batch, world)),
         collate_fn=Collate(),
         num_workers=options.workers if options.dataset == "folder" else 0,
+        worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # not the global one, which training goes on with
     )
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)

@@ -1,7 +1,6 @@
-"""Steps, evaluations between them, checkpoints, signals, and losses that are not finite."""
+"""Steps, evaluations between them, checkpoints, and losses that are not finite."""
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -17,28 +16,8 @@ from .networks import to_training
 from .options import TrainError
 from .processes import reducing, share_statistics
 from .report import Report
+from .signals import Signals
 from .state import Run
-
-
-class Signals:
-    """Notes SIGTERM and SIGINT, so that a run ends between two steps; a second ends it at once."""
-
-    KINDS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def __enter__(self) -> "Signals":
-        self.before = [signal.signal(kind, self._note) for kind in self.KINDS]
-        return self
-
-    def __exit__(self, *error) -> None:
-        for kind, handler in zip(self.KINDS, self.before, strict=True):
-            signal.signal(kind, handler)
-
-    def _note(self, kind: int, frame) -> None:
-        self.received = kind
-        signal.signal(kind, signal.SIG_DFL)
 
 
 class Done(NamedTuple):

@@ -15,6 +15,11 @@ class TrainError(Exception):
 
     command = "train"
 
+    def __init__(self, message: str) -> None:
+        # From a process that loads images it comes with a traceback before it.
+        wrapped = message.startswith("Caught ") and f"{type(self).__name__}: "
+        super().__init__(message.rpartition(wrapped)[2].strip() if wrapped else message)
+
 
 def option(default, help: str, kind: Callable = str, *, is_free: bool = False, **argument):
     """A field of `Options`. Free ones may change when a run is resumed: its numbers stay."""

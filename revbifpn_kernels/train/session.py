@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from .options import Options, TrainError
 from .order import Parts
 from .processes import World, joined
 from .report import MIB, Report
+from .signals import Signals, ignore_signals
 from .state import Run
 
 WEIGHTS = "weights.safetensors"
@@ -45,7 +45,7 @@ def main(options: Options) -> int:
         )
         _resume(run, keeper)
         report = Report(run, out)
-        with loop.Signals() as signals:
+        with Signals() as signals:
             is_complete = _train(run, found, side, report, keeper, signals)
         if not is_complete:
             return report.stopped(signals.received, keeper)
@@ -140,15 +140,9 @@ def _batches(run: Run, found: data.Data, mode: str, side: int) -> DataLoader:
     )
 
 
-def ignore_signals(worker: int) -> None:
-    """A terminal signals all processes, and the run needs its images until it has ended."""
-    for kind in loop.Signals.KINDS:
-        signal.signal(kind, signal.SIG_IGN)
-
-
 def write_result(run: Run, classes: list[str], test: data.Evaluation, report: Report) -> None:
     """The weights that were tested, and what is to be exported."""
-    weights = state.get_model_state_dict(run.result, options=state.WHOLE)
+    weights = state.get_model_state_dict(run.result, options=checkpoint.WHOLE)
     if not run.world.is_first:
         return
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -21,14 +19,14 @@ from torch.distributed.checkpoint.state_dict import (
 from ..models.revbifpn import RevBiFPN
 from ..models.sizes import Config
 from . import checkpoint, networks, processes
+from .checkpoint import WHOLE
 from .data import Data
+from .optimizers import optimizer_of, schedule_of
 from .options import Options, TrainError, refuse_changes, saved
 from .order import Order, seed_of
 from .processes import World
 
 VERSION = 1
-# Whole tensors on the CPU, under the bare model's names, however they are spread over processes.
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass
@@ -81,7 +79,7 @@ def start(options: Options, world: World, config: Config, data: Data) -> Run:
     net = processes.distributed(model, world, options.fsdp)
     if options.compile is not None:
         networks.compile_parts(model, options.compile)
-    optimizer = _optimizer(options, model)
+    optimizer = optimizer_of(options, model)
     torch.manual_seed(seed_of(options.seed, world.rank))  # dropout: other samples, other numbers
     return Run(
         options=options,
@@ -92,34 +90,9 @@ def start(options: Options, world: World, config: Config, data: Data) -> Run:
         net=net,
         ema=ema,
         optimizer=optimizer,
-        schedule=_schedule(options, optimizer, order.steps_per_epoch),
+        schedule=schedule_of(options, optimizer, order.steps_per_epoch),
         scaler=torch.amp.GradScaler(world.device.type, enabled=options.amp == "float16"),
         digest=_digest(data),
-    )
-
-
-def _optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
-    try:
-        return create_optimizer_v2(
-            model, opt=options.opt, lr=options.lr, weight_decay=options.weight_decay
-        )
-    except (AssertionError, ValueError) as error:
-        raise TrainError(f"train: --opt must be an optimizer of timm's: {error}") from error
-
-
-def _schedule(options: Options, optimizer, steps_per_epoch: int) -> CosineLRScheduler:
-    """Linear warm-up, then a cosine; the learning rate is a function of the step."""
-    warmup = round(options.warmup_epochs * steps_per_epoch)
-    # A single step would be said to change nothing, and a run of none needs a schedule too.
-    steps = max(2, options.epochs * steps_per_epoch - warmup)
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=steps,
-        lr_min=min(options.min_lr, options.lr),
-        warmup_t=warmup,
-        warmup_lr_init=min(options.min_lr, options.lr),
-        warmup_prefix=True,
-        t_in_epochs=False,
     )
 
 
