@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ..models.sizes import SIZES
 from ..train.options import (
+    THREE_LEVELS,
     WHOLE,
     Rules,
     TrainError,
@@ -46,7 +47,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "digits": Preset(128, 8, 8, 3e-3, 100, 64, 0.0, 1000, 300, (("extra_silos", 0),)),
+    "digits": Preset(128, 8, 8, 3e-3, 100, 64, 0.0, 1000, 300, (*THREE_LEVELS, ("extra_silos", 0))),
     "coco": Preset(512, 24, 16, 1e-3, 500, 256, 0.5, None, None, ()),
 }
 
@@ -61,7 +62,11 @@ class Options:
         "scikit-learn's handwritten digits on its two photographs",
     )
     masks: bool = flag(False, "Mask R-CNN, instead of Faster R-CNN")
-    model: str = option("revbifpn_s0", "its backbone", choices=tuple(SIZES))
+    model: str | None = option(
+        None,
+        "its backbone; revbifpn_s0 unless given, for digits of three levels",
+        choices=tuple(SIZES),
+    )
     settings: tuple = option(
         None,
         "a number of the backbone, a field of Config, such as extra_silos=1; may be repeated",
@@ -137,7 +142,10 @@ def completed(options: Options) -> Options:
     """With the data's defaults in place of None; raises for what is out of range."""
     preset = PRESETS[options.dataset]
     found = missing(options, preset)
-    settings = dict(preset.settings) | dict(options.settings or ())
+    settings = (dict(preset.settings) if options.model is None else {}) | dict(
+        options.settings or ()
+    )
+    found["model"] = options.model or "revbifpn_s0"
     found["settings"] = tuple(sorted(settings.items()))
     if options.threads is None and options.dataset == "digits":
         found["threads"] = min(2, len(os.sched_getaffinity(0)))  # more wait for each other

@@ -25,8 +25,10 @@ class Report(Console):
 
     def __init__(self, run: Run, out: Path) -> None:
         super().__init__(run, out)
-        self.steps = Table(out / "steps.csv", STEP_COLUMNS, run.step)
-        self.precisions = Table(out / "precision.csv", AP_COLUMNS, run.step)
+        self.steps = Table(out / "steps.csv", STEP_COLUMNS)
+        self.precisions = Table(out / "precision.csv", AP_COLUMNS)
+        for table in (self.steps, self.precisions):
+            self.write(lambda table=table: table.begin(run.step))
 
     @property
     def _epoch(self) -> str:

@@ -36,8 +36,9 @@ def main(options: Options) -> int:
     keeper = checkpoint.Keeper(
         out, options.checkpoint_minutes, lambda text: report.warn(text), lambda: runs.capture(run)
     )
-    if keeper.path.exists():
-        runs.restore(run, checkpoint.load(keeper.path))
+    content = checkpoint.load(keeper.path)
+    if content is not None:
+        runs.restore(run, content)
         keeper.step = run.step
     report = Report(run, out)
     with Signals() as signals:
@@ -52,12 +53,7 @@ def _out(options: Options) -> Path:
     name = "detect-" + (Path(options.data).resolve().name if options.data else "digits")
     out = Path(options.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     refuse_used(out, options.resume, DetectError)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DetectError(
-            f"detect: --out must be a folder to write to, got {out}: {error}"
-        ) from None
+    checkpoint.make_folder("--out", out, DetectError)
     return out
 
 

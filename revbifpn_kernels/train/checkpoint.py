@@ -1,5 +1,6 @@
 """Files that are whole or were never there, and generators of random numbers as tensors."""
 
+import contextlib
 import io
 import os
 import random
@@ -17,6 +18,15 @@ from .options import TrainError
 NAME = "checkpoint.pt"
 # Whole tensors on the CPU, under the bare model's names, however they are spread over processes.
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def make_folder(option: str, path: Path, error: type[TrainError] = TrainError) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise error(
+            f"{error.command}: {option} must be a folder to write to, got {path}: {cause}"
+        ) from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -39,10 +49,11 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """A rename is on the disk when its folder is."""
+    """A rename is on the disk when its folder is; some network file systems cannot say."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -54,10 +65,15 @@ def save(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, buffer.getbuffer())
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Nothing in the file is executed."""
+def load(path: Path) -> dict[str, Any] | None:
+    """The content, None without a file. Nothing in it is executed."""
+    if not path.exists():
+        return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise TypeError(f"expected a dict, got {type(content).__name__}")
+        return content
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         raise TrainError(

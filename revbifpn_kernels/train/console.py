@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .checkpoint import Keeper
+from .checkpoint import Keeper, write_atomically
 from .data import Skipped
 
 SHOWN = 20  # skipped entries on the terminal; the file has all
@@ -25,7 +25,7 @@ class Console:
 
     def __init__(self, run, out: Path, is_on: bool = True) -> None:
         self.run, self.out, self.is_on = run, out, is_on
-        self.skipped = self._skipped_before() if is_on else {}
+        self.skipped: dict[Hashable, Skipped] = {}
         self.waited = self.stepped = 0.0  # seconds, since this process began
         self.has_failed = False
         self.bar = tqdm(
@@ -35,6 +35,8 @@ class Console:
             disable=None if is_on and run.options.progress else True,
             dynamic_ncols=True,
         )
+        if is_on:
+            self.write(self._remember_skipped)
 
     def say(self, text: str) -> None:
         if self.is_on:
@@ -67,18 +69,17 @@ class Console:
         with open(self.out / SKIPPED, "a", encoding="utf-8", errors="surrogateescape") as file:
             file.writelines("\t".join(entry) + "\n" for entry in entries)
 
-    def _skipped_before(self) -> dict[Hashable, Skipped]:
+    def _remember_skipped(self) -> None:
         """What a run that goes on has found, without a line that a kill cut off."""
-        path, found = self.out / SKIPPED, {}
-        if not path.exists():
-            return found
-        text = path.read_text(encoding="utf-8", errors="surrogateescape") if self.run.step else ""
-        for line in text.split("\n")[:-1]:
-            name, _, reason = line.partition("\t")
-            found[self.key_of((name, reason))] = (name, reason)
-        path.unlink()
-        self._note(found.values())
-        return found
+        path = self.out / SKIPPED
+        if not self.run.step:
+            path.unlink(missing_ok=True)
+        elif path.exists():
+            whole, end, _ = path.read_bytes().rpartition(b"\n")
+            write_atomically(path, whole + end)
+            for line in whole.decode(errors="surrogateescape").split("\n"):
+                name, _, reason = line.partition("\t")
+                self.skipped[self.key_of((name, reason))] = (name, reason)
 
     def tell_skipped(self, summary: str = "") -> None:
         if self.skipped:

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -121,7 +121,10 @@ def folder(root: str, channels: int, side: int, split_seed: int) -> Data:
         parts += parts[1:] if found["test"] is None else []
     for part, files in zip(SPLITS, parts, strict=True):
         if not files.paths:
-            raise TrainError(f"train: --data must have pictures to {part} on, got none in {root}")
+            raise TrainError(
+                f"train: --data must have pictures to {part} on, got none in {root}; a folder that "
+                "is to be split needs three of some class"
+            )
     return Data(classes, *parts, skipped)
 
 
@@ -130,8 +133,7 @@ def listed(top: Path, classes: list[str], mode: str, side: int) -> tuple[Files, 
     paths, labels, skipped = [], [], []
     for label, name in enumerate(classes):
         before = len(paths)
-        for where, folders, files in os.walk(top / name, followlinks=True):
-            folders.sort()
+        for where, folders, files in _walk(top / name, top, skipped):
             for file in sorted([*files, *(f for f in folders if _is_picture_name(f))]):
                 path = Path(where, file)
                 if reason := _unfit(path):
@@ -146,16 +148,39 @@ def listed(top: Path, classes: list[str], mode: str, side: int) -> tuple[Files, 
     return Files(top, paths, labels, mode, side), skipped
 
 
+def _walk(start: Path, top: Path, skipped: list[Skipped]) -> Iterator[tuple]:
+    """`os.walk` through links, each folder once; what cannot be read is noted."""
+    seen = set()
+
+    def note(path: str, reason: str) -> None:
+        skipped.append((f"{top.name}/{Path(path).relative_to(top)}/", reason))
+
+    for where, folders, files in os.walk(
+        start, onerror=lambda error: note(error.filename, str(error.strerror)), followlinks=True
+    ):
+        status = os.stat(where)
+        identity = status.st_dev, status.st_ino
+        if identity in seen:
+            note(where, "a link to a folder that was read already")
+            folders.clear()
+            continue
+        seen.add(identity)
+        folders.sort()
+        yield where, folders, files
+
+
 def split(labels: Sequence[int], seed: int, shares: Sequence[float]) -> list[list[int]]:
-    """Numbers of the images of each part, each class in these shares."""
+    """Numbers of the images of each part, each class in these shares, if it can in all parts."""
     parts: list[list[int]] = [[] for _ in shares]
     generator = torch.Generator().manual_seed(seed)
-    for label in sorted(set(labels)):
-        of_class = [k for k, other in enumerate(labels) if other == label]
+    members: dict[int, list[int]] = {}
+    for k, label in enumerate(labels):
+        members.setdefault(label, []).append(k)
+    for _, of_class in sorted(members.items()):
         shuffled = [of_class[k] for k in torch.randperm(len(of_class), generator=generator)]
-        start = 0
+        start, least = 0, int(len(of_class) >= len(shares))
         for part, share in zip(parts[1:], shares[1:], strict=True):
-            count = round(share * len(of_class))
+            count = max(least, round(share * len(of_class)))
             part += shuffled[start : start + count]
             start += count
         parts[0] += shuffled[start:]

@@ -12,7 +12,7 @@ from .augment import Collate
 from .data import IGNORED, Evaluation
 from .options import Options
 from .processes import World
-from .signals import ignore_signals
+from .signals import Signals, ignore_signals
 
 
 class Score(NamedTuple):
@@ -32,8 +32,10 @@ def shares(count: int, batch: int, world: World) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, views: Evaluation, options: Options, world: World) -> Score:
-    """Every image once, spread over the processes."""
+def evaluate(
+    network: nn.Module, views: Evaluation, options: Options, world: World, signals: Signals
+) -> Score | None:
+    """Every image once, spread over the processes; None if a signal to any of them ended it."""
     was_training = [module for module in network.modules() if module.training]
     network.eval()
     batch = max(1, options.batch_size // (options.accumulate * world.size))
@@ -48,6 +50,8 @@ def evaluate(network: nn.Module, views: Evaluation, options: Options, world: Wor
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)
     skipped = []
     for images, labels, unread in loader:
+        if world.any(signals.received is not None)[0]:
+            return None
         images, labels = images.to(world.device), labels.to(world.device)
         with autocast(options, world):
             logits = network(images).float()

@@ -1,5 +1,6 @@
 """A trained network for other runtimes: torch.export and ONNX, each run again and compared."""
 
+import importlib.util
 import json
 import warnings
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch.export import Dim
 
 from ..models.revbifpn import RevBiFPN
 from .augment import CROP, MEAN_STD
+from .checkpoint import make_folder
 from .data import MODES, Evaluation
 from .options import TrainError
 
@@ -17,6 +19,14 @@ PROGRAM, ONNX, ABOUT = "network.pt2", "network.onnx", "network.json"
 IMAGES = 4
 # Largest error over the largest logit: other runtimes add in another order, nothing worse.
 TOLERANCE = 1e-4
+
+
+def prepare_folder(out: Path) -> None:
+    """Make the folder; raise if that or an export is impossible, before a long training."""
+    make_folder("--export", out)
+    for name in ("onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise TrainError(f"train: --export needs {name}: pip install {name}")
 
 
 def export(network: RevBiFPN, out: Path, views: Evaluation, classes: list[str]) -> str:
@@ -28,8 +38,8 @@ def export(network: RevBiFPN, out: Path, views: Evaluation, classes: list[str]) 
         TrainError: An export does not compute what the network does.
     """
     network = network.eval()
-    images = torch.stack([views[k].image for k in range(min(IMAGES, len(views)))])
-    out.mkdir(parents=True, exist_ok=True)
+    # Of a single image, exporters would take the number of images for fixed.
+    images = torch.stack([views[k % len(views)].image for k in range(IMAGES)])
     with torch.no_grad():
         expected = network(images)
         outputs = {
@@ -48,7 +58,7 @@ def export(network: RevBiFPN, out: Path, views: Evaluation, classes: list[str]) 
     mean, std = MEAN_STD[mode]
     about = {"classes": classes, "mode": mode, "crop": CROP, "interpolation": "bilinear"}
     about |= {"side": images.shape[-1], "mean": mean, "std": std}
-    (out / ABOUT).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+    (out / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
     listed = ", ".join(f"{name} to {error:.1e}" for name, error in errors.items())
     return f"exported to {out}; logits of {len(images)} test images agree: {listed} of the largest"
 
@@ -63,11 +73,8 @@ def _through_program(network: RevBiFPN, images: Tensor, path: Path) -> Tensor:
 
 
 def _through_onnx(network: RevBiFPN, images: Tensor, path: Path) -> Tensor:
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise TrainError(f"train: --export needs {error.name}: pip install {error.name}") from error
+    import onnxruntime
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the exporter's own parts
         shapes = {"image": {0: Dim.AUTO}}

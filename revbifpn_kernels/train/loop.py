@@ -19,6 +19,8 @@ from .report import Report
 from .signals import Signals
 from .state import Run
 
+LEAST_SCALE = 2.0**-14  # of float16's losses: halved at each overflow from 2^16 on
+
 
 class Done(NamedTuple):
     """A step that has been made and not yet looked at."""
@@ -34,16 +36,25 @@ class Done(NamedTuple):
 def train(
     run: Run,
     batches: Iterator[Batch],
-    validate: Callable[[], Score],
+    validate: Callable[[], Score | None],
     report: Report,
     keeper: Keeper,
     signals: Signals,
 ) -> bool:
     """Go on until the last step; whether that was reached, and no signal came before."""
     recent: list[Done] = []
-    losses: list[float] = []
     began = time.monotonic() - run.seconds
-    while run.step < run.steps:
+    while True:
+        if run.losses and run.step % run.order.steps_per_epoch == 0:
+            score = validate()
+            if score is None:
+                return False
+            report.skip(score.skipped)
+            report.epoch(math.fsum(run.losses) / len(run.losses), score)
+            run.losses = []
+            run.seconds = time.monotonic() - began
+        if run.step == run.steps:
+            return True
         recent.append(advance(run, batches, report))
         run.seconds = time.monotonic() - began
         is_epoch = run.step % run.order.steps_per_epoch == 0
@@ -51,20 +62,14 @@ def train(
         is_due, is_stopped = run.world.any(
             run.world.is_first and keeper.is_due, signals.received is not None
         )
-        if is_epoch or is_due or is_stopped or len(recent) >= run.options.log_every:
-            losses += settle(run, recent, report, keeper)
+        is_kept = is_epoch or is_due or is_stopped  # an evaluation may take long
+        if is_kept or len(recent) >= run.options.log_every:
+            run.losses += settle(run, recent, report, keeper)
             recent.clear()
-        if is_epoch:
-            score = validate()
-            report.skip(score.skipped)
-            report.epoch(math.fsum(losses) / len(losses), score)
-            losses.clear()
-            run.seconds = time.monotonic() - began
-        if is_due or is_stopped or run.step == run.steps:
+        if is_kept:
             keeper.save(run.step)
         if is_stopped:
             return False
-    return True
 
 
 def advance(run: Run, batches: Iterator[Batch], report: Report) -> Done:
@@ -125,6 +130,11 @@ def settle(run: Run, recent: list[Done], report: Report, keeper: Keeper) -> list
                     f"{(done.step - 1) // run.order.steps_per_epoch + 1}), learning rate "
                     f"{done.lr:.3g}; last good checkpoint: {keeper.described()}"
                 )
+    if run.scaler.is_enabled() and run.scaler.get_scale() < LEAST_SCALE:
+        raise TrainError(
+            f"train: expected gradients that float16 holds, got an overflow in each of the steps "
+            f"before step {run.step}; last good checkpoint: {keeper.described()}"
+        )
     losses, gradients = zip(*values, strict=True)
     report.log(
         len(recent),

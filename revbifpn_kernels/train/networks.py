@@ -52,11 +52,11 @@ def refuse_settings(settings: dict, error: type[TrainError] = TrainError) -> Non
             raise error(f"{error.command}: --set cannot change {name}, got {settings[name]!r}")
 
 
-def build(options: Options, numbers: Config) -> RevBiFPN:
-    """The model on the CPU, in its state before the first step."""
+def build(options: Options, numbers: Config, is_new: bool = True) -> RevBiFPN:
+    """The model on the CPU before the first step; without loaded weights if it is not `is_new`."""
     torch.manual_seed(options.seed)
     model = RevBiFPN(numbers, reversible=options.reversible)
-    if options.checkpoint is not None:
+    if options.checkpoint is not None and is_new:
         try:
             load_checkpoint(model, options.checkpoint)
         except (OSError, ValueError) as error:
@@ -65,7 +65,7 @@ def build(options: Options, numbers: Config) -> RevBiFPN:
             ) from error
         if options.new_head:
             model.reset_classifier(numbers.num_classes)
-    elif options.new_head:
+    elif options.new_head and is_new:
         raise TrainError("train: --new-head needs --checkpoint, got none")
     freeze(model, options.freeze)
     if not any(p.requires_grad for p in model.parameters()):
@@ -116,6 +116,9 @@ def to_training(model: nn.Module, frozen: Iterable[str]) -> None:
 
 def compile_parts(model: RevBiFPN, backend: str) -> None:
     """A chain breaks the compiler's graph, its transforms do not; stored it has no chains."""
+    known = torch._dynamo.list_backends(exclude_tags=())
+    if backend not in known:
+        raise TrainError(f"train: --compile must be one of {', '.join(known)}, got {backend}")
     if not model.reversible:
         model.compile(backend=backend)
         return

@@ -1,6 +1,7 @@
 """timm's optimizers, as far as they go on from a checkpoint; the learning rate's schedule."""
 
 import copy
+import dataclasses
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -14,20 +15,12 @@ from torch.distributed.checkpoint.state_dict import (
 from .checkpoint import WHOLE
 from .options import Options, TrainError
 
+PROBED_LR = 1e-3
 PROBED_STEPS = 3, 8  # before and after a checkpoint: Lookahead's period of 6 begins before
 
 
 def optimizer_of(options: Options, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer by name.
-
-    Raises:
-        TrainError: timm has none, or its state does not survive a checkpoint.
-    """
-    _refuse_forgetful(options)
-    return _made(options, model)
-
-
-def _made(options: Options, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer by name; raises TrainError if timm has none."""
     try:
         return create_optimizer_v2(
             model, opt=options.opt, lr=options.lr, weight_decay=options.weight_decay
@@ -36,22 +29,27 @@ def _made(options: Options, model: nn.Module) -> torch.optim.Optimizer:
         raise TrainError(f"train: --opt must be an optimizer of timm's: {error}") from error
 
 
-def _refuse_forgetful(options: Options) -> None:
-    """Some keep state where no checkpoint sees it: found out on a network of three layers."""
+def refuse_forgetful(options: Options) -> None:
+    """Raise for an optimizer that keeps state where no checkpoint sees it.
+
+    Found out on a network of three layers, before processes join: a process has the state alone.
+    """
+    options = dataclasses.replace(options, lr=PROBED_LR)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 8))
         before, after = (torch.randn(steps, 4, 3, 3, 3) for steps in PROBED_STEPS)
-    whole, stopped = _made(options, model), copy.deepcopy(model)
+    stopped = copy.deepcopy(model)
+    whole = optimizer_of(options, model)
+    first, again = (optimizer_of(options, stopped) for _ in range(2))
     try:
-        _steps(model, whole, before, options.lr)
-        _steps(model, whole, after, options.lr / 2)
-        first, again = (_made(options, stopped) for _ in range(2))
-        _steps(stopped, first, before, options.lr)
+        _steps(model, whole, before, PROBED_LR)
+        _steps(model, whole, after, PROBED_LR / 2)
+        _steps(stopped, first, before, PROBED_LR)
         # To ask for the state changes it, if it is kept elsewhere.
         state = copy.deepcopy(get_optimizer_state_dict(stopped, first, options=WHOLE))
         set_optimizer_state_dict(stopped, again, state, options=WHOLE)
-        _steps(stopped, again, after, options.lr / 2)
+        _steps(stopped, again, after, PROBED_LR / 2)
     except Exception as error:  # optimizers raise all kinds
         reason = f"{options.opt} fails: {type(error).__name__}: {error}"
     else:

@@ -74,21 +74,24 @@ class Preset(NamedTuple):
     settings: tuple[tuple[str, Any], ...]
 
 
-# RevBiFPN-S0 without its coarsest level, which would have a single pixel of these images.
-DIGITS_NETWORK = (
-    ("in_chans", 1),
-    ("resolution", 32),
+# RevBiFPN-S0 without its coarsest level, which would have few pixels of small images.
+THREE_LEVELS = (
     ("widths", (48, 64, 80)),
     ("neck_widths", (48, 64, 128)),
-    ("features", 256),
-    ("extra_silos", 1),
-    ("drop_rate", 0.1),
     ("kernels", (3, 5, 5)),
     ("extra_kernels", (0, 0, 0)),
     ("expand_ratios", (1, 1, 2)),
     ("se_ratios", (0.25, 0.25, 0.125)),
     ("neck_expand_ratios", (1, 2, 2)),
     ("neck_se_ratios", (0.25, 0.25, 0.125)),
+)
+DIGITS_NETWORK = (
+    *THREE_LEVELS,
+    ("in_chans", 1),
+    ("resolution", 32),
+    ("features", 256),
+    ("extra_silos", 1),
+    ("drop_rate", 0.1),
 )
 PRESETS = {
     "digits": Preset(25, 64, 4e-3, 2, 0.02, 0.99, 0.1, "affine", DIGITS_NETWORK),
@@ -104,6 +107,7 @@ class Options:
         None,
         "folder with train/ and val/ (and test/), or with a folder for each class, which is split "
         "80:10:10; without it, scikit-learn's handwritten digits",
+        is_free=True,  # a moved folder is the same: names and labels are compared
     )
     split_seed: int = option(0, "of the split of digits and of undivided folders", int)
     out: str | None = option(None, "folder of the run; runs/NAME-TIME unless given", is_free=True)

@@ -71,8 +71,9 @@ class Order:
 
     def keys(self, step: int) -> list[Key]:
         epoch, place = divmod(step, self.steps_per_epoch)
-        chosen = _shuffled(self.count, seed_of(self.seed, epoch))[place * self.batch_size :]
-        return [Key(epoch, index) for index in chosen[: self.batch_size]]
+        first = place * self.batch_size
+        order = _shuffled(self.count, seed_of(self.seed, epoch))
+        return [Key(epoch, index) for index in order[first : first + self.batch_size]]
 
 
 @functools.lru_cache(maxsize=2)

@@ -31,16 +31,19 @@ def peak_mib(device: torch.device) -> float:
 
 
 class Table:
-    """A CSV that lives on when a run is resumed, without what came after the checkpoint."""
+    """A CSV that lives on when a run is resumed."""
 
-    def __init__(self, path: Path, columns: list[str], step: int) -> None:
+    def __init__(self, path: Path, columns: list[str]) -> None:
         self.path, self.columns = path, columns
+
+    def begin(self, step: int) -> None:
+        """Keep the rows up to a step: what came after the checkpoint comes again."""
         kept = [row for row in self.rows() if int(row["step"]) <= step]
         text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept)
-        write_atomically(path, text.getvalue().encode())
+        write_atomically(self.path, text.getvalue().encode())
 
     def rows(self) -> list[dict[str, str]]:
         if not self.path.exists():
@@ -51,7 +54,10 @@ class Table:
 
     def add(self, row: dict) -> None:
         with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+            if not file.tell():
+                writer.writeheader()
+            writer.writerow(row)
 
 
 class Report(Console):
@@ -63,12 +69,17 @@ class Report(Console):
         super().__init__(run, out, run.world.is_first)
         self.events = None
         if self.is_on:
-            self.steps = Table(out / "steps.csv", STEP_COLUMNS, run.step)
-            self.epochs = Table(out / "epochs.csv", EPOCH_COLUMNS, run.step)
+            self.steps = Table(out / "steps.csv", STEP_COLUMNS)
+            self.epochs = Table(out / "epochs.csv", EPOCH_COLUMNS)
+            self.write(lambda: self.steps.begin(run.step))
+            self.write(lambda: self.epochs.begin(run.step - len(run.losses)))
             if run.options.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
+                self.write(self._open_events)
 
-                self.events = SummaryWriter(str(out), purge_step=run.step + 1)
+    def _open_events(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.events = SummaryWriter(str(self.out), purge_step=self.run.step + 1)
 
     def key_of(self, entry: Skipped) -> str:
         return entry[0]

@@ -14,6 +14,7 @@ from ..models.cost import training_memory
 from ..models.revbifpn import RevBiFPN
 from ..models.sizes import Config
 from . import augment, checkpoint, data, evaluate, loop, networks, state
+from .optimizers import refuse_forgetful
 from .options import Options, TrainError
 from .order import Parts
 from .processes import World, joined
@@ -28,14 +29,21 @@ def main(options: Options) -> int:
     """Train as asked; 0 if the last step was reached, 128 + the signal if one came before."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if not options.memory:
+        refuse_forgetful(options)
     with joined(options) as world:
         found, config, side = prepare(options)
         if options.memory:
             if world.is_first:
                 print_memory(options, config, side)
             return 0
+        if options.export is not None:
+            from .export import prepare_folder
+
+            prepare_folder(Path(options.export))  # what is missing is told before the training
         out = _out(options, world)
-        run = state.start(options, world, config, found)
+        content = checkpoint.load(out / checkpoint.NAME)
+        run = state.start(options, world, config, found, is_new=content is None)
         keeper = checkpoint.Keeper(
             out,
             options.checkpoint_minutes,
@@ -43,7 +51,10 @@ def main(options: Options) -> int:
             lambda: state.capture(run),
             world.is_first,
         )
-        _resume(run, keeper)
+        _agree(run, content)
+        if content is not None:
+            state.restore(run, content)
+            keeper.step = run.step
         report = Report(run, out)
         with Signals() as signals:
             is_complete = _train(run, found, side, report, keeper, signals)
@@ -68,7 +79,7 @@ def _out(options: Options, world: World) -> Path:
     name = Path(options.data).resolve().name if options.data else "digits"
     out = Path(world.gathered(options.out or _new_folder(f"runs/{name}-"))[0])
     refuse_used(out, options.resume)
-    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.make_folder("--out", out)
     world.any(False)  # no rank writes there before all have looked
     return out
 
@@ -90,10 +101,15 @@ def _new_folder(start: str) -> str:
     return next(name for name in names if not os.path.exists(name))
 
 
-def _resume(run: Run, keeper: checkpoint.Keeper) -> None:
-    if keeper.path.exists():
-        state.restore(run, checkpoint.load(keeper.path))
-        keeper.step = run.step
+def _agree(run: Run, content: dict | None) -> None:
+    """Raise where processes would go on from different states, or on different images."""
+    step = "no checkpoint" if content is None else f"a checkpoint of step {content.get('step')}"
+    seen = run.world.gathered(f"{step}, {run.digest}")
+    if len(set(seen)) > 1:
+        listed = "; ".join(f"process {rank}: {what}" for rank, what in enumerate(seen))
+        raise TrainError(
+            "train: --out and --data must be the same folders for every process, got " + listed
+        )
 
 
 def _train(run: Run, found: data.Data, side: int, report: Report, keeper, signals) -> bool:
@@ -111,17 +127,19 @@ def _train(run: Run, found: data.Data, side: int, report: Report, keeper, signal
     is_complete = loop.train(
         run,
         iter(_batches(run, found, mode, side)),
-        lambda: evaluate.evaluate(run.result, val, options, run.world),
+        lambda: evaluate.evaluate(run.result, val, options, run.world, signals),
         report,
         keeper,
         signals,
     )
-    if is_complete:
-        score = evaluate.evaluate(run.result, test, options, run.world)
+    score = is_complete and evaluate.evaluate(run.result, test, options, run.world, signals)
+    if score:
         report.skip(score.skipped)
-        write_result(run, found.classes, test, report)
-        report.finish(score)
-    return is_complete
+        try:
+            write_result(run, found.classes, test, report)
+        finally:
+            report.finish(score)  # also if the disk is full, or the export refused
+    return bool(score)
 
 
 def _batches(run: Run, found: data.Data, mode: str, side: int) -> DataLoader:

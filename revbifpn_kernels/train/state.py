@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from .options import Options, TrainError, refuse_changes, saved
 from .order import Order, seed_of
 from .processes import World
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Run:
     schedule: CosineLRScheduler
     scaler: torch.amp.GradScaler
     digest: str  # of the training images
+    losses: list[float] = field(default_factory=list)  # of the steps since the last validation
     step: int = 0
     seconds: float = 0.0
 
@@ -62,10 +63,10 @@ class Run:
         return self.model if self.ema is None else self.ema.module
 
 
-def start(options: Options, world: World, config: Config, data: Data) -> Run:
-    """A run before its first step."""
+def start(options: Options, world: World, config: Config, data: Data, is_new: bool = True) -> Run:
+    """A run before its first step; one that is to be restored does without `--checkpoint`."""
     order = Order(len(data.train.labels), options.batch_size, options.seed)
-    model = networks.build(options, config)
+    model = networks.build(options, config, is_new)
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model = processes.synchronised(model.to(world.device), world)
@@ -110,6 +111,7 @@ def capture(run: Run) -> dict[str, Any]:
         "options": saved(run.options),
         "data": run.digest,
         "step": run.step,
+        "losses": run.losses,
         "seconds": run.seconds,
         "model": get_model_state_dict(run.model, options=WHOLE),
         "ema": None if run.ema is None else get_model_state_dict(run.ema.module, options=WHOLE),
@@ -139,12 +141,12 @@ def restore(run: Run, state: dict[str, Any]) -> None:
         set_model_state_dict(run.ema.module, state["ema"], options=WHOLE)
     set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"], options=WHOLE)
     run.scaler.load_state_dict(state["scaler"])
-    run.step, run.seconds = state["step"], state["seconds"]
+    run.step, run.losses, run.seconds = state["step"], state["losses"], state["seconds"]
     ranks = len(state["generators"])
     if ranks != run.world.size:
         warnings.warn(
             f"train: the checkpoint is of {ranks} processes, continuing on {run.world.size}: the "
-            "same images in each step, other rounding and other dropout",
+            "same images in each step, other rounding, dropout and mixtures",
             stacklevel=2,
         )
     if run.world.rank < ranks:
