@@ -112,6 +112,8 @@ def test_memory_is_counted_beside_stored(capsys):
         (["--opt=adamm"], "--opt must be an optimizer of timm's"),
         (["--resume=auto"], "--resume auto needs --out"),
         (["--fsdp"], "--fsdp needs processes to shard over: torchrun"),
+        (["--compile=nonsense"], "--compile must be one of .*inductor.*, got nonsense"),
+        (["--out=/proc/x"], "--out must be a folder to write to, got /proc/x"),
         (["--data=nowhere"], "--data must be a folder, got nowhere"),
         (["--image-size=31"], "--image-size must be a whole number from 32 on, got 31"),
     ],

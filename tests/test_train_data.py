@@ -13,7 +13,7 @@ from trainings import FEW, losses, write_pictures
 
 from revbifpn_kernels.train.__main__ import main
 from revbifpn_kernels.train.augment import CentreSquare, for_training
-from revbifpn_kernels.train.data import Evaluation, Training, digits, folder, split
+from revbifpn_kernels.train.data import Evaluation, Training, digits, folder, listed, split
 from revbifpn_kernels.train.options import TrainError, parse
 from revbifpn_kernels.train.order import Key, Order, Parts, drawing_from
 from revbifpn_kernels.train.pictures import BadPicture, open_picture
@@ -168,6 +168,7 @@ def test_a_lost_disk_is_not_a_bad_file(tmp_path):
         (lambda top: None, "must have a folder for each class, got none"),
         (lambda top: (top / "train" / "a").mkdir(parents=True), r"must have val/ beside train/"),
         (lambda top: (top / "a").mkdir(), "must have pictures to train on, got none"),
+        (lambda top: write_pictures(top, each=2), "pictures to val on, got none.*needs three of"),
     ],
 )
 def test_folders_without_pictures(make, message, tmp_path):
@@ -185,6 +186,27 @@ def test_splits_are_disjoint_complete_and_have_all_classes():
     assert all(set(part.labels) == set(range(10)) for part in parts)
     assert split([0, 1] * 50, 0, (0.8, 0.1, 0.1)) == split([0, 1] * 50, 0, (0.8, 0.1, 0.1))
     assert digits(1, 32, 1).test.numbers != data.test.numbers
+    assert [len(part) for part in split([0] * 3 + [1] * 2, 0, (0.8, 0.1, 0.1))] == [3, 1, 1]
+
+
+def test_folders_that_cannot_be_read_or_were_read_already_are_named(tmp_path, monkeypatch):
+    top = write_pictures(tmp_path / "data")
+    write_pictures(top / "cat", ("closed", "open"))
+    (top / "cat" / "again").symlink_to(".")
+    scandir = os.scandir
+
+    def forbidding(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidding)
+    files, skipped = listed(top, "", ["cat", "dog"], "RGB", 32)
+    assert len(files.paths) == 6 + 6 + 6
+    assert sorted(skipped) == [
+        ("cat/again/", "a link to a folder that was read already"),
+        ("cat/closed/", "Permission denied"),
+    ]
 
 
 def test_the_order_is_a_function_of_the_step():

@@ -1,5 +1,6 @@
 """Starting from a file of weights: a new head, frozen parts; what is exported computes the same."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -12,6 +13,7 @@ from trainings import FEW, NUMBERS, TINY, checkpoint, train, write_pictures
 from revbifpn_kernels import create_model, to_official
 from revbifpn_kernels.train import export as exporting
 from revbifpn_kernels.train.__main__ import main
+from revbifpn_kernels.train.data import Sample
 from revbifpn_kernels.train.options import parse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,4 +128,32 @@ def test_an_export_that_computes_something_else_is_refused(weights, tmp_path, ca
     loaded = f"--checkpoint={weights / 'ours.pth'}"
     run = [*TINY, loaded, "--epochs=0", f"--out={tmp_path / 'run'}", f"--export={tmp_path / 'x'}"]
     assert main(run) == 1
-    assert "network.onnx must agree with the network to 0.0001" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "network.onnx must agree with the network to 0.0001" in said.err
+    assert said.out.splitlines()[-1].startswith("test accuracy ")
+
+
+def test_an_export_is_of_any_number_of_images_also_where_one_is_tested(monkeypatch, tmp_path):
+    shapes = []
+
+    def recorded(network, images, path):
+        shapes.append(images.shape)
+        return network(images)
+
+    for name in ("_through_program", "_through_onnx"):
+        monkeypatch.setattr(exporting, name, recorded)
+    network = create_model("revbifpn_s0", 10, **NUMBERS)
+    exporting.export(network, tmp_path, [Sample(torch.zeros(1, 32, 32), 0, 0, ())], ["caf\udce9"])
+    assert shapes == [(4, 1, 32, 32)] * 2
+    assert json.loads((tmp_path / "network.json").read_text())["classes"] == ["caf\udce9"]
+
+
+def test_what_an_export_lacks_is_said_before_the_training(monkeypatch, tmp_path, capsys):
+    run = [*TINY, f"--out={tmp_path / 'run'}"]
+    (tmp_path / "file").touch()
+    assert main([*run, f"--export={tmp_path / 'file'}"]) == 1
+    assert "--export must be a folder to write to" in capsys.readouterr().err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main([*run, f"--export={tmp_path / 'x'}"]) == 1
+    assert "--export needs onnxscript: pip install onnxscript" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from trainings import (
+    FEW,
     STEPS,
     TINY,
     assert_same_run,
@@ -20,9 +21,11 @@ from trainings import (
     started,
     train,
     wait_for_step,
+    write_pictures,
 )
 
 from revbifpn_kernels.train import checkpoint as files
+from revbifpn_kernels.train import console, report
 from revbifpn_kernels.train.__main__ import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,9 +58,14 @@ def test_a_signal_ends_a_run_between_steps_and_it_goes_on_bit_for_bit(
     assert finished(*again, "--workers=0") == 0
     assert_same_run(tmp_path, uninterrupted)
     assert losses(tmp_path) == losses(uninterrupted)
-    for table in ("steps.csv", "epochs.csv"):
-        steps = [[row["step"] for row in rows(out / table)] for out in (tmp_path, uninterrupted)]
-        assert steps[0] == steps[1]
+    for table, columns in (
+        ("steps.csv", ("step", "epoch", "gradient", "lr")),
+        ("epochs.csv", ("step", "train_loss", "val_loss", "val_accuracy")),
+    ):
+        ours, theirs = (rows(out / table) for out in (tmp_path, uninterrupted))
+        assert [[row[c] for c in columns] for row in ours] == [
+            [row[c] for c in columns] for row in theirs
+        ]
 
 
 def kill_at_random_moments(out, options, kills: int, seed: int) -> list[int]:
@@ -145,6 +153,35 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path, monkeypatch,
     assert "from step 2 of 8" in capsys.readouterr().out
 
 
+def test_a_full_disk_costs_rows_and_not_the_run(tmp_path, monkeypatch, capsys):
+    train(tmp_path)
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "skipped.txt").write_text("a.png\tdamaged\n")
+    for module in (report, console):
+        monkeypatch.setattr(module, "write_atomically", full)
+    assert main([*TINY, f"--out={tmp_path}", "--resume=auto"]) == 0
+    assert "a report could not be written, training goes on" in capsys.readouterr().err
+    assert (tmp_path / "skipped.txt").read_text() == "a.png\tdamaged\n"
+    assert len(losses(tmp_path)) == len(rows(tmp_path / "steps.csv")) > 0
+
+
+def test_moved_pictures_are_the_same_and_weights_to_start_from_may_be_gone(tmp_path, capsys):
+    data = write_pictures(tmp_path / "data", each=20)
+    assert main([*FEW, "--epochs=0", f"--data={data}", f"--out={tmp_path / 'start'}"]) == 0
+    weights = tmp_path / "start" / "weights.safetensors"
+    options = [*FEW, f"--out={tmp_path / 'run'}", f"--checkpoint={weights}", "--resume=auto"]
+    assert main([*options, f"--data={data}"]) == 0
+    weights.unlink()
+    moved = data.rename(tmp_path / "moved")
+    assert main([*options, f"--data={moved}/"]) == 0
+    next(moved.glob("cat/*.png")).rename(moved / "cat" / "other.png")
+    assert main([*options, f"--data={moved}/"]) == 1
+    assert "training images: " in capsys.readouterr().err
+
+
 def test_a_changed_configuration_is_refused_with_the_difference(tmp_path, capsys):
     train(tmp_path)
     changed = ["--resume=auto", "--lr=0.5", "--set=features=48", "--split-seed=1", "--workers=1"]
@@ -167,9 +204,12 @@ def test_a_finished_run_is_only_tested_again(tmp_path, capsys):
     assert checkpoint(tmp_path)["step"] == before["step"] and losses(tmp_path) == curve
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
+@pytest.mark.parametrize("is_list", [False, True])
+def test_a_damaged_checkpoint_is_named(is_list, tmp_path, capsys):
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(b"PK\x03\x04 nothing more")
+    if is_list:
+        torch.save([1, 2], path)
     assert main([*TINY, f"--out={tmp_path}", "--resume=auto"]) == 1
     said = capsys.readouterr().err
     assert f"{path} is damaged" in said and "start anew in another --out" in said

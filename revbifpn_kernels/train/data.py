@@ -1,5 +1,6 @@
 """Pictures and their labels: where they come from, how they are split, a sample by its key."""
 
+import dataclasses
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -69,13 +70,14 @@ class Files:
     """Pictures on a disk."""
 
     root: Path
+    prefix: str  # of names: where root lies in the user's folder
     paths: list[str]  # below root
     labels: list[int]
     mode: str
     side: int
 
     def name(self, index: int) -> str:
-        return f"{self.root.name}/{self.paths[index]}"
+        return self.prefix + self.paths[index]
 
     def load(self, index: int):
         return open_picture(self.root / self.paths[index], self.mode, self.side)
@@ -105,7 +107,7 @@ def folder(root: str, channels: int, side: int, split_seed: int) -> Data:
     mode = MODES[channels]
     if found["train"] is None:
         classes = _classes(top)
-        files, skipped = listed(top, classes, mode, side)
+        files, skipped = listed(top, "", classes, mode, side)
         parts = [
             _subset(files, chosen) for chosen in split(files.labels, split_seed, FOLDER_SHARES)
         ]
@@ -115,7 +117,7 @@ def folder(root: str, channels: int, side: int, split_seed: int) -> Data:
         classes = _classes(found["train"])
         parts, skipped = [], []
         for part in filter(None, found.values()):
-            files, unfit = listed(part, classes, mode, side)
+            files, unfit = listed(part, f"{part.name}/", classes, mode, side)
             parts.append(files)
             skipped += unfit
         parts += parts[1:] if found["test"] is None else []
@@ -128,32 +130,34 @@ def folder(root: str, channels: int, side: int, split_seed: int) -> Data:
     return Data(classes, *parts, skipped)
 
 
-def listed(top: Path, classes: list[str], mode: str, side: int) -> tuple[Files, list[Skipped]]:
+def listed(
+    top: Path, prefix: str, classes: list[str], mode: str, side: int
+) -> tuple[Files, list[Skipped]]:
     """The pictures below a folder, by their names, in the order of these; and what is left out."""
     paths, labels, skipped = [], [], []
     for label, name in enumerate(classes):
         before = len(paths)
-        for where, folders, files in _walk(top / name, top, skipped):
+        for where, folders, files in _walk(top / name, top, prefix, skipped):
             for file in sorted([*files, *(f for f in folders if _is_picture_name(f))]):
                 path = Path(where, file)
                 if reason := _unfit(path):
-                    skipped.append((f"{top.name}/{path.relative_to(top)}", reason))
+                    skipped.append((f"{prefix}{path.relative_to(top)}", reason))
                 else:
                     paths.append(str(path.relative_to(top)))
                     labels.append(label)
         if len(paths) == before:
-            skipped.append((f"{top.name}/{name}/", "no pictures; the class keeps its output"))
+            skipped.append((f"{prefix}{name}/", "no pictures; the class keeps its output"))
     strangers = [name for name in _classes(top) if name not in classes]
-    skipped += [(f"{top.name}/{name}/", "no class of the training images") for name in strangers]
-    return Files(top, paths, labels, mode, side), skipped
+    skipped += [(f"{prefix}{name}/", "no class of the training images") for name in strangers]
+    return Files(top, prefix, paths, labels, mode, side), skipped
 
 
-def _walk(start: Path, top: Path, skipped: list[Skipped]) -> Iterator[tuple]:
+def _walk(start: Path, top: Path, prefix: str, skipped: list[Skipped]) -> Iterator[tuple]:
     """`os.walk` through links, each folder once; what cannot be read is noted."""
     seen = set()
 
     def note(path: str, reason: str) -> None:
-        skipped.append((f"{top.name}/{Path(path).relative_to(top)}/", reason))
+        skipped.append((f"{prefix}{Path(path).relative_to(top)}/", reason))
 
     for where, folders, files in os.walk(
         start, onerror=lambda error: note(error.filename, str(error.strerror)), followlinks=True
@@ -211,7 +215,7 @@ def _is_picture_name(name: str) -> bool:
 
 def _subset(files: Files, chosen: list[int]) -> Files:
     paths, labels = ([values[k] for k in chosen] for values in (files.paths, files.labels))
-    return Files(files.root, paths, labels, files.mode, files.side)
+    return dataclasses.replace(files, paths=paths, labels=labels)
 
 
 class Sample(NamedTuple):
