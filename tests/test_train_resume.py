@@ -69,15 +69,26 @@ def test_a_signal_ends_a_run_between_steps_and_it_goes_on_bit_for_bit(
 
 
 def kill_at_random_moments(out, options, kills: int, seed: int) -> list[int]:
-    """Start the run again and again, kill it each time; the steps that its checkpoints are of."""
+    """Start the run again and again, kill it each time; the steps that its checkpoints are of.
+
+    A third of the kills come while it starts, the others among its steps.
+    """
     draw = random.Random(seed)
-    steps = []
-    for _ in range(kills):
+    file, steps = out / "checkpoint.pt", []
+
+    def written() -> int:
+        return file.stat().st_mtime_ns if file.exists() else 0
+
+    for k in range(kills):
+        before, deadline = written(), time.monotonic() + 60
         process = started(*options, f"--out={out}", "--resume=auto", EVERY_STEP)
-        time.sleep(draw.uniform(0.2, 1.2))
+        while k % 3 and written() == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.5))
         process.kill()
         process.join()
-        steps.append(checkpoint(out)["step"] if (out / "checkpoint.pt").exists() else 0)
+        steps.append(checkpoint(out)["step"] if file.exists() else 0)
     assert finished(*options, f"--out={out}", "--resume=auto", EVERY_STEP) == 0
     return steps
 
