@@ -16,7 +16,7 @@ from ..train.order import Key
 from ..train.pictures import BadPicture
 from .coco import Annotations
 from .data import Data, sample_of
-from .run import Run, autocast
+from .run import Run
 
 MOST = 100  # detections of an image that count
 # Names of pycocotools' first six numbers: over IoUs of 0.5 to 0.95, at one, and by area.
@@ -46,7 +46,7 @@ def evaluate(run: Run, data: Data) -> Result:
                 images.append(sample_of(picture, annotated, masks=False)[0].to(run.device))
                 numbers.append(number)
         if images:
-            with torch.no_grad(), autocast(run):
+            with torch.no_grad():
                 outputs = run.model(images)
             found |= dict(zip(numbers, map(_kept, outputs), strict=True))
     return Result(precisions(data.truth, found, run.options.masks), found, skipped)

@@ -15,7 +15,7 @@ from .data import Batch
 from .networks import frozen
 from .options import DetectError
 from .report import Report
-from .run import Run, autocast
+from .run import Run
 
 
 class Clock:
@@ -85,8 +85,7 @@ def advance(run: Run, batches: Iterator[Batch], report: Report) -> Done:
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     to_training(run.model, frozen(run.options))
-    with autocast(run):
-        losses = run.model(images, targets)
+    losses = run.model(images, targets)
     sum(losses.values()).backward()
     trained = [p for p in run.model.parameters() if p.grad is not None]
     gradient = torch.nn.utils.clip_grad_norm_(trained, run.options.clip_grad or math.inf)

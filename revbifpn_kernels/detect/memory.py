@@ -61,7 +61,7 @@ def measured(name: str, model: nn.Module, side: int, dtype: torch.dtype | None) 
 
 
 def print_table(options: Options) -> None:
-    dtype = None if options.amp == "none" else getattr(torch, options.amp)
+    dtype = networks.dtype_of(options)
     side = options.image_size
     print(f"MiB an image of {side}×{side} adds to a step, {dtype or torch.float32}")
     print(f"{'backbone':<26}{'parameters':>12}{'held':>9}{'peak':>9}")

@@ -1,6 +1,5 @@
 """All that a run is between two steps: made from options, captured, restored."""
 
-import contextlib
 import hashlib
 import math
 from dataclasses import dataclass
@@ -127,9 +126,3 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     run.step, run.seconds = state["step"], state["seconds"]
     run.cpu_seconds = state["cpu_seconds"]
     checkpoint.set_generators(state["generators"])
-
-
-def autocast(run: Run):
-    if run.options.amp == "none":
-        return contextlib.nullcontext()
-    return torch.autocast(run.device.type, getattr(torch, run.options.amp))
