@@ -5,9 +5,10 @@ import torch
 
 pytest.importorskip("pycocotools", reason="an extra")
 pytest.importorskip("torchvision", reason="an extra")
-from detections import TINY
+from detections import TINY, detect, said
 
-from revbifpn_kernels.detect import networks, options
+from revbifpn_kernels.detect import memory, networks, options
+from revbifpn_kernels.detect.__main__ import main
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -43,3 +44,16 @@ def test_autocast_reaches_the_trunk_and_found_boxes_are_float32():
         (found,) = model([torch.rand(3, 64, 64)])
     assert dtypes == [torch.bfloat16] and len(found["boxes"])
     assert found["boxes"].dtype == found["scores"].dtype == torch.float32
+
+
+def test_a_detector_is_told_from_the_weights_of_a_backbone(tmp_path, capsys):
+    kept = detect(tmp_path / "run") / "checkpoint.pt"
+    assert main([*TINY, f"--checkpoint={kept}", f"--out={tmp_path / 'other'}"]) == 1
+    assert "it is of a detector's run, which --resume auto continues" in said(capsys)[1]
+
+
+def test_memory_is_counted_under_autocast():
+    chosen = options.parse([*TINY, "--no-reversible"])
+    model = networks.backbone(chosen)
+    rows = [memory.measured("", model, 64, dtype) for dtype in (None, torch.bfloat16)]
+    assert rows[1].held_mib < 0.8 * rows[0].held_mib

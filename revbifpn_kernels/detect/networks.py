@@ -71,8 +71,9 @@ class Trunk(DetectionBackbone):
     autocast: torch.dtype | None = None
 
     def forward(self, images: Tensor) -> "OrderedDict[str, Tensor]":
-        is_on = self.autocast is not None
-        with torch.autocast(images.device.type, self.autocast or torch.bfloat16, enabled=is_on):
+        if self.autocast is None:
+            return super().forward(images)
+        with torch.autocast(images.device.type, self.autocast):
             maps = super().forward(images)
         return OrderedDict((name, x.float()) for name, x in maps.items())
 
@@ -97,7 +98,7 @@ def backbone(options: Options) -> Trunk:
             **DROPPED | settings,
         )
     except (OSError, TypeError, ValueError) as error:
-        hint = hint_of(options.checkpoint) if options.checkpoint else ""
+        hint = _hint_of(options.checkpoint) if options.checkpoint else ""
         raise DetectError(f"detect: --model, --set or --checkpoint: {error}{hint}") from error
     if model.config.in_chans != 3:
         raise DetectError(f"detect: --set in_chans must be 3, got {model.config.in_chans}")
@@ -108,6 +109,16 @@ def backbone(options: Options) -> Trunk:
         levels=range(model.config.levels),
         extra=HEADS[options.dataset].extra,
     )
+
+
+def _hint_of(weights: str) -> str:
+    """What a file holds that does not fit, if one of our commands wrote it."""
+    try:
+        held = torch.load(weights, map_location="cpu", weights_only=True)["model"]
+        is_detector = any(name.startswith(f"{TRUNK}.") for name in held)
+    except Exception:  # whatever else it is, loading has told what is wrong
+        return hint_of(weights)
+    return "; it is of a detector's run, which --resume auto continues" if is_detector else ""
 
 
 def build(options: Options, classes: int) -> FasterRCNN:
