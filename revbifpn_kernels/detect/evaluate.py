@@ -19,7 +19,6 @@ from .coco import Annotations
 from .data import Data, Evaluation
 from .run import Run
 
-MOST = 100  # detections of an image that count
 # Names of pycocotools' first six numbers: over IoUs of 0.5 to 0.95, at one, and by area.
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 

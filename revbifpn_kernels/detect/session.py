@@ -73,10 +73,8 @@ def _train(run: Run, found: data.Data, report: Report, keeper, signals: Signals)
             report.score(result)
         return result
 
-    if not loop.train(run, batches, measure, clock, report, keeper, signals):
-        return False
-    result = measure()
-    if result is None:
+    result = loop.train(run, batches, measure, clock, report, keeper, signals) and measure()
+    if not result:
         return False
     if run.options.draw:
         picture = draw.grid(found, result.found, run.options.draw)
