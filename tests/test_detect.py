@@ -1,10 +1,4 @@
-"""`python -m revbifpn_kernels.detect`: scenes, precision, runs and what stops them."""
-
-import errno
-import os
-import signal
-import threading
-import time
+"""`python -m revbifpn_kernels.detect`: scenes, precision, runs, messages."""
 
 import numpy as np
 import pytest
@@ -13,12 +7,12 @@ import torch
 pytest.importorskip("pycocotools", reason="an extra")
 pytest.importorskip("torchvision", reason="an extra")
 from detections import STEPS, TINY, detect, said
+from pycocotools import mask as rle
 from trainings import checkpoint, rows
 
 from revbifpn_kernels.detect import coco, data, evaluate, loop, options, scenes
 from revbifpn_kernels.detect import run as runs
 from revbifpn_kernels.detect.__main__ import main
-from revbifpn_kernels.train import checkpoint as files
 from revbifpn_kernels.train.order import Key
 
 pytestmark = [
@@ -35,12 +29,13 @@ def test_scenes_are_functions_of_their_seed_with_tight_boxes(part):
         assert np.array_equal(np.array(one.image), np.array(again.image))
         assert one.annotations == again.annotations
         document = {
-            "images": [{"id": 0, "file_name": "", "width": 128, "height": 128}],
+            "images": [{"id": 0, "file_name": "a", "width": 128, "height": 128}],
             "annotations": one.annotations,
             "categories": scenes.CATEGORIES,
         }
         image = coco.read(document, "", masks=True).images[0]
-        for mask, (left, top, right, bottom) in zip(image.mask, image.boxes, strict=True):
+        masks = data.masks_of(image.outlines, image.size).numpy()
+        for mask, (left, top, right, bottom) in zip(masks, image.boxes, strict=True):
             assert mask.any(0).nonzero()[0][[0, -1]].tolist() == [left, right - 1]
             assert mask.any(1).nonzero()[0][[0, -1]].tolist() == [top, bottom - 1]
         objects += len(image.boxes)
@@ -66,7 +61,7 @@ def truth_and_found():
             "boxes": torch.tensor(image.boxes).view(-1, 4),
             "labels": torch.tensor(image.labels, dtype=torch.int64),
             "scores": torch.ones(len(image.boxes)),
-            "masks": torch.from_numpy(image.mask),
+            "outlines": image.outlines,
         }
     return truth, found
 
@@ -79,7 +74,7 @@ def test_precision():
     assert np.isnan(perfect["AP_large"])  # there are no such digits
     for one in found.values():
         one["boxes"] += 0.2 * (one["boxes"][:, 2:] - one["boxes"][:, :2]).repeat(1, 2)  # IoU 0.47
-        one["masks"].zero_()
+        one["outlines"] = [rle.encode(np.zeros((128, 128), np.uint8, "F"))] * len(one["boxes"])
     missed = evaluate.precisions(truth, found, masks=True)
     assert missed["AP50"] == missed["mask_AP50"] == 0
     none = {k: {key: t[:0] for key, t in one.items()} for k, one in found.items()}
@@ -138,72 +133,6 @@ def test_reversible_and_stored_start_with_the_same_losses():
         torch.testing.assert_close(loss, losses[1][name])
 
 
-def test_a_signal_ends_a_run_and_nothing_is_lost(tmp_path, capsys):
-    whole = detect(tmp_path / "whole", "--epochs=4", "--log-every=1")
-    out = tmp_path / "stopped"
-
-    def stop():
-        while not (out / "steps.csv").exists() or len(rows(out / "steps.csv")) < 2:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=stop).start()
-    arguments = [*TINY, "--epochs=4", "--log-every=1", f"--out={out}", "--resume=auto"]
-    assert main(arguments) == 128 + signal.SIGTERM
-    assert f"continue with --out {out} --resume auto" in said(capsys)[0]
-    assert 2 <= checkpoint(out)["step"] < 2 * STEPS
-    assert main(arguments) == 0
-    one, other = checkpoint(whole), checkpoint(out)
-    assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
-    tables = [[row["loss"] for row in rows(folder / "steps.csv")] for folder in (whole, out)]
-    assert tables[0] == tables[1] and len(tables[0]) == 2 * STEPS
-
-
-def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path, monkeypatch, capsys):
-    write, count = files.write_atomically, []
-
-    def full(path, content):
-        count.append(path)
-        if len(count) > 2:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(path, content)
-
-    monkeypatch.setattr(files, "write_atomically", full)
-    detect(tmp_path, "--checkpoint-minutes=0")
-    assert "No space left on device; that of step 2 stays" in said(capsys)[1]
-    assert checkpoint(tmp_path)["step"] == 2
-
-
-def test_what_cannot_go_on_is_refused(tmp_path, capsys):
-    detect(tmp_path)
-    assert main([*TINY, f"--out={tmp_path}"]) == 1
-    assert "--out must be a new folder without --resume auto" in said(capsys)[1]
-    changed = ["--resume=auto", "--lr=0.5", "--train-images=12", "--set=features=48"]
-    assert main([*TINY, f"--out={tmp_path}", *changed]) == 1
-    err = said(capsys)[1]
-    assert "--lr: 0.003 in the checkpoint, 0.5 now" in err
-    assert "--train-images: 8 in the checkpoint, 12 now" in err
-    assert "features: 24 in the checkpoint, 48 now" in err
-    (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 nothing more")
-    assert main([*TINY, f"--out={tmp_path}", "--resume=auto"]) == 1
-    assert said(capsys)[1].startswith(f"detect: --resume: {tmp_path}/checkpoint.pt is damaged")
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys):
-    wild = ["--lr=1e30", "--clip-grad=0", "--checkpoint-minutes=0", f"--out={tmp_path}"]
-    assert main([*TINY, *wild]) == 1
-    err = said(capsys)[1]
-    assert "expected a finite " in err and "learning rate " in err
-    assert f"last good checkpoint: {tmp_path}/checkpoint.pt of step " in err
-    assert all(t.isfinite().all() for t in checkpoint(tmp_path)["model"].values())
-
-
-def test_the_clock_ends_a_run_with_a_learning_rate_of_nearly_0(tmp_path):
-    detect(tmp_path, "--epochs=100000", "--minutes=0.05", "--log-every=1", "--lr=1e-3")
-    rates = [float(row["lr"]) for row in rows(tmp_path / "steps.csv")]
-    assert len(rates) < 1000 and rates[-1] < rates[1] / 2
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -220,6 +149,8 @@ def test_the_clock_ends_a_run_with_a_learning_rate_of_nearly_0(tmp_path):
         (["--checkpoint=none.pth"], "none.pth"),
         (["--write=.", "--data=."], "--write writes the digits, and goes without --data"),
         (["--resume=auto", "--out="], "--resume auto needs --out"),
+        (["--draw=101"], "--draw must be a whole number from 0 to 100, got 101"),
+        (["--checkpoint=train: none.pth"], "train: none.pth does not exist"),
         (["--write=."], "--write must be a new folder, got ."),
     ],
 )

@@ -1,20 +1,14 @@
 """COCO annotations and pictures as they come: used, or left out by name; never a crash."""
 
-import json
-
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("pycocotools", reason="an extra")
 pytest.importorskip("torchvision", reason="an extra")
-from detections import FEW, TINY, detect, said, write_digits
 from PIL import Image
 from pycocotools import mask as rle
 
 from revbifpn_kernels.detect import coco, data, options
-from revbifpn_kernels.detect.__main__ import main
-from revbifpn_kernels.train.order import Key
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SQUARE = [10.0, 20.0, 30.0, 40.0]
@@ -34,26 +28,51 @@ def good(**changed):
     return {"bbox": SQUARE, "category_id": 3, "segmentation": POLYGON, "area": 1200.0} | changed
 
 
+def _counts(counts):
+    return {"size": [80, 100], "counts": counts}
+
+
 @pytest.mark.parametrize(
     "bad, reason",
     [
         ({"bbox": [5, 5, 0, 9]}, "has no area"),
         ({"bbox": [5, 5, 9, -2]}, "has no area"),
-        ({"bbox": [200, 5, 9, 9]}, "is outside of 100×80 pixels"),
+        ({"bbox": [200, 5, 9, 9]}, "is outside of the image"),
         ({"bbox": [5, -50, 9, 9]}, "is outside of"),
         ({"bbox": [5, 5, 9]}, "must be four numbers"),
         ({"bbox": [5, 5, float("nan"), 9]}, "must be four numbers"),
-        ({"bbox": None}, "must be four numbers, got None"),
-        ({"category_id": 2}, "category 2 is unknown"),
-        ({"category_id": [3]}, "category [3] is unknown"),
-        ({"image_id": 99}, "of image 99, which is not there"),
-        ({"image_id": {}}, "of image {}, which is not there"),
-        ({"segmentation": []}, "its outline"),
-        ({"segmentation": [[1, 2]]}, "its outline"),
-        ({"segmentation": {"size": [9, 9], "counts": [0, 81]}}, "not of 100×80 pixels"),
-        ({"segmentation": {"size": [80, 100], "counts": [8000]}}, "its outline is empty"),
-        ({"segmentation": None}, "its outline is unusable"),
-        ({"segmentation": 5}, "its outline is unusable"),
+        ({"bbox": None}, "must be four numbers: None"),
+        ({"category_id": 2}, "category is unknown: 2"),
+        ({"category_id": [3]}, "category is unknown: [3]"),
+        ({"image_id": 99}, "of an image that is not there: 99"),
+        ({"image_id": {}}, "of an image that is not there: {}"),
+        ({"segmentation": []}, "outline is empty"),
+        ({"segmentation": [[1, 2]]}, "outline is empty"),
+        (
+            {"segmentation": {"size": [9, 9], "counts": [0, 81]}},
+            "outline is of another size: [9, 9]",
+        ),
+        ({"segmentation": {"size": [80, 100], "counts": [8000]}}, "outline is empty"),
+        ({"segmentation": None}, "outline is unusable"),
+        ({"segmentation": 5}, "outline is unusable"),
+        ({"segmentation": [[10, 20, float("nan"), 20, 40, 60]]}, "must be lists of numbers"),
+        ({"segmentation": [[10, 20, float("inf"), 20, 40, 60]]}, "must be lists of numbers"),
+        ({"segmentation": [[10, 20, 1e9, 20, 40, 60]]}, "1000000000.0 is far outside"),
+        ({"segmentation": [[10, 20, 40, -9000, 40, 60]]}, "-9000 is far outside"),
+        ({"segmentation": [[10, 20, 40, 20, 40, 60], 5]}, "must be lists of numbers, got 5"),
+        ({"segmentation": _counts([10, 100])}, "counts of 110 pixels of 8000"),
+        ({"segmentation": _counts([10, 10**6])}, "counts of 1000010 pixels of 8000"),
+        ({"segmentation": _counts([10, -5, 7995])}, "whole numbers from 0 on"),
+        ({"segmentation": _counts([0.5, 7999.5])}, "whole numbers from 0 on"),
+        ({"segmentation": _counts("zzzz1")}, "outline is unusable"),
+        ({"segmentation": _counts("R")}, "end amid a number"),
+        ({"segmentation": _counts("0~")}, "characters such as '~'"),
+        ({"segmentation": _counts("0\ud800")}, "characters such as"),
+        (
+            {"segmentation": _counts(rle.encode(np.ones((9, 9), np.uint8, "F"))["counts"])},
+            "of 8000",
+        ),
+        ({"bbox": [10**400, 0, 9, 9]}, "must be four numbers"),
     ],
 )
 def test_bad_objects_are_left_out_by_name(bad, reason):
@@ -66,16 +85,25 @@ def test_bad_objects_are_left_out_by_name(bad, reason):
 def test_boxes_over_the_edge_are_cut_off():
     found = coco.read(document(good(bbox=[-20, 70, 150, 50])), "train.json", masks=False)
     assert found.images[0].boxes == [(0.0, 70.0, 100.0, 80.0)]
-    assert "cut to the image, its box was [-20, 70, 150, 50]" in found.skipped[0][1]
+    assert "cut to the image: its box was [-20, 70, 150, 50]" in found.skipped[0][1]
 
 
 @pytest.mark.parametrize(
     "bad, reason",
     [
-        ({"id": 7, "file_name": "b.png", "width": 9, "height": 9}, "id 7 is that of a.png"),
-        ({"id": 8, "file_name": "b.png", "height": 9}, "must be whole numbers, got [None, 9]"),
+        (
+            {"id": 7, "file_name": "b.png", "width": 9, "height": 9},
+            "id is taken: 7 is that of a",
+        ),
+        ({"id": 8, "file_name": "b.png", "height": 9}, "must be whole numbers: [None, 9]"),
         ({"id": 8, "file_name": "b.png", "width": 9, "height": 0}, "must be whole numbers"),
+        ({"id": 8, "file_name": "b.png", "width": 10**400, "height": 9}, "must be whole numbers"),
+        (
+            {"id": 8, "file_name": "b.png", "width": 10**9, "height": 9},
+            "more than 178956970 pixels",
+        ),
         ({"id": 8}, "without file_name or id"),
+        ({"id": 8, "file_name": "\ud800", "width": 9, "height": 9}, "without file_name or id"),
         ("b.png", "without file_name or id"),
     ],
 )
@@ -102,7 +130,7 @@ def test_outlines_of_all_three_forms_give_the_same_masks():
     )
     for form in forms:
         found = coco.read(document(good(segmentation=form)), "train.json", masks=True)
-        assert np.array_equal(found.images[0].mask, pixels[None])
+        assert np.array_equal(data.masks_of(found.images[0].outlines, (100, 80)), pixels[None])
 
 
 def test_crowds_are_measured_against_and_not_trained_on():
@@ -112,73 +140,30 @@ def test_crowds_are_measured_against_and_not_trained_on():
     assert [a["iscrowd"] for a in found.truth()["annotations"]] == [0, 1]
 
 
-def test_what_is_written_is_read_back_the_same(tmp_path):
-    folder = write_digits(tmp_path / "digits")
-    read = data.prepare(options.parse([f"--data={folder}", "--masks"]))
-    made = data.prepare(options.parse([*TINY, "--masks"]))
-    assert read.skipped == made.skipped == [] and read.classes == made.classes
-    for ours, theirs in ((read.train, made.train), (read.val, made.val)):
-        for k in range(len(theirs)):
-            picture, annotated = ours.load(Key(0, k))
-            again, same = theirs.load(Key(0, k))
-            assert np.array_equal(np.array(picture), np.array(again))
-            one, other = (data.sample_of(picture, a, masks=True)[1] for a in (annotated, same))
-            assert all(torch.equal(one[key], other[key]) for key in one)
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_packed_counts_are_read_as_pycocotools_does(share):
+    pixels = np.asfortranarray(np.random.default_rng(0).random((80, 100)) < share).view(np.uint8)
+    outline = coco.run_lengths(_counts(rle.encode(pixels)["counts"]), 100, 80)
+    assert np.array_equal(rle.decode(outline), pixels)
 
 
-def test_mirror_images():
-    image = torch.arange(3 * 4 * 10.0).view(3, 4, 10)
-    target = {"boxes": torch.tensor([[1.0, 0, 4, 2]]), "masks": torch.zeros(1, 4, 10)}
-    target["masks"][:, :2, 1:4] = 1
-    flipped, mirror = data.mirrored(image, target)
-    assert torch.equal(flipped[..., 0], image[..., 9])
-    assert mirror["boxes"].tolist() == [[6.0, 0.0, 9.0, 2.0]]
-    assert mirror["masks"].nonzero()[:, 2].unique().tolist() == [6, 7, 8]
+@pytest.mark.parametrize("value, is_crowd", [(1, True), ("1", True), (0, False), ("0", False)])
+def test_crowds_as_files_write_them(value, is_crowd):
+    found = coco.read(document(good(iscrowd=value)), "train.json", masks=False)
+    assert found.images[0].crowds == [is_crowd]
 
 
-def test_a_folder_of_bad_files_is_trained_on(tmp_path, capsys):
-    folder = write_digits(tmp_path / "digits")
-    entries = json.loads((folder / "train.json").read_text())
-    names = [image["file_name"] for image in entries["images"]]
-    (folder / "images" / names[0]).unlink()
-    (folder / "images" / names[1]).write_bytes(b"no picture")
-    Image.new("RGB", (64, 300)).save(folder / "images" / names[2])
-    Image.new("L", (32, 32)).save(folder / "images" / names[3])  # of the same shape: enlarged
-    entries["annotations"] = [a for a in entries["annotations"] if a["image_id"] != 4]
-    entries["annotations"].append({"id": 10**6, "image_id": 5, "bbox": [1, 1, 0, 0]})
-    (folder / "train.json").write_text(json.dumps(entries))
-    detect(tmp_path / "run", f"--data={folder}")
-    err = said(capsys)[1]
-    assert f"train.json: {names[0]}: no such file in {folder}/images" in err
-    assert f"{names[1]}: UnidentifiedImageError" in err
-    assert f"{names[2]}: 64×300 pixels, its annotations are for 64×64" in err
-    assert "annotation 1000000" in err and names[3] not in err
-    assert len((tmp_path / "run" / "skipped.txt").read_text().splitlines()) == 4
-    assert "detect: 4 skipped, see skipped.txt" in err
+def test_reasons_are_counted_by_their_kind():
+    flat, strange = (good(bbox=[k, 5, 0, 9]) for k in (1, 2)), (good(category_id=k) for k in (7, 8))
+    cut = good(bbox=[-20, 70, 150, 50])
+    found = coco.read(document(*flat, *strange, cut), "train.json", masks=False)
+    counted = "2× box has no area, 2× category is unknown, 1× cut to the image"
+    assert coco.summary(found.skipped) == counted
+    assert [coco.is_used(reason) for _, reason in found.skipped] == [False] * 4 + [True]
 
 
-@pytest.mark.parametrize(
-    "break_it, message",
-    [
-        (lambda f: f / "none", "--data must be a folder, got"),
-        (lambda f: (f / "val.json").unlink(), "--data must have val.json, or annotations/"),
-        (lambda f: (f / "train.json").write_text("{"), "--data must have JSON in"),
-        (lambda f: (f / "train.json").write_text("[]"), "lists images, annotations, categories"),
-        (lambda f: _change(f, categories=[]), "must have categories, each id once"),
-        (lambda f: _change(f, categories=[{"id": 1}]), "categories with id and name"),
-        (lambda f: _change(f, categories=[{"id": 1, "name": "x"}]), "the same categories"),
-        (lambda f: _change(f, annotations=[]), "must have objects to train on, got none"),
-        (lambda f: _change(f, images=[]), "must have pictures of"),
-    ],
-)
-def test_a_folder_that_cannot_be_used_is_refused(break_it, message, tmp_path, capsys):
-    folder = write_digits(tmp_path / "digits")
-    changed = break_it(folder)
-    chosen = changed if hasattr(changed, "is_dir") else folder
-    assert main([*FEW, f"--data={chosen}", f"--out={tmp_path / 'run'}"]) == 1
-    assert message in said(capsys)[1]
-
-
-def _change(folder, **entries):
-    path = folder / "train.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+@pytest.mark.parametrize("key", [[1], None, {}])
+def test_categories_without_a_usable_id_are_refused(key):
+    entries = document(categories=[{"id": key, "name": "dog"}, {"id": 2, "name": "cat"}])
+    with pytest.raises(options.DetectError, match="categories with id and name in train.json"):
+        coco.read(entries, "train.json", masks=False)

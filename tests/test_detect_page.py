@@ -1,6 +1,8 @@
 """The page of `revbifpn_kernels.detect`: its commands run, its memory is what steps allocate."""
 
+import re
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 pytest.importorskip("pycocotools", reason="an extra")
 pytest.importorskip("torchvision", reason="an extra")
 from conftest import ROOT
-from detections import FEW, MODEL, TINY, said, write_digits
+from detections import FEW, MODEL, TINY, detect, said, write_digits
 
 from revbifpn_kernels.detect import memory, networks, options
 from revbifpn_kernels.detect.__main__ import main
@@ -43,6 +45,16 @@ def commands() -> list[str]:
     return [line for line in lines if line.startswith("python -m revbifpn_kernels.detect")]
 
 
+def test_the_lines_of_python_of_the_page_run(tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    detect(Path("runs/digits"))
+    chosen = options.parse(TINY)
+    monkeypatch.setattr(options, "parse", lambda arguments: chosen)
+    exec(code, {})
+    assert "tensor(" in said(capsys)[0]
+
+
 @pytest.mark.parametrize("command", commands())
 def test_the_commands_of_the_page_run(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -52,7 +64,7 @@ def test_the_commands_of_the_page_run(command, tmp_path, monkeypatch, capsys):
     if "--memory" in arguments:
         monkeypatch.setattr(memory, "SHOWN", ())
         for name in ("_resnet50_fpn", "_hrnet_w18"):
-            monkeypatch.setattr(memory, name, lambda: torch.nn.Conv2d(3, 4, 3))
+            monkeypatch.setattr(memory, name, lambda *numbers: torch.nn.Conv2d(3, 4, 3))
     shrunk = [*MODEL, "--image-size=64"]
     if "--memory" not in arguments:
         shrunk = FEW if "--data" in arguments else TINY

@@ -3,6 +3,7 @@
     options.py      what can be asked for
     scenes.py       the embedded default: handwritten digits on photographs, as COCO annotations
     coco.py         COCO annotations, checked: what can be trained on, and what is left out and why
+    outlines.py     their polygons and run lengths, checked before pycocotools reads them
     data.py         images and targets by key, of scenes and of folders
     networks.py     Faster R-CNN and Mask R-CNN on a RevBiFPN's pyramid
     run.py          all that a run is between two steps: made, captured, restored

@@ -15,7 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return session.main(options.parse(arguments))
     except options.TrainError as error:
-        print(str(error).replace("train: ", "detect: ", 1), file=sys.stderr)
+        text = str(error).removeprefix("detect: ").removeprefix("train: ")
+        print(f"detect: {text}", file=sys.stderr)
         return 1
 
 

@@ -2,23 +2,27 @@
 
 An image without objects is kept: it teaches what is none. Boxes that reach over the image's edge
 are cut off there; boxes of no area, of unknown categories or images, and objects without a usable
-outline where outlines are asked for, are left out. Nothing here opens a picture.
+outline where outlines are asked for, are left out. Nothing here opens a picture. Reasons name their
+kind before a colon, by which they are counted.
 """
 
 import json
-import math
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from PIL import Image
 from pycocotools import mask as rle
 
 from .options import DetectError
+from .outlines import Unfit, is_number, run_lengths
 
 LEAST_SIDE = 0.1  # of a box, in pixels
+MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # beyond which Pillow opens nothing
+CUT, TURNED = "cut to the image", "turned upright"  # kinds of what is used, though changed
 REQUIRED = ("images", "annotations", "categories")
 
 
@@ -37,11 +41,9 @@ class Annotated:
     outlines: list[Any] = field(default_factory=list)  # run lengths; None without masks
 
     @property
-    def mask(self) -> np.ndarray:
-        """(objects, H, W) of 0 and 1."""
-        if not self.outlines:
-            return np.zeros((0, self.height, self.width), np.uint8)
-        return np.ascontiguousarray(rle.decode(self.outlines).transpose(2, 0, 1))
+    def size(self) -> tuple[int, int]:
+        """Width and height, as Pillow has them."""
+        return self.width, self.height
 
 
 @dataclass
@@ -104,40 +106,38 @@ def read(document: dict[str, Any], where: str, masks: bool) -> Annotations:
     classes, label_of = _categories(document["categories"], where)
     images, skipped = _images(document["images"], where)
     for k, entry in enumerate(document["annotations"]):
-        number = entry.get("id", f"no. {k}") if isinstance(entry, dict) else f"no. {k}"
-        image_id = entry.get("image_id") if isinstance(entry, dict) else None
+        entry = entry if isinstance(entry, dict) else {}
+        name = f"{where}: annotation " + (repr(entry["id"]) if "id" in entry else f"no. {k}")
+        image_id = entry.get("image_id")
         image = images.get(image_id) if isinstance(image_id, int | str) else None
-        name = f"{where}: annotation {number}"
         if image is None:
-            skipped.append((name, f"of image {image_id!r}, which is not there"))
+            skipped.append((name, f"of an image that is not there: {image_id!r}"))
             continue
         name += f" of {image.name}"
         try:
             note = _add(image, entry, label_of, masks)
-        except _Unfit as error:
+        except Unfit as error:
             skipped.append((name, str(error)))
         else:
             skipped += [(name, note)] if note else []
     return Annotations(classes, list(images.values()), skipped)
 
 
-class _Unfit(Exception):
-    """Why an entry is left out."""
-
-
 def _categories(entries: list, where: str) -> tuple[list[str], dict[Any, int]]:
     try:
         pairs = sorted((entry["id"], str(entry["name"])) for entry in entries)
+        label_of = {key: k + 1 for k, (key, _) in enumerate(pairs)}
     except (TypeError, KeyError) as error:
         raise DetectError(
-            f"detect: --data must have categories with id and name in {where}, got {error}"
+            f"detect: --data must have categories with id and name in {where}, got "
+            f"{type(error).__name__}: {error}"
         ) from error
-    ids = [key for key, _ in pairs]
-    if not ids or len(set(ids)) < len(ids):
+    if not label_of or len(label_of) < len(pairs):
         raise DetectError(
-            f"detect: --data must have categories, each id once, in {where}, got {ids}"
+            f"detect: --data must have categories, each id once, in {where}, got "
+            f"{[key for key, _ in pairs]}"
         )
-    return [name for _, name in pairs], {key: k + 1 for k, key in enumerate(ids)}
+    return [name for _, name in pairs], label_of
 
 
 def _images(entries: list, where: str) -> tuple[dict[Any, Annotated], list[tuple[str, str]]]:
@@ -147,75 +147,71 @@ def _images(entries: list, where: str) -> tuple[dict[Any, Annotated], list[tuple
         entry = entry if isinstance(entry, dict) else {}
         name, key = entry.get("file_name"), entry.get("id")
         sides = [entry.get("width"), entry.get("height")]
-        shown = f"{where}: {name if isinstance(name, str) else f'image no. {k}'}"
-        if not isinstance(name, str) or not isinstance(key, int | str):
-            skipped.append((shown, f"without file_name or id, got {name!r} and {key!r}"))
+        shown = f"{where}: {name if _is_name(name) else f'image no. {k}'}"
+        if not _is_name(name) or not isinstance(key, int | str):
+            skipped.append((shown, f"without file_name or id: {name!r} and {key!r}"))
         elif key in images:
-            skipped.append((shown, f"id {key!r} is that of {images[key].name}"))
-        elif not all(_is_number(side) and side >= 1 and side == int(side) for side in sides):
-            skipped.append((shown, f"width and height must be whole numbers, got {sides}"))
+            skipped.append((shown, f"id is taken: {key!r} is that of {images[key].name}"))
+        elif not all(is_number(side) and side >= 1 and side == int(side) for side in sides):
+            skipped.append((shown, f"width and height must be whole numbers: {sides}"))
+        elif sides[0] * sides[1] > MOST_PIXELS:
+            skipped.append((shown, f"more than {MOST_PIXELS} pixels: {sides}"))
         else:
             images[key] = Annotated(key, name, *map(int, sides))
     return images, skipped
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a file can be called so: JSON may hold halves of characters."""
+    try:
+        return isinstance(value, str) and bool(os.fsencode(value))
+    except UnicodeEncodeError:
+        return False
 
 
 def _add(image: Annotated, entry: dict, label_of: dict[Any, int], masks: bool) -> str | None:
     """Note an object; what had to be changed about it."""
     category = entry.get("category_id")
     if not isinstance(category, int | str) or category not in label_of:
-        raise _Unfit(f"category {category!r} is unknown")
+        raise Unfit(f"category is unknown: {category!r}")
     box, is_cut = _box(entry.get("bbox"), image)
-    outline = _outline(entry.get("segmentation"), image) if masks else None
+    outline = run_lengths(entry.get("segmentation"), *image.size) if masks else None
     area = entry.get("area")
-    if not _is_number(area) or area <= 0:
+    if not is_number(area) or area <= 0:
         area = (box[2] - box[0]) * (box[3] - box[1]) if outline is None else rle.area(outline)
     image.boxes.append(box)
     image.labels.append(label_of[category])
     image.areas.append(float(area))
-    image.crowds.append(bool(entry.get("iscrowd")))
+    image.crowds.append(entry.get("iscrowd") in (1, "1"))
     image.outlines.append(outline)
-    return f"cut to the image, its box was {entry['bbox']}" if is_cut else None
+    return f"{CUT}: its box was {entry['bbox']}" if is_cut else None
 
 
 def _box(given: Any, image: Annotated) -> tuple[tuple[float, ...], bool]:
     """Left, top, right, bottom inside the image; whether much was cut off."""
-    if not isinstance(given, list | tuple) or len(given) != 4 or not all(map(_is_number, given)):
-        raise _Unfit(f"its box must be four numbers, got {given!r}")
+    if not isinstance(given, list | tuple) or len(given) != 4 or not all(map(is_number, given)):
+        raise Unfit(f"box must be four numbers: {given!r}")
     x, y, w, h = given
     if w < LEAST_SIDE or h < LEAST_SIDE:
-        raise _Unfit(f"its box {list(given)} has no area")
+        raise Unfit(f"box has no area: {list(given)}")
     box = (max(0.0, x), max(0.0, y), min(image.width, x + w), min(image.height, y + h))
     if box[2] - box[0] < LEAST_SIDE or box[3] - box[1] < LEAST_SIDE:
-        raise _Unfit(f"its box {list(given)} is outside of {image.width}×{image.height} pixels")
+        raise Unfit(f"box is outside of the image: {list(given)} of {image.width}×{image.height}")
     # Annotators round: a pixel over the edge is none of the user's concern.
     is_cut = max(abs(a - b) for a, b in zip(box, (x, y, x + w, y + h), strict=True)) > 1
     return tuple(map(float, box)), is_cut
 
 
-def _outline(given: Any, image: Annotated) -> dict[str, Any]:
-    """Run lengths of polygons, of lists of counts, or of such a string."""
-    size = [image.height, image.width]
-    try:
-        if isinstance(given, list):
-            outline = rle.merge(rle.frPyObjects([p for p in given if len(p) >= 6], *size))
-        elif isinstance(given["counts"], list):
-            outline = rle.frPyObjects(given, *size)
-        else:
-            outline = dict(given)
-        is_right = list(outline["size"]) == size and rle.area(outline) > 0
-    except Exception as error:  # pycocotools raises all kinds
-        raise _Unfit(f"its outline is unusable: {type(error).__name__}: {error}") from error
-    if not is_right:
-        raise _Unfit(f"its outline is empty, or not of {image.width}×{image.height} pixels")
-    return outline
+def _kind(reason: str) -> str:
+    return reason.partition(":")[0]
 
 
-def _is_number(value: Any) -> bool:
-    is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_real and math.isfinite(value)
+def is_used(reason: str) -> bool:
+    """Whether what it was said of is trained on, though changed."""
+    return _kind(reason) in (CUT, TURNED)
 
 
 def summary(skipped: Iterable[tuple[str, str]]) -> str:
     """How often each kind of fault was found, most frequent first."""
-    kinds = Counter(reason.partition(",")[0].partition("[")[0].strip() for _, reason in skipped)
+    kinds = Counter(_kind(reason) for _, reason in skipped)
     return ", ".join(f"{count}× {kind}" for kind, count in kinds.most_common(5))

@@ -1,5 +1,7 @@
 """Images and targets by key, of generated scenes and of folders with COCO annotations."""
 
+import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +9,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
+from pycocotools import mask as rle
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -20,19 +23,27 @@ from .options import DetectError, Options
 
 PARTS = ("train", "val")
 WORST_STRETCH = 0.02  # between a picture's sides and those that its annotations name
+SIDEWAYS = (5, 6, 7, 8)  # EXIF's orientations that exchange width and height
+
+
+class View(NamedTuple):
+    """A picture, and what is on it in pixels of the annotations: it may have fewer of its own."""
+
+    picture: Image.Image
+    annotated: Annotated
+    notes: tuple[str, ...] = ()
 
 
 class Sample(NamedTuple):
     image: Tensor  # (3, H, W) in 0 to 1
     target: dict[str, Tensor]  # boxes, labels, masks if asked for: what torchvision takes
-    number: int  # of the image; that of a substitute, where it cannot be read
     skipped: tuple[Skipped, ...]
 
 
 class Source(Protocol):
     def __len__(self) -> int: ...
 
-    def load(self, key: Key) -> tuple[Image.Image, Annotated]: ...  # raises BadPicture
+    def load(self, key: Key) -> View: ...  # raises BadPicture
 
     def name(self, index: int) -> str: ...
 
@@ -50,19 +61,19 @@ class Digits:
     def name(self, index: int) -> str:
         return self.scenes.name(index)
 
-    def load(self, key: Key) -> tuple[Image.Image, Annotated]:
+    def load(self, key: Key) -> View:
         image, annotations = self.scenes.scene(key)
         document = {
             "images": [self.scenes.entry(key.index) | {"id": 0}],
             "annotations": annotations,
             "categories": scenes.CATEGORIES,
         }
-        return image, coco.read(document, "digits", self.masks).images[0]
+        return View(image, coco.read(document, "digits", self.masks).images[0])
 
 
 @dataclass(frozen=True)
 class Folder:
-    """Pictures on a disk."""
+    """Pictures on a disk, shrunk to a longest side."""
 
     images: list[Annotated]
     paths: list[Path]
@@ -74,17 +85,46 @@ class Folder:
     def name(self, index: int) -> str:
         return str(self.paths[index])
 
-    def load(self, key: Key) -> tuple[Image.Image, Annotated]:
+    def load(self, key: Key) -> View:
         annotated = self.images[key.index]
-        picture = open_picture(self.paths[key.index], "RGB", self.side)
-        wanted = (annotated.width, annotated.height)
-        if picture.size != wanted:
-            stretch = picture.width * annotated.height / (picture.height * annotated.width)
-            if abs(stretch - 1) > WORST_STRETCH:
-                got = "×".join(map(str, picture.size))
-                raise BadPicture(f"{got} pixels, its annotations are for {wanted[0]}×{wanted[1]}")
-            picture = picture.resize(wanted)
-        return picture, annotated
+        notes: list[str] = []
+        picture = open_picture(
+            self.paths[key.index],
+            "RGB",
+            self.side,
+            lambda stored: _is_annotated_upright(stored, annotated.size, notes),
+        )
+        if _stretch(picture.size, annotated.size) > WORST_STRETCH:
+            got, wanted = ("×".join(map(str, size)) for size in (picture.size, annotated.size))
+            raise BadPicture(f"of another shape: {got} pixels, its annotations are for {wanted}")
+        return View(_shrunk(picture, self.side), annotated, tuple(notes))
+
+
+def _is_annotated_upright(
+    stored: Image.Image, annotated: tuple[int, int], notes: list[str]
+) -> bool:
+    """Whether annotations are of the picture as viewers turn it: by its shape, else by custom."""
+    orientation = stored.getexif().get(ExifTags.Base.Orientation)
+    if orientation not in range(2, 9):
+        return True
+    upright = stored.size[::-1] if orientation in SIDEWAYS else stored.size
+    as_stored, as_shown = (_stretch(size, annotated) for size in (stored.size, upright))
+    if as_stored == as_shown:
+        notes.append(f"{coco.TURNED}: by EXIF orientation {orientation}; are its annotations, too?")
+    return as_shown <= as_stored
+
+
+def _stretch(size: tuple[int, int], wanted: tuple[int, int]) -> float:
+    """How much more one side has to be enlarged than the other."""
+    return abs(size[0] * wanted[1] / (size[1] * wanted[0]) - 1)
+
+
+def _shrunk(picture: Image.Image, side: int) -> Image.Image:
+    longest = max(picture.size)
+    if longest <= side:
+        return picture
+    size = tuple(max(1, round(length * side / longest)) for length in picture.size)
+    return picture.resize(size, Image.Resampling.BILINEAR)
 
 
 class Data(NamedTuple):
@@ -117,62 +157,102 @@ def digits(options: Options) -> tuple[scenes.Scenes, scenes.Scenes]:
 def _folder(top: Path, options: Options) -> Data:
     if not top.is_dir():
         raise DetectError(f"detect: --data must be a folder, got {top}")
-    sources, truths, skipped = [], [], []
-    for part in PARTS:
-        file = _annotation_file(top, part)
-        found = coco.read(coco.load(file), file.name, options.masks)
-        skipped += found.skipped
-        roots = [top / "images", top / "images" / part, *sorted(top.glob(f"{part}*/")), top]
-        images, paths = [], []
-        for image in found.images:
-            path = next((r / image.name for r in roots if (r / image.name).is_file()), None)
-            if path is None:
-                skipped.append((f"{file.name}: {image.name}", f"no such file in {roots[0]}"))
-            else:
-                images.append(image)
-                paths.append(path)
-        if not images:
-            raise DetectError(
-                f"detect: --data must have pictures of {file} in {roots[0]}, got none of "
-                f"{len(found.images)}"
-            )
-        sources.append(Folder(images, paths, options.image_size))
-        truths.append(Annotations(found.classes, images, found.skipped))
-    if truths[0].classes != truths[1].classes:
+    (train, known), (val, truth) = (_part(top, part, options) for part in PARTS)
+    if known.classes != truth.classes:
         raise DetectError(
-            f"detect: --data must have the same categories in both files, got {truths[0].classes} "
-            f"to train and {truths[1].classes} to measure on"
+            f"detect: --data must have the same categories in both files, got {known.classes} "
+            f"to train and {truth.classes} to measure on"
         )
-    if not any(image.boxes for image in truths[0].images):
-        raise DetectError(f"detect: --data must have objects to train on, got none in {top}")
-    return Data(*sources, truths[1], skipped)
+    if all(is_crowd for image in train.images for is_crowd in image.crowds):
+        raise DetectError(
+            f"detect: --data must have objects to train on, got none in {top}"
+            + _because(known.skipped)
+        )
+    return Data(train, val, truth, known.skipped + truth.skipped)
+
+
+def _part(top: Path, part: str, options: Options) -> tuple[Folder, Annotations]:
+    """The pictures of an annotation file that are there, and the annotations of these."""
+    file = _annotation_file(top, part)
+    found = coco.read(coco.load(file), file.name, options.masks)
+    roots = [top / "images", top / "images" / part, *sorted(top.glob(f"{part}*/")), top]
+    images, paths, skipped = [], [], found.skipped
+    for image in found.images:
+        path, reason = _located(image.name, roots)
+        if path is None:
+            skipped.append((f"{file.name}: {image.name}", reason))
+        else:
+            images.append(image)
+            paths.append(path)
+    if not images:
+        raise DetectError(
+            f"detect: --data must have pictures of {file} in {roots[0]}, got none of "
+            f"{len(found.images)}{_because(skipped)}"
+        )
+    return Folder(images, paths, options.image_size), Annotations(found.classes, images, skipped)
+
+
+def _because(skipped: Sequence[Skipped]) -> str:
+    return f"; left out: {coco.summary(skipped)}" if skipped else ""
 
 
 def _annotation_file(top: Path, part: str) -> Path:
     """train.json beside images/, or COCO's own annotations/instances_train2017.json."""
-    candidates = [top / f"{part}.json", top / "annotations" / f"{part}.json"]
-    candidates += sorted((top / "annotations").glob(f"instances_{part}*.json"))
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is None:
+    plain = [top / f"{part}.json", top / "annotations" / f"{part}.json"]
+    found = [path for path in plain if os.path.isfile(path)][:1]
+    found = found or sorted((top / "annotations").glob(f"instances_{part}*.json"))
+    if len(found) != 1:
         raise DetectError(
-            f"detect: --data must have {part}.json, or annotations/instances_{part}*.json, got "
-            f"neither in {top}"
+            f"detect: --data must have {part}.json, or annotations/instances_{part}*.json, one of "
+            f"them, got {' and '.join(path.name for path in found) or 'neither'} in {top}"
         )
-    return found
+    return found[0]
+
+
+def _located(name: str, roots: Sequence[Path]) -> tuple[Path | None, str]:
+    """Where a picture is, or None and why."""
+    reason = f"no such file: in {roots[0]}"
+    for root in roots:
+        path = root / name
+        try:
+            if stat.S_ISREG(path.stat().st_mode):
+                return path, ""
+            reason = f"not a regular file: {path}"
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except (OSError, ValueError) as error:
+            reason = f"{getattr(error, 'strerror', None) or error}: in {root}"
+    return None, reason
 
 
 def sample_of(
     picture: Image.Image, annotated: Annotated, masks: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The image and what torchvision's detectors are trained by; crowds are no objects."""
-    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
     single = [k for k, is_crowd in enumerate(annotated.crowds) if not is_crowd]
-    boxes = torch.tensor([annotated.boxes[k] for k in single]).reshape(-1, 4)
+    scale = torch.tensor(picture.size * 2) / torch.tensor(annotated.size * 2)
+    boxes = torch.tensor([annotated.boxes[k] for k in single]).reshape(-1, 4) * scale
     labels = torch.tensor([annotated.labels[k] for k in single], dtype=torch.int64)
     target: dict[str, Any] = {"boxes": boxes, "labels": labels}
     if masks:
-        target["masks"] = torch.from_numpy(annotated.mask[single])
-    return image, target
+        target["masks"] = masks_of([annotated.outlines[k] for k in single], picture.size)
+    return image_of(picture), target
+
+
+def image_of(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+
+
+def masks_of(outlines: Sequence[dict[str, Any]], size: tuple[int, int]) -> Tensor:
+    """(objects, H, W) of 0 and 1: 1 where an object covers most of a pixel."""
+    masks = np.zeros((len(outlines), *size[::-1]), np.uint8)
+    for mask, outline in zip(masks, outlines, strict=True):
+        annotated = rle.decode(outline)
+        if annotated.shape != mask.shape:
+            smooth = Image.fromarray(255 * annotated).resize(size, Image.Resampling.BOX)
+            annotated = np.asarray(smooth) > 127
+        mask[:] = annotated
+    return torch.from_numpy(masks)
 
 
 def mirrored(image: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -198,15 +278,16 @@ class Training(Dataset):
         for further in range(min(PATIENCE, len(self))):
             index = (key.index + further) % len(self)
             try:
-                picture, annotated = self.source.load(Key(key.epoch, index))
+                view = self.source.load(Key(key.epoch, index))
             except BadPicture as error:
                 skipped.append((self.source.name(index), str(error)))
                 continue
-            image, target = sample_of(picture, annotated, self.options.masks)
+            skipped += [(self.source.name(index), note) for note in view.notes]
+            image, target = sample_of(view.picture, view.annotated, self.options.masks)
             with drawing_from(seed_of(self.options.seed, key.epoch, key.index)):
                 if torch.rand(()) < self.options.flip:
                     image, target = mirrored(image, target)
-            return Sample(image, target, index, tuple(skipped))
+            return Sample(image, target, tuple(skipped))
         raise DetectError(
             f"detect: --data must be readable, got {len(skipped)} bad files in a row, the last: "
             f"{': '.join(skipped[-1])}"
@@ -222,3 +303,29 @@ class Batch(NamedTuple):
 def collate(samples: Sequence[Sample]) -> Batch:
     skipped = tuple(entry for sample in samples for entry in sample.skipped)
     return Batch([s.image for s in samples], [s.target for s in samples], skipped)
+
+
+class Measured(NamedTuple):
+    """An image to measure on, None if it cannot be read."""
+
+    number: int
+    image: Tensor | None
+    skipped: tuple[Skipped, ...]
+
+
+class Evaluation(Dataset):
+    """Images by number."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, number: int) -> Measured:
+        name = self.source.name(number)
+        try:
+            view = self.source.load(Key(0, number))
+        except BadPicture as error:
+            return Measured(number, None, ((name, str(error)),))
+        return Measured(number, image_of(view.picture), tuple((name, n) for n in view.notes))

@@ -1,14 +1,14 @@
 """A picture of predictions beside the truth."""
 
 import io
+import warnings
 
-import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from ..train.order import Key
-from .data import Data
+from .data import Data, masks_of
 from .evaluate import Found
 
 NAME = "predictions.png"
@@ -33,26 +33,29 @@ def grid(data: Data, found: dict[int, Found], count: int) -> bytes:
         fontsize=10,
     )
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of classes' names
+        figure.savefig(picture, format="png", dpi=100)
     return picture.getvalue()
 
 
 def _draw(axes, data: Data, number: int, found: Found) -> None:
-    image, annotated = data.val.load(Key(0, number))
-    extent = (0, image.width, image.height, 0)  # boxes count from the edge of a pixel
-    axes.imshow(image, extent=extent)
-    if "masks" in found:
-        kept = found["masks"][found["scores"] >= LEAST_SCORE]
-        shade = kept.amax(0).float() if len(kept) else torch.zeros(image.size[::-1])
-        axes.imshow(shade.numpy(), cmap="autumn", alpha=0.5 * shade.numpy(), extent=extent)
+    picture, annotated, _ = data.val.load(Key(0, number))
+    extent = (0, annotated.width, annotated.height, 0)  # boxes count from the edge of a pixel
+    axes.imshow(picture, extent=extent)
+    shown = [k for k, score in enumerate(found["scores"]) if score >= LEAST_SCORE]
+    if "outlines" in found:
+        masks = masks_of([found["outlines"][k] for k in shown], picture.size)
+        shade = (masks.sum(0) > 0).float().numpy()
+        axes.imshow(shade, cmap="autumn", alpha=0.5 * shade, extent=extent)
     for box, label in zip(annotated.boxes, annotated.labels, strict=True):
         _box(axes, box, TRUTH, "--")
         _name(axes, box[2], box[3], data.classes[label - 1], TRUTH, ha="right", va="top")
-    for box, label, score in zip(*(found[k] for k in ("boxes", "labels", "scores")), strict=True):
-        if score >= LEAST_SCORE:
-            _box(axes, box.tolist(), PREDICTED, "-")
-            name = f"{data.classes[int(label) - 1]} {float(score):.2f}"
-            _name(axes, *box[:2].tolist(), name, PREDICTED, va="bottom")
+    for k in shown:
+        box = found["boxes"][k].tolist()
+        _box(axes, box, PREDICTED, "-")
+        name = f"{data.classes[int(found['labels'][k]) - 1]} {float(found['scores'][k]):.2f}"
+        _name(axes, *box[:2], name, PREDICTED, va="bottom")
 
 
 def _name(axes, x: float, y: float, text: str, colour: str, **alignment) -> None:

@@ -2,27 +2,29 @@
 
 import contextlib
 import io
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ..train.data import Skipped
-from ..train.order import Key
-from ..train.pictures import BadPicture
+from ..train.signals import Signals, ignore_signals
 from .coco import Annotations
-from .data import Data, sample_of
-from .run import Run, autocast
+from .data import Data, Evaluation
+from .run import Run
 
-MOST = 100  # detections of an image that count
 # Names of pycocotools' first six numbers: over IoUs of 0.5 to 0.95, at one, and by area.
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
-Found = dict[str, Tensor]  # boxes, labels, scores, perhaps masks: what torchvision returns
+# Boxes, labels, scores as torchvision returns them, in pixels of the annotations; with masks their
+# outlines, as run lengths.
+Found = dict[str, Any]
 
 
 class Result(NamedTuple):
@@ -31,33 +33,53 @@ class Result(NamedTuple):
     skipped: list[Skipped]
 
 
-def evaluate(run: Run, data: Data) -> Result:
-    """Detect on all images to measure on, and compare; those that cannot be read do not count."""
+@torch.no_grad()
+def evaluate(run: Run, data: Data, signals: Signals) -> Result | None:
+    """Detect on all images to measure on, and compare; those that cannot be read do not count.
+
+    None if a signal came meanwhile.
+    """
     found, skipped = {}, []
     run.model.eval()
-    for start in range(0, len(data.val), run.options.batch_size):
-        images, numbers = [], []
-        for number in range(start, min(start + run.options.batch_size, len(data.val))):
-            try:
-                picture, annotated = data.val.load(Key(0, number))
-            except BadPicture as error:
-                skipped.append((data.val.name(number), str(error)))
-            else:
-                images.append(sample_of(picture, annotated, masks=False)[0].to(run.device))
-                numbers.append(number)
-        if images:
-            with torch.no_grad(), autocast(run):
-                outputs = run.model(images)
-            found |= dict(zip(numbers, map(_kept, outputs), strict=True))
+    for batch in _loader(run, data):
+        skipped += (entry for one in batch for entry in one.skipped)
+        read = [one for one in batch if one.image is not None]
+        if read:
+            outputs = run.model([one.image.to(run.device) for one in read])
+            for one, output in zip(read, outputs, strict=True):
+                size = data.truth.images[one.number].size
+                found[one.number] = _kept(output, one.image.shape[:0:-1], size)
+        if signals.received is not None:
+            return None
     return Result(precisions(data.truth, found, run.options.masks), found, skipped)
 
 
-def _kept(output: Found) -> Found:
-    """On the CPU in full precision; masks are thresholded, as bytes."""
-    kept = {key: t.cpu() if key == "labels" else t.float().cpu() for key, t in output.items()}
-    if "masks" in kept:
-        kept["masks"] = (kept["masks"][:, 0] > 0.5).to(torch.uint8)
+def _loader(run: Run, data: Data) -> DataLoader:
+    return DataLoader(
+        Evaluation(data.val),
+        run.options.batch_size,
+        collate_fn=list,
+        num_workers=run.options.workers,
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # not the global one, which training goes on with
+    )
+
+
+def _kept(output: Found, seen: tuple[int, int], annotated: tuple[int, int]) -> Found:
+    """On the CPU, from the pixels that the network has seen to those of the annotations."""
+    kept = {key: output[key].cpu() for key in ("boxes", "labels", "scores")}
+    kept["boxes"] *= torch.tensor(annotated * 2) / torch.tensor(tuple(seen) * 2)
+    if "masks" in output:
+        # Run lengths at once: the masks of all images would not fit a machine's memory.
+        kept["outlines"] = [_outline(mask, annotated) for mask in output["masks"]]
     return kept
+
+
+def _outline(mask: Tensor, size: tuple[int, int]) -> dict[str, Any]:
+    """Run lengths of one (1, H, W) of probabilities, for a picture of another size."""
+    if mask.shape[1:] != size[::-1]:
+        mask = F.interpolate(mask[None], size[::-1], mode="bilinear")[0]
+    return rle.encode(np.asfortranarray((mask[0] > 0.5).cpu().numpy().view(np.uint8)))
 
 
 def precisions(truth: Annotations, found: dict[int, Found], masks: bool) -> dict[str, float]:
@@ -102,6 +124,6 @@ def _detections(found: dict[int, Found], kind: str) -> list[dict]:
             if kind == "bbox":
                 entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
             else:
-                entry["segmentation"] = rle.encode(np.asfortranarray(one["masks"][k].numpy()))
+                entry["segmentation"] = one["outlines"][k]
             entries.append(entry)
     return entries

@@ -15,19 +15,28 @@ from .data import Batch
 from .networks import frozen
 from .options import DetectError
 from .report import Report
-from .run import Run, autocast
+from .run import Run
 
 
 class Clock:
     """Adds the time that passes to a run's."""
 
     def __init__(self, run: Run) -> None:
-        self.run = run
-        self.began = time.monotonic() - run.seconds, time.process_time() - run.cpu_seconds
+        self.run, self.last = run, self._now()
 
-    def tick(self) -> None:
-        self.run.seconds = time.monotonic() - self.began[0]
-        self.run.cpu_seconds = time.process_time() - self.began[1]
+    def tick(self, is_training: bool) -> None:
+        """Count what has passed since the last tick."""
+        now = self._now()
+        wall, cpu = (after - before for after, before in zip(now, self.last, strict=True))
+        self.last = now
+        self.run.seconds += wall
+        self.run.cpu_seconds += cpu
+        if is_training:
+            self.run.trained_seconds += wall
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        return time.monotonic(), time.process_time()
 
 
 class Done(NamedTuple):
@@ -44,34 +53,40 @@ class Done(NamedTuple):
 def train(
     run: Run,
     batches: Iterator[Batch],
-    evaluate: Callable[[], None],
+    measure: Callable[[], object],
+    clock: Clock,
     report: Report,
     keeper: Keeper,
     signals: Signals,
 ) -> bool:
     """Go on until the last step or minute; whether that was reached, and no signal came before."""
     recent: list[Done] = []
-    clock = Clock(run)
-    per_epoch = run.order.steps_per_epoch
     while run.progress < 1:
+        if is_to_measure(run) and not report.has_score:
+            measure()
+            if signals.received is not None:
+                return False
         recent.append(advance(run, batches, report))
-        clock.tick()
-        is_last, is_stopped = run.progress >= 1, signals.received is not None
-        is_evaluated = (
-            run.options.eval_every and run.step % (per_epoch * run.options.eval_every) == 0
-        )
-        is_kept = keeper.is_due or is_stopped or is_last
-        if is_kept or is_evaluated or len(recent) >= run.options.log_every:
+        clock.tick(is_training=True)
+        is_stopped = signals.received is not None
+        is_last = run.progress >= 1
+        is_kept = keeper.is_due or is_stopped or is_last or is_to_measure(run)  # that takes long
+        if is_kept or len(recent) >= run.options.log_every:
             settle(run, recent, report, keeper)
             recent.clear()
         if is_kept:
             keeper.save(run.step)
         if is_stopped:
             return False
-        if is_evaluated and not is_last:
-            evaluate()
-            clock.tick()
+    if keeper.step is None:  # not a step was to be made
+        keeper.save(run.step)
     return True
+
+
+def is_to_measure(run: Run) -> bool:
+    """Whether an evaluation amid the training is due after this step."""
+    between = run.options.eval_every * run.order.steps_per_epoch
+    return run.step > 0 and between > 0 and run.step % between == 0
 
 
 def advance(run: Run, batches: Iterator[Batch], report: Report) -> Done:
@@ -85,8 +100,7 @@ def advance(run: Run, batches: Iterator[Batch], report: Report) -> Done:
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     to_training(run.model, frozen(run.options))
-    with autocast(run):
-        losses = run.model(images, targets)
+    losses = run.model(images, targets)
     sum(losses.values()).backward()
     trained = [p for p in run.model.parameters() if p.grad is not None]
     gradient = torch.nn.utils.clip_grad_norm_(trained, run.options.clip_grad or math.inf)

@@ -1,9 +1,10 @@
 """torchvision's Faster R-CNN and Mask R-CNN on the pyramid of a RevBiFPN."""
 
+from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import (
@@ -60,7 +61,30 @@ HEADS = {
 }
 
 
-def backbone(options: Options) -> DetectionBackbone:
+class Trunk(DetectionBackbone):
+    """The backbone, alone under autocast: its maps leave it in float32.
+
+    torchvision's heads cast boxes to the precision of the maps, and bfloat16 counts pixels beyond
+    256 by twos: thin objects would lose their width.
+    """
+
+    autocast: torch.dtype | None = None
+
+    def forward(self, images: Tensor) -> "OrderedDict[str, Tensor]":
+        if self.autocast is None:
+            return super().forward(images)
+        with torch.autocast(images.device.type, self.autocast):
+            maps = super().forward(images)
+        return OrderedDict((name, x.float()) for name, x in maps.items())
+
+
+def dtype_of(options: Options) -> torch.dtype | None:
+    """What autocast computes in."""
+    return None if options.amp == "none" else getattr(torch, options.amp)
+
+
+def backbone(options: Options) -> Trunk:
+    """As it is without autocast."""
     settings = dict(options.settings)
     refuse_settings(settings, DetectError)
     if options.lattice is not None:
@@ -74,12 +98,12 @@ def backbone(options: Options) -> DetectionBackbone:
             **DROPPED | settings,
         )
     except (OSError, TypeError, ValueError) as error:
-        hint = hint_of(options.checkpoint) if options.checkpoint else ""
+        hint = _hint_of(options.checkpoint) if options.checkpoint else ""
         raise DetectError(f"detect: --model, --set or --checkpoint: {error}{hint}") from error
     if model.config.in_chans != 3:
         raise DetectError(f"detect: --set in_chans must be 3, got {model.config.in_chans}")
     freeze(model, options.freeze)
-    return DetectionBackbone(
+    return Trunk(
         model,
         options.out_channels,
         levels=range(model.config.levels),
@@ -87,10 +111,21 @@ def backbone(options: Options) -> DetectionBackbone:
     )
 
 
+def _hint_of(weights: str) -> str:
+    """What a file holds that does not fit, if one of our commands wrote it."""
+    try:
+        held = torch.load(weights, map_location="cpu", weights_only=True)["model"]
+        is_detector = any(name.startswith(f"{TRUNK}.") for name in held)
+    except Exception:  # whatever else it is, loading has told what is wrong
+        return hint_of(weights)
+    return "; it is of a detector's run, which --resume auto continues" if is_detector else ""
+
+
 def build(options: Options, classes: int) -> FasterRCNN:
     """The detector in its state before the first step; label 0 is the background."""
     torch.manual_seed(options.seed)
     trunk, heads = backbone(options), HEADS[options.dataset]
+    trunk.autocast = dtype_of(options)
     strides = trunk.model.config.strides
     strides += tuple(strides[-1] << k + 1 for k in range(heads.extra))
     sizes = tuple(tuple(a * stride for a in heads.anchors) for stride in strides)
@@ -100,7 +135,7 @@ def build(options: Options, classes: int) -> FasterRCNN:
         "min_size": options.image_size,
         "max_size": options.image_size,
         "rpn_anchor_generator": AnchorGenerator(sizes, (heads.ratios,) * len(sizes)),
-        "box_roi_pool": _pool(names, BOX_BINS, heads, options),
+        "box_roi_pool": _pool(names, BOX_BINS, heads),
         "box_head": _box_head(trunk.out_channels, heads),
         "box_predictor": FastRCNNPredictor(heads.representation, classes + 1),
     }
@@ -110,7 +145,7 @@ def build(options: Options, classes: int) -> FasterRCNN:
     return MaskRCNN(
         trunk,
         **numbers,
-        mask_roi_pool=_pool(names, MASK_BINS, heads, options),
+        mask_roi_pool=_pool(names, MASK_BINS, heads),
         mask_head=MaskRCNNHeads(trunk.out_channels, heads.mask_layers, dilation=1),
         mask_predictor=MaskRCNNPredictor(width, width, classes + 1),
     )
@@ -131,7 +166,7 @@ def _box_head(channels: int, heads: Heads) -> nn.Module:
     )
 
 
-def _pool(names: list[str], bins: int, heads: Heads, options: Options) -> MultiScaleRoIAlign:
+def _pool(names: list[str], bins: int, heads: Heads) -> MultiScaleRoIAlign:
     """A box of 28 times the smallest anchor is pooled at stride 16, as torchvision's of 224."""
     return MultiScaleRoIAlign(names, bins, heads.points, canonical_scale=28 * heads.anchors[0])
 

@@ -24,6 +24,8 @@ from ..train.options import (
     switch,
 )
 
+MOST_DRAWN = 100  # images of a picture, which takes seconds then
+
 
 class DetectError(TrainError):
     """What a user can mend: the command prints the message alone, without a traceback."""
@@ -82,7 +84,9 @@ class Options:
     image_size: int | None = option(None, "longest side in pixels", int)
     epochs: int | None = option(None, "times that each image is seen; 0 trains nothing", int)
     minutes: float = option(
-        0.0, "end earlier, with the learning rate at 0 by then; 0: no limit", float
+        0.0,
+        "of training, measuring not counted: end by then, with the learning rate at 0; 0: no limit",
+        float,
     )
     batch_size: int | None = option(None, "images of a step", int)
     lr: float | None = option(None, "AdamW's learning rate, falls as a cosine to 0", float)
@@ -114,7 +118,7 @@ class Options:
         0, "epochs between evaluations; 0: only one, of the result", int, is_free=True
     )
     log_every: int = option(10, "steps between rows of steps.csv", int, is_free=True)
-    draw: int = option(12, "images of predictions.png", int, is_free=True)
+    draw: int = option(12, f"images of predictions.png, at most {MOST_DRAWN}", int, is_free=True)
     progress: bool = flag(True, "a progress bar on terminals", is_free=True)
     write: str | None = option(
         None, "write the digits to this new folder, as --data reads them, and stop", is_free=True
@@ -155,7 +159,8 @@ def completed(options: Options) -> Options:
 
 
 _RULES: Rules = (
-    ("epochs seed workers warmup_steps draw eval_every", lambda v: v >= 0, WHOLE.format(0)),
+    ("epochs seed workers warmup_steps eval_every", lambda v: v >= 0, WHOLE.format(0)),
+    ("draw", lambda v: 0 <= v <= MOST_DRAWN, f"a whole number from 0 to {MOST_DRAWN}"),
     ("log_every out_channels", lambda v: v >= 1, WHOLE.format(1)),
     # Batch norm needs two values of each channel, and the coarsest map may have a single pixel.
     ("batch_size", lambda v: v >= 2, WHOLE.format(2)),

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from ..train.console import Console
+from ..train.console import SKIPPED, Console
+from ..train.data import Skipped
 from ..train.report import Table, peak_mib
 from . import coco
 from .evaluate import NAMES, Result
 from .run import Run
 
-LOSSES = (*("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"),)
+LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
 STEP_COLUMNS = ["step", "epoch", "loss", *LOSSES, "lr", "images_per_s", "data_share", "peak_mib"]
 MASK_NAMES = tuple("mask_" + name for name in NAMES)
 AP_COLUMNS = ["step", "epoch", "seconds", "cpu_seconds", *NAMES, *MASK_NAMES]
@@ -29,6 +30,15 @@ class Report(Console):
         self.precisions = Table(out / "precision.csv", AP_COLUMNS)
         for table in (self.steps, self.precisions):
             self.write(lambda table=table: table.begin(run.step))
+
+    def told(self, entry: Skipped) -> str:
+        is_used = coco.is_used(entry[1])
+        return f"changed {': '.join(entry)}" if is_used else super().told(entry)
+
+    @property
+    def has_score(self) -> bool:
+        """Whether this step has been measured already, perhaps before the run was resumed."""
+        return any(int(row["step"]) == self.run.step for row in self.precisions.rows())
 
     @property
     def _epoch(self) -> str:
@@ -61,18 +71,30 @@ class Report(Console):
         times = {"seconds": f"{run.seconds:.1f}", "cpu_seconds": f"{run.cpu_seconds:.1f}"}
         row = {"step": run.step, "epoch": self._epoch} | times
         row |= {name: f"{value:.4f}" for name, value in result.precisions.items()}
-        self.write(lambda: self.precisions.add(row))
+        self.write(lambda: self._set_score(row))
         self.say(
             f"epoch {float(self._epoch):.1f}: "
             + ", ".join(f"{name} {shown(value)}" for name, value in result.precisions.items())
             + f", {run.seconds:.0f} s"
         )
 
+    def _set_score(self, row: dict) -> None:
+        self.precisions.begin(self.run.step - 1)  # a step that is measured again has one row
+        self.precisions.add(row)
+
+    def tell_skipped(self) -> None:
+        if self.skipped:
+            entries = self.skipped.values()
+            used = sum(coco.is_used(reason) for _, reason in entries)
+            counts = [(len(entries) - used, "skipped"), (used, "changed")]
+            shown = ", ".join(f"{count} {what}" for count, what in counts if count)
+            self.warn(f"{shown}, see {SKIPPED}: {coco.summary(entries)}")
+
     def finish(self, result: Result) -> None:
         """The skipped entries, and the last line."""
         run, precision = self.run, result.precisions
         self.bar.close()
-        self.tell_skipped(": " + coco.summary(self.skipped.values()))
+        self.tell_skipped()
         self.tell_waiting()
         self.say(
             f"{run.cpu_seconds:.0f} s of CPU time, peak memory {peak_mib(run.device):.0f} MiB; "

@@ -1,6 +1,5 @@
 """All that a run is between two steps: made from options, captured, restored."""
 
-import contextlib
 import hashlib
 import math
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from . import networks
 from .data import Data, Digits
 from .options import DetectError, Options, saved
 
-VERSION = 1
+VERSION = 2
 BETAS = (0.9, 0.99)  # AdamW's; a short training's second moments are of few steps
 
 
@@ -32,8 +31,9 @@ class Run:
     optimizer: torch.optim.Optimizer
     digest: str  # of the training images
     step: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # measuring included
     cpu_seconds: float = 0.0  # of all threads
+    trained_seconds: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -44,7 +44,7 @@ class Run:
         """Share of the training that is done, by steps or by the clock if that is to end it."""
         steps = self.step / self.steps if self.steps else 1.0
         limit = 60 * self.options.minutes
-        return min(1.0, max(steps, self.seconds / limit if limit else 0.0))
+        return min(1.0, max(steps, self.trained_seconds / limit if limit else 0.0))
 
     @property
     def lr(self) -> float:
@@ -84,11 +84,13 @@ def _optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _digest(data: Data) -> str:
-    """Changes with the training images' names and annotations, their order and the classes."""
+    """Changes with the training images' names, sizes and annotations, and with the classes."""
     if isinstance(data.train, Digits):
         return "digits"  # a function of the options
-    content = repr((data.classes, [(i.name, i.boxes, i.labels) for i in data.train.images]))
-    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(repr(data.classes).encode(), digest_size=8)
+    for image in data.train.images:
+        digest.update(repr(image).encode())
+    return digest.hexdigest()
 
 
 def capture(run: Run) -> dict[str, Any]:
@@ -100,6 +102,7 @@ def capture(run: Run) -> dict[str, Any]:
         "step": run.step,
         "seconds": run.seconds,
         "cpu_seconds": run.cpu_seconds,
+        "trained_seconds": run.trained_seconds,
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "generators": checkpoint.generators(),
@@ -124,12 +127,6 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     )
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
-    run.step, run.seconds = state["step"], state["seconds"]
-    run.cpu_seconds = state["cpu_seconds"]
+    for name in ("step", "seconds", "cpu_seconds", "trained_seconds"):
+        setattr(run, name, state[name])
     checkpoint.set_generators(state["generators"])
-
-
-def autocast(run: Run):
-    if run.options.amp == "none":
-        return contextlib.nullcontext()
-    return torch.autocast(run.device.type, getattr(torch, run.options.amp))

@@ -1,7 +1,5 @@
 """A whole run: put together, trained, measured, written down."""
 
-import os
-import time
 from pathlib import Path
 
 import torch
@@ -9,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from ..train import checkpoint
 from ..train.order import Parts
-from ..train.session import refuse_used
+from ..train.session import new_folder, refuse_used
 from ..train.signals import Signals, ignore_signals
 from . import data, draw, evaluate, loop, networks, scenes
 from . import run as runs
@@ -50,8 +48,8 @@ def main(options: Options) -> int:
 
 def _out(options: Options) -> Path:
     """The run's folder; a run that is in it already is not overwritten."""
-    name = "detect-" + (Path(options.data).resolve().name if options.data else "digits")
-    out = Path(options.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    name = Path(options.data).resolve().name if options.data else "digits"
+    out = Path(options.out or new_folder(f"runs/detect-{name}-"))
     refuse_used(out, options.resume, DetectError)
     checkpoint.make_folder("--out", out, DetectError)
     return out
@@ -66,17 +64,18 @@ def _train(run: Run, found: data.Data, report: Report, keeper, signals: Signals)
     report.skip(found.skipped)
     batches = iter(_batches(run, found))
 
-    def score() -> evaluate.Result:
-        result = evaluate.evaluate(run, found)
-        report.score(result)
+    clock = loop.Clock(run)
+
+    def measure() -> evaluate.Result | None:
+        result = evaluate.evaluate(run, found, signals)
+        clock.tick(is_training=False)
+        if result is not None:
+            report.score(result)
         return result
 
-    if not loop.train(run, batches, score, report, keeper, signals):
+    result = loop.train(run, batches, measure, clock, report, keeper, signals) and measure()
+    if not result:
         return False
-    clock = loop.Clock(run)
-    result = evaluate.evaluate(run, found)
-    clock.tick()
-    report.score(result)
     if run.options.draw:
         picture = draw.grid(found, result.found, run.options.draw)
         report.write(lambda: checkpoint.write_atomically(report.out / draw.NAME, picture))

@@ -50,6 +50,9 @@ class Console:
         """What tells entries apart that are named once each."""
         return entry
 
+    def told(self, entry: Skipped) -> str:
+        return f"skipped {': '.join(entry)}"
+
     def skip(self, found: Iterable[Skipped]) -> None:
         """Name each entry that was left out or changed, once, here and in the file."""
         new = {}
@@ -59,7 +62,7 @@ class Console:
                 continue
             self.skipped[key] = new[key] = entry
             if len(self.skipped) <= SHOWN:
-                self.warn(f"skipped {': '.join(entry)}")
+                self.warn(self.told(entry))
             elif len(self.skipped) == SHOWN + 1:
                 self.warn(f"skipped more; {SKIPPED} names them")
         if new and self.is_on:
@@ -81,9 +84,9 @@ class Console:
                 name, _, reason = line.partition("\t")
                 self.skipped[self.key_of((name, reason))] = (name, reason)
 
-    def tell_skipped(self, summary: str = "") -> None:
+    def tell_skipped(self) -> None:
         if self.skipped:
-            self.warn(f"{len(self.skipped)} skipped, see {SKIPPED}{summary}")
+            self.warn(f"{len(self.skipped)} skipped, see {SKIPPED}")
 
     def tell_waiting(self) -> None:
         if self.stepped:

@@ -2,6 +2,7 @@
 
 import stat
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,17 @@ class BadPicture(Exception):
     """Why a file cannot be trained on."""
 
 
-def open_picture(path: str | Path, mode: str = "RGB", side: int = 224) -> Image.Image:
+def open_picture(
+    path: str | Path,
+    mode: str = "RGB",
+    side: int = 224,
+    is_turned: Callable[[Image.Image], bool] = lambda stored: True,
+) -> Image.Image:
     """Return the first frame of a file, upright, as "RGB" or "L".
 
     Deep greys (16 bits, floats) are scaled to eight bits, colour spaces and palettes converted.
     JPEGs of many pixels are reduced while they are decoded, to no less than four times `side`.
+    Where `is_turned` denies it of the picture as stored, that is returned as it lies.
 
     Raises:
         BadPicture: Damaged, truncated, no picture, no regular file, or of more than 179 million
@@ -31,7 +38,7 @@ def open_picture(path: str | Path, mode: str = "RGB", side: int = 224) -> Image.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata, and large pictures below the limit
             with Image.open(path) as picture:
-                return _decoded(picture, mode, side)
+                return _decoded(picture, mode, side, is_turned)
     except BadPicture:
         raise
     except Exception as error:  # Pillow's readers raise all kinds, down to struct.error
@@ -39,11 +46,11 @@ def open_picture(path: str | Path, mode: str = "RGB", side: int = 224) -> Image.
         raise BadPicture(f"{type(error).__name__}: {text.partition(chr(10))[0]}") from error
 
 
-def _decoded(picture: Image.Image, mode: str, side: int) -> Image.Image:
+def _decoded(picture: Image.Image, mode: str, side: int, is_turned) -> Image.Image:
     if picture.width * picture.height > DRAFT_PIXELS:
         picture.draft(None, (4 * side, 4 * side))
     picture.load()
-    upright = ImageOps.exif_transpose(picture)
+    upright = ImageOps.exif_transpose(picture) if is_turned(picture) else picture
     if upright.mode.startswith(("I", "F")):
         upright = _eight_bits(upright)
     elif upright.mode == "P" and "transparency" in upright.info:

@@ -77,7 +77,7 @@ def prepare(options: Options) -> tuple[data.Data, Config, int]:
 def _out(options: Options, world: World) -> Path:
     """The run's folder, the same on all ranks; a run that is in it already is not overwritten."""
     name = Path(options.data).resolve().name if options.data else "digits"
-    out = Path(world.gathered(options.out or _new_folder(f"runs/{name}-"))[0])
+    out = Path(world.gathered(options.out or new_folder(f"runs/{name}-"))[0])
     refuse_used(out, options.resume)
     checkpoint.make_folder("--out", out)
     world.any(False)  # no rank writes there before all have looked
@@ -94,7 +94,7 @@ def refuse_used(out: Path, resume: str, error: type[TrainError] = TrainError) ->
         )
 
 
-def _new_folder(start: str) -> str:
+def new_folder(start: str) -> str:
     """With the time, and a number if another run began in the same second."""
     stem = start + time.strftime("%Y%m%d-%H%M%S")
     names = itertools.chain([stem], (f"{stem}-{k}" for k in itertools.count(2)))
