@@ -17,6 +17,10 @@ from revbifpn_kernels.train.order import Key
 
 KIND = {"category_id": 1}
 FLAT = [{"image_id": k, "bbox": [1, 1, 0, k]} | KIND for k in range(2)]
+NARROW = [
+    {"id": k, "file_name": f"train-0000{k}.png", "width": 64 * (k < 2), "height": 64}
+    for k in range(4)
+]
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*not found to be deterministic|.*does not have a determin"),
@@ -88,6 +92,7 @@ def test_a_folder_of_bad_files_is_trained_on(tmp_path, capsys):
         (lambda f: _change(f, annotations=FLAT), "; left out: 2× box has no area"),
         (lambda f: _change(f, images=[]), "must have pictures of"),
         (lambda f: _change(f, images=[{}] * 3), "got none of 0; left out: 20× of an"),
+        (lambda f: _change(f, images=NARROW), "at most the 2 training images, got 4; left out: "),
         (lambda f: _years(f), "got instances_train2014.json and instances_train2017.json in"),
     ],
 )

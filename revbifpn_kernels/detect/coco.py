@@ -9,7 +9,7 @@ kind before a colon, by which they are counted.
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -215,3 +215,8 @@ def summary(skipped: Iterable[tuple[str, str]]) -> str:
     """How often each kind of fault was found, most frequent first."""
     kinds = Counter(_kind(reason) for _, reason in skipped)
     return ", ".join(f"{count}× {kind}" for kind, count in kinds.most_common(5))
+
+
+def because(skipped: Collection[tuple[str, str]]) -> str:
+    """The end of a message that there is not enough."""
+    return f"; left out: {summary(skipped)}" if skipped else ""

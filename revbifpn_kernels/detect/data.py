@@ -166,7 +166,7 @@ def _folder(top: Path, options: Options) -> Data:
     if all(is_crowd for image in train.images for is_crowd in image.crowds):
         raise DetectError(
             f"detect: --data must have objects to train on, got none in {top}"
-            + _because(known.skipped)
+            + coco.because(known.skipped)
         )
     return Data(train, val, truth, known.skipped + truth.skipped)
 
@@ -187,13 +187,9 @@ def _part(top: Path, part: str, options: Options) -> tuple[Folder, Annotations]:
     if not images:
         raise DetectError(
             f"detect: --data must have pictures of {file} in {roots[0]}, got none of "
-            f"{len(found.images)}{_because(skipped)}"
+            f"{len(found.images)}{coco.because(skipped)}"
         )
     return Folder(images, paths, options.image_size), Annotations(found.classes, images, skipped)
-
-
-def _because(skipped: Sequence[Skipped]) -> str:
-    return f"; left out: {coco.summary(skipped)}" if skipped else ""
 
 
 def _annotation_file(top: Path, part: str) -> Path:

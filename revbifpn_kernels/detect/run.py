@@ -13,6 +13,7 @@ from ..train import checkpoint
 from ..train.options import refuse_changes
 from ..train.order import Order, seed_of
 from . import networks
+from .coco import because
 from .data import Data, Digits
 from .options import DetectError, Options, saved
 
@@ -63,7 +64,7 @@ def start(options: Options, data: Data) -> Run:
     if len(data.train) < options.batch_size:
         raise DetectError(
             f"detect: --batch-size must be at most the {len(data.train)} training images, got "
-            f"{options.batch_size}"
+            f"{options.batch_size}{because(data.skipped)}"
         )
     device = torch.device(kind)
     order = Order(len(data.train), options.batch_size, options.seed)
