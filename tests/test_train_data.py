@@ -141,6 +141,10 @@ def test_training_among_bad_files(tmp_path, capsys):
     assert main([*FEW, *options, "--erasing=0.3", "--augment=rand", "--resume=auto"]) == 0
     assert (tmp_path / "run" / "skipped.txt").read_text().splitlines() == skipped
     assert "train: skipped" not in capsys.readouterr().err
+    (tmp_path / "run" / "skipped.txt").write_text("half a line alone")
+    assert main([*FEW, *options, "--erasing=0.3", "--augment=rand", "--resume=auto"]) == 0
+    count = len((tmp_path / "run" / "skipped.txt").read_text().splitlines())
+    assert f"train: {count} skipped, see skipped.txt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("augment", ["none", "affine", "crop", "rand", "trivial"])

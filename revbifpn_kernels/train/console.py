@@ -80,7 +80,8 @@ class Console:
         elif path.exists():
             whole, end, _ = path.read_bytes().rpartition(b"\n")
             write_atomically(path, whole + end)
-            for line in whole.decode(errors="surrogateescape").split("\n"):
+            lines = whole.decode(errors="surrogateescape").split("\n") if end else []
+            for line in lines:
                 name, _, reason = line.partition("\t")
                 self.skipped[self.key_of((name, reason))] = (name, reason)
 
