@@ -46,7 +46,7 @@ bench-memory: $(INSTALLED)
 report: $(INSTALLED)
 	$(RUN) -m benchmarks.step_report
 
-# Handwritten digits, in two minutes; TRAIN_ARGS="--data DIR --out DIR …" trains on your pictures.
+# Handwritten digits, in two or three minutes; TRAIN_ARGS="--data DIR --out DIR …" trains on your pictures.
 train: $(INSTALLED)
 	$(RUN) -m revbifpn_kernels.train $(TRAIN_ARGS)
 
