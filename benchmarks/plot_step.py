@@ -83,7 +83,7 @@ def _draw_family(axes: plt.Axes, rows: list[Row], key: tuple[str, str], style) -
         return
     xs, ys, names = zip(*points, strict=True)
     axes.plot(xs, ys, color=color, marker=marker, label=label, lw=1)
-    for x, y, name in {points[0], points[-1]}:
+    for x, y, name in dict.fromkeys((points[0], points[-1])):
         short = name.split("_")[1].upper()
         axes.annotate(short, (x, y), (4, -9), textcoords="offset points", fontsize=7)
 

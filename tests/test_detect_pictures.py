@@ -1,6 +1,7 @@
 """Pictures of any size and turn, under `revbifpn_kernels.detect`: shrunk, never enlarged."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("torchvision", reason="an extra")
 from detections import FEW, detect, said
 from PIL import ExifTags, Image
 from pycocotools import mask as rle
+from trainings import rows
 
 from revbifpn_kernels.detect import data, draw, evaluate, options
 from revbifpn_kernels.detect import run as runs
@@ -101,7 +103,10 @@ class Perfect(torch.nn.Module):
 
 
 def test_a_line_of_pixels_is_trained_on(tmp_path):
-    detect(tmp_path / "run", f"--data={folder(tmp_path / 'data', *[(2000, 1)] * 4)}", "--masks")
+    data = folder(tmp_path / "data", *[(2000, 1)] * 4)
+    out = detect(tmp_path / "run", f"--data={data}", "--masks")
+    assert math.isfinite(float(rows(out / "steps.csv")[-1]["loss"]))
+    assert not (out / "skipped.txt").exists()
 
 
 def exif(orientation: int) -> Image.Exif:

@@ -1,6 +1,5 @@
 """What ends a run of `revbifpn_kernels.detect`, what it leaves, and how it goes on."""
 
-import errno
 import os
 import signal
 import threading
@@ -12,7 +11,7 @@ import torch
 pytest.importorskip("pycocotools", reason="an extra")
 pytest.importorskip("torchvision", reason="an extra")
 from detections import STEPS, TINY, detect, said
-from trainings import checkpoint, rows
+from trainings import checkpoint, fill_disk, rows
 
 from revbifpn_kernels.detect import evaluate
 from revbifpn_kernels.detect.__main__ import main
@@ -46,15 +45,7 @@ def test_a_signal_ends_a_run_and_nothing_is_lost(tmp_path, capsys):
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path, monkeypatch, capsys):
-    write, count = files.write_atomically, []
-
-    def full(path, content):
-        count.append(path)
-        if len(count) > 2:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(path, content)
-
-    monkeypatch.setattr(files, "write_atomically", full)
+    fill_disk(monkeypatch, files, writes=2)
     detect(tmp_path, "--checkpoint-minutes=0")
     assert "No space left on device; that of step 2 stays" in said(capsys)[1]
     assert checkpoint(tmp_path)["step"] == 2

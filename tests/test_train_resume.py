@@ -1,6 +1,5 @@
 """Nothing is lost: runs that are stopped, killed, out of disk or out of numbers."""
 
-import errno
 import os
 import random
 import resource
@@ -15,6 +14,7 @@ from trainings import (
     TINY,
     assert_same_run,
     checkpoint,
+    fill_disk,
     finished,
     losses,
     rows,
@@ -144,16 +144,8 @@ def test_a_file_is_old_or_new_never_half(tmp_path):
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path, monkeypatch, capsys):
-    write, calls = files.write_atomically, []
-
-    def full(path, content):
-        calls.append(path)
-        if len(calls) > 2:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(path, content)
-
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_atomically", full)
+        fill_disk(patch, files, writes=2)
         assert main([*TINY, f"--out={tmp_path}", EVERY_STEP]) == 1
     said = capsys.readouterr().err
     assert "checkpoint of step 3 not written" in said
@@ -166,13 +158,9 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path, monkeypatch,
 
 def test_a_full_disk_costs_rows_and_not_the_run(tmp_path, monkeypatch, capsys):
     train(tmp_path)
-
-    def full(path, content):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     (tmp_path / "skipped.txt").write_text("a.png\tdamaged\n")
     for module in (report, console):
-        monkeypatch.setattr(module, "write_atomically", full)
+        fill_disk(monkeypatch, module)
     assert main([*TINY, f"--out={tmp_path}", "--resume=auto"]) == 0
     assert "a report could not be written, training goes on" in capsys.readouterr().err
     assert (tmp_path / "skipped.txt").read_text() == "a.png\tdamaged\n"

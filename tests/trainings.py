@@ -1,6 +1,7 @@
 """Runs of `python -m revbifpn_kernels.train` that are over in a second or two, and their files."""
 
 import csv
+import errno
 import multiprocessing
 import os
 import socket
@@ -77,6 +78,19 @@ def wait_for_step(out: Path, step: int) -> None:
     while not (out / "steps.csv").exists() or len(rows(out / "steps.csv")) < step:
         assert time.monotonic() < deadline, f"step {step} was not reached"
         time.sleep(0.01)
+
+
+def fill_disk(patch, module, writes: int = 0) -> None:
+    """Let a module write so many files, and then find the disk full."""
+    write, written = module.write_atomically, []
+
+    def full(path, content):
+        if len(written) == writes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(path)
+        write(path, content)
+
+    patch.setattr(module, "write_atomically", full)
 
 
 def checkpoint(out: Path) -> dict:

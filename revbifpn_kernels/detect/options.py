@@ -146,11 +146,6 @@ def completed(options: Options) -> Options:
     """With the data's defaults in place of None; raises for what is out of range."""
     preset = PRESETS[options.dataset]
     found = missing(options, preset)
-    settings = (dict(preset.settings) if options.model is None else {}) | dict(
-        options.settings or ()
-    )
-    found["model"] = options.model or "revbifpn_s0"
-    found["settings"] = tuple(sorted(settings.items()))
     if options.threads is None and options.dataset == "digits":
         found["threads"] = min(2, len(os.sched_getaffinity(0)))  # more wait for each other
     options = dataclasses.replace(options, **found)

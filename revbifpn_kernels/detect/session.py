@@ -29,14 +29,12 @@ def main(options: Options) -> int:
         scenes.write(Path(options.write), dict(zip(data.PARTS, data.digits(options), strict=True)))
         return 0
     found = data.prepare(options)
-    run = runs.start(options, found)
     out = _out(options)
+    run = _begun(options, found, out / checkpoint.NAME)
     keeper = checkpoint.Keeper(
         out, options.checkpoint_minutes, lambda text: report.warn(text), lambda: runs.capture(run)
     )
-    content = checkpoint.load(keeper.path)
-    if content is not None:
-        runs.restore(run, content)
+    if keeper.path.exists():
         keeper.step = run.step
     report = Report(run, out)
     with Signals() as signals:
@@ -44,6 +42,15 @@ def main(options: Options) -> int:
     if is_complete:
         return 0
     return report.stopped(signals.received, keeper)
+
+
+def _begun(options: Options, found: data.Data, path: Path) -> Run:
+    """The run that a checkpoint is of, or a new one. The file's content is not kept."""
+    run = runs.start(options, found)
+    content = checkpoint.load(path)
+    if content is not None:
+        runs.restore(run, content)
+    return run
 
 
 def _out(options: Options) -> Path:

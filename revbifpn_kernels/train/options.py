@@ -245,21 +245,18 @@ def _shown_default(name: str, default: Any, presets: dict[str, NamedTuple]) -> s
 
 
 def missing(options, preset: NamedTuple) -> dict[str, Any]:
-    """What a preset says where the answer was None; settings are joined by the caller."""
-    return {
-        name: value
-        for name, value in preset._asdict().items()
-        if name != "settings" and getattr(options, name) is None
-    }
+    """What a preset says where the answer was None; its settings are of the default model."""
+    found = {n: value for n, value in preset._asdict().items() if getattr(options, n) is None}
+    settings = dict(preset.settings) if options.model is None else {}
+    found["settings"] = tuple(sorted((settings | dict(options.settings or ())).items()))
+    found["model"] = options.model or "revbifpn_s0"
+    return found
 
 
 def completed(options: Options) -> Options:
     """With the data's defaults in place of None; raises for what is out of range."""
     preset = PRESETS[options.dataset]
     found = missing(options, preset)
-    settings = dict(preset.settings) if options.model is None else {}
-    found["settings"] = tuple(sorted((settings | dict(options.settings or ())).items()))
-    found["model"] = options.model or "revbifpn_s0"
     if options.warmup_epochs is None:  # a short run has to reach its learning rate, too
         epochs = preset.epochs if options.epochs is None else options.epochs
         found["warmup_epochs"] = min(preset.warmup_epochs, epochs / 5)

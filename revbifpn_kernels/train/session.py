@@ -42,8 +42,7 @@ def main(options: Options) -> int:
 
             prepare_folder(Path(options.export))  # what is missing is told before the training
         out = _out(options, world)
-        content = checkpoint.load(out / checkpoint.NAME)
-        run = state.start(options, world, config, found, is_new=content is None)
+        run = _begun(options, world, config, found, out / checkpoint.NAME)
         keeper = checkpoint.Keeper(
             out,
             options.checkpoint_minutes,
@@ -51,9 +50,7 @@ def main(options: Options) -> int:
             lambda: state.capture(run),
             world.is_first,
         )
-        _agree(run, content)
-        if content is not None:
-            state.restore(run, content)
+        if keeper.path.exists():
             keeper.step = run.step
         report = Report(run, out)
         with Signals() as signals:
@@ -99,6 +96,16 @@ def new_folder(start: str) -> str:
     stem = start + time.strftime("%Y%m%d-%H%M%S")
     names = itertools.chain([stem], (f"{stem}-{k}" for k in itertools.count(2)))
     return next(name for name in names if not os.path.exists(name))
+
+
+def _begun(options: Options, world: World, config: Config, found: data.Data, path: Path) -> Run:
+    """The run that a checkpoint is of, or a new one. The file's content is not kept."""
+    content = checkpoint.load(path)
+    run = state.start(options, world, config, found, is_new=content is None)
+    _agree(run, content)
+    if content is not None:
+        state.restore(run, content)
+    return run
 
 
 def _agree(run: Run, content: dict | None) -> None:
