@@ -65,7 +65,7 @@ test-asan: $(INSTALLED)
 	cd $(ASAN) && SANITIZE=address,undefined $(abspath $(RUN)) setup.py --quiet build_ext --inplace
 	cd $(ASAN) && env ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-		$(abspath $(RUN)) -m pytest -k "not triton" $(PYTEST_ARGS) $(wildcard tests/test_resample*.py) $(wildcard tests/test_depthwise*.py) tests/test_norm_act.py tests/test_norm_factors.py tests/test_squeeze_excite.py tests/test_scaled_sources.py
+		$(abspath $(RUN)) -m pytest -k "not triton" $(PYTEST_ARGS) $(wildcard tests/ops/test_resample*.py) $(wildcard tests/ops/test_depthwise*.py) $(addprefix tests/ops/test_,norm_act.py norm_factors.py squeeze_excite.py scaled_sources.py)
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

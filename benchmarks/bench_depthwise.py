@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from revbifpn_kernels.ops.depthwise_input_grad import depthwise_input_grad
-from revbifpn_kernels.ops.depthwise_weight_grad import depthwise_weight_grad
+from revbifpn_kernels.ops.conv.depthwise_input_grad import depthwise_input_grad
+from revbifpn_kernels.ops.conv.depthwise_weight_grad import depthwise_weight_grad
 
-from . import harness
-from .harness import Row
-from .workloads import LAYOUTS
+from .lib import harness
+from .lib.harness import Row
+from .lib.workloads import LAYOUTS
 
 RESULTS = Path(__file__).parent / "results"
 CASES = (  # channels, side, kernel, stride

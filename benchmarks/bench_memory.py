@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
-from . import harness
-from .counts import PerImage, fake_network, largest_side, per_image, slope
-from .harness import MIB, Row
-from .memory import held_and_peak
-from .rivals import NETWORKS, PROVIDERS
-from .roofline import work_of
-from .training import Step
+from .lib import harness
+from .lib.counts import PerImage, fake_network, largest_side, per_image, slope
+from .lib.harness import MIB, Row
+from .lib.memory import held_and_peak
+from .lib.rivals import NETWORKS, PROVIDERS
+from .lib.roofline import work_of
+from .lib.training import Step
 
 RESULTS = Path(__file__).parent / "results"
 COUNTS = "memory.csv"

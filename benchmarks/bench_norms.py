@@ -17,9 +17,9 @@ from torch import Tensor
 
 import revbifpn_kernels  # noqa: F401  (registers the ops)
 
-from . import harness
-from .harness import Row
-from .workloads import LAYOUTS
+from .lib import harness
+from .lib.harness import Row
+from .lib.workloads import LAYOUTS
 
 RESULTS = Path(__file__).parent / "results"
 EPS, MOMENTUM, HIDDEN = 1e-3, 0.1, 16

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import harness, report
-from .harness import Row, Timing
-from .workloads import (
+from .lib import harness, report
+from .lib.harness import Row, Timing
+from .lib.workloads import (
     OPS,
     Case,
     Inputs,

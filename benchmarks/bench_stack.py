@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from revbifpn_kernels import ReversibleSequential
 
-from . import harness, stacks
-from .harness import MIB, Row
-from .memory import held_and_peak
-from .operators import operators
-from .rivals import LATTICE, checkpoint_blocks
+from .lib import harness, stacks
+from .lib.harness import MIB, Row
+from .lib.memory import held_and_peak
+from .lib.operators import operators
+from .lib.rivals import LATTICE, checkpoint_blocks
 
 RESULTS = Path(__file__).parent / "results"
 DEPTHS = (2, 4, 8, 16, 32)

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import harness, rivals
-from .counts import fake_network, largest_batch
-from .harness import MIB, Row, Timing
-from .operators import launches
-from .rivals import NETWORKS
-from .roofline import Peaks, Work, measure_peaks, work_of
-from .training import Split, Step, memory_of
+from .lib import harness, rivals
+from .lib.counts import fake_network, largest_batch
+from .lib.harness import MIB, Row, Timing
+from .lib.operators import launches
+from .lib.rivals import NETWORKS
+from .lib.roofline import Peaks, Work, measure_peaks, work_of
+from .lib.training import Split, Step, memory_of
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}

@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from tqdm import tqdm
 
 from .kernels import OPS, TARGETS, plan_launches
-from .workloads import LEVELS, Case, cuda_cases
+from .lib.workloads import LEVELS, Case, cuda_cases
 
 
 def compile_op(op: str, case: Case, target: str) -> None:

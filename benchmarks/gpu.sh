@@ -48,7 +48,7 @@ export OUT
 PER_IMAGE="revbifpn_s0 revbifpn_s4 revbifpn_s6 efficientnet_b0 efficientnet_b4 efficientnet_b7 hrnet_w48"
 step versions 10 bash -c versions
 step build 85 python3 setup.py --quiet build_ext --inplace
-step graphs 30 python3 -m pytest -q -p no:cacheprovider tests/test_reversible_cuda.py -k graph
+step graphs 30 python3 -m pytest -q -p no:cacheprovider tests/engine/test_reversible_cuda.py -k graph
 step tests 75 python3 -m pytest -q -n 8 -p no:cacheprovider
 step bench-step 115 python3 -m benchmarks.bench_step --device cuda --seconds 25 --output "$OUT"
 step bench-memory 35 python3 -m benchmarks.bench_memory --device cuda --parts real --models $PER_IMAGE --output "$OUT"
@@ -56,8 +56,8 @@ step profile 20 python3 -m benchmarks.profile_step --device cuda --models revbif
 step compile 30 python3 -m benchmarks.compile_ahead --target sm_90
 step bench 45 python3 -m benchmarks.bench_ops --device cuda --output "$OUT"
 step bench-norms 30 python3 -m benchmarks.bench_norms --device cuda --seconds 0.3 --output "$OUT"
-step memcheck 25 bash -c 'sanitize memcheck "tests/test_resample_*.py tests/test_norm_act.py" "triton and odd and fp32"'
-step racecheck 15 bash -c 'sanitize racecheck "tests/test_resample_add.py tests/test_norm_act.py" "triton and odd and fp32"'
+step memcheck 25 bash -c 'sanitize memcheck "tests/ops/test_resample_*.py tests/ops/test_norm_act.py" "triton and odd and fp32"'
+step racecheck 15 bash -c 'sanitize racecheck "tests/ops/test_resample_add.py tests/ops/test_norm_act.py" "triton and odd and fp32"'
 step report 20 bash -c report
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -25,12 +25,12 @@ import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
-from revbifpn_kernels.ops import norm_act_cuda as norm
 from revbifpn_kernels.ops.launch import Launch
-from revbifpn_kernels.ops.resample_add import plan_resample_add
-from revbifpn_kernels.ops.resample_adjoint import plan_resample_adjoint
-from revbifpn_kernels.ops.resample_undo import plan_resample_undo
-from revbifpn_kernels.ops.squeeze_excite import (
+from revbifpn_kernels.ops.norm_act import launchers as norm
+from revbifpn_kernels.ops.resample.add import plan_resample_add
+from revbifpn_kernels.ops.resample.adjoint import plan_resample_adjoint
+from revbifpn_kernels.ops.resample.undo import plan_resample_undo
+from revbifpn_kernels.ops.squeeze_excite.ops import (
     plan_squeeze_excite_gates,
     plan_squeeze_excite_gates_backward,
 )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from revbifpn_kernels import ReversibleSequential
 
-from . import harness, stacks
+from .lib import harness, stacks
 
 PATH = Path(__file__).parent / "results" / "lattice.csv"
 EXPONENTS = (10, 12, 14, 16, 18, 19, 20)

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from . import harness, rivals
 from .bench_step import DTYPES
-from .harness import Row
-from .operators import OperatorTimes, launches
-from .training import Step
+from .lib import harness, rivals
+from .lib.harness import Row
+from .lib.operators import OperatorTimes, launches
+from .lib.training import Step
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT = ("revbifpn_s0", "revbifpn_s2", "efficientnet_b0")

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import revbifpn_kernels as ours
 
-from .photos import color_pyramid
-from .plot import FIGURES, save
+from .lib.photos import color_pyramid
+from .lib.plot import FIGURES, save
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)

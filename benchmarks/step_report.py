@@ -7,11 +7,11 @@ import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from . import plot_step
-from .harness import Row, read_rows, slug
-from .plot import FIGURES, save
-from .plot_step import GB, MIB, PROVIDERS, conditions, depth_of, number
-from .report_text import GRAPHED_STEP, HOW_COUNTED, TITLE
+from .lib import plot_step
+from .lib.harness import Row, read_rows, slug
+from .lib.plot import FIGURES, save
+from .lib.plot_step import GB, MIB, PROVIDERS, conditions, depth_of, number
+from .lib.report_text import GRAPHED_STEP, HOW_COUNTED, TITLE
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .fusing import fuse, fuse_out
 from .ops.checks import check_lattice, check_maps, check_precision
-from .ops.scaled_sources import maps_of
-from .replay import Step, run
-from .reversible import Reversible, compute_of
-from .streams import finest_lattice
+from .ops.resample.folded_norm import fuse, fuse_out
+from .ops.resample.scaled_sources import maps_of
+from .reversible import Reversible
+from .reversible.chain import compute_of
+from .reversible.recompute import Step, run
+from .reversible.streams import finest_lattice
 
 
 class RevBlock(Reversible):

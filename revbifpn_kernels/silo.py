@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .fusing import fuse, undo
 from .ops import resample_adjoint
 from .ops.checks import (
     MAX_SOURCES,
@@ -25,9 +24,10 @@ from .ops.checks import (
     check_precision,
     check_size,
 )
-from .ops.scaled_sources import maps_of
-from .replay import Step, run
+from .ops.resample.folded_norm import fuse, undo
+from .ops.resample.scaled_sources import maps_of
 from .reversible import Reversible
+from .reversible.recompute import Step, run
 
 Edge = tuple[int, int]
 

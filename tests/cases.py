@@ -9,9 +9,9 @@ import torch
 from helpers import leaves_alone
 from torch import Tensor
 
-from revbifpn_kernels.ops.resample_add import _resample_add_cuda, _resample_add_cuda_
-from revbifpn_kernels.ops.resample_adjoint import _resample_adjoint_cuda
-from revbifpn_kernels.ops.resample_undo import _resample_undo_cuda
+from revbifpn_kernels.ops.resample.add import _resample_add_cuda, _resample_add_cuda_
+from revbifpn_kernels.ops.resample.adjoint import _resample_adjoint_cuda
+from revbifpn_kernels.ops.resample.undo import _resample_undo_cuda
 
 HAS_GPU = torch.cuda.is_available()
 

@@ -16,9 +16,9 @@ from benchmarks.kernels import (
     plan_norm_launches,
     plan_squeeze_excite_launches,
 )
-from revbifpn_kernels.ops.resample_add import plan_resample_add
-from revbifpn_kernels.ops.resample_adjoint import plan_resample_adjoint
-from revbifpn_kernels.ops.resample_undo import plan_resample_undo
+from revbifpn_kernels.ops.resample.add import plan_resample_add
+from revbifpn_kernels.ops.resample.adjoint import plan_resample_adjoint
+from revbifpn_kernels.ops.resample.undo import plan_resample_undo
 
 # Shape of x, sizes of the sources.
 CORNERS = {

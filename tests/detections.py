@@ -4,7 +4,7 @@ from pathlib import Path
 
 from trainings import NUMBERS
 
-from revbifpn_kernels.detect.__main__ import main
+from revbifpn_kernels.detect import main
 
 MODEL = [
     *(f"--set={name}={value}" for name, value in NUMBERS.items() if name != "in_chans"),

@@ -5,7 +5,8 @@ import copy
 import torch
 from torch import nn
 
-from revbifpn_kernels import MBConv, mbconv
+from revbifpn_kernels import MBConv
+from revbifpn_kernels.mbconv import modules as mbconv
 
 OPTIONS = {
     "plain": {},

@@ -10,8 +10,8 @@ from cases import LAYOUTS as COMMON_LAYOUTS
 from helpers import leaves_alone
 from torch import Tensor
 
-from revbifpn_kernels.ops.norm_act import batch_statistics_reference, sums_dtype
-from revbifpn_kernels.ops.norm_act_cuda import LAUNCHERS
+from revbifpn_kernels.ops.norm_act.launchers import LAUNCHERS
+from revbifpn_kernels.ops.norm_act.ops import batch_statistics_reference, sums_dtype
 
 EPS = 1e-3
 DTYPES = {

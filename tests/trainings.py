@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tiny import TWO_LEVELS
 
-from revbifpn_kernels.train.__main__ import main
+from revbifpn_kernels.train import main
 
 NUMBERS = TWO_LEVELS | {"in_chans": 1, "features": 24, "extra_silos": 0}
 MODEL = ["--model=revbifpn_s0", *(f"--set={name}={value}" for name, value in NUMBERS.items())]
@@ -37,7 +37,7 @@ def train(out: Path, *arguments: str) -> Path:
 def started(*arguments: str, **environment: str) -> multiprocessing.Process:
     """A run in a process of its own, which begins at once: the libraries are loaded already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["revbifpn_kernels.train.session"])
+    context.set_forkserver_preload(["revbifpn_kernels.recipes.classify.session"])
     process = context.Process(target=_exit_with, args=([*TINY, *arguments], environment))
     process.start()
     return process

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..mbconv import SqueezeExcite
+from ..mbconv.modules import SqueezeExcite
 from ..silo import RevSilo
 from .checks import whole
 from .revbifpn import RevBiFPN

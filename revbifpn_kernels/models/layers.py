@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import Recomputed
-from ..mbconv import ConvNorm, MBConv
-from ..replay import Step, run
+from ..mbconv import MBConv
+from ..mbconv.modules import ConvNorm
+from ..reversible.recompute import Step, run
 from .sizes import STEM_STRIDE, Config
 
 

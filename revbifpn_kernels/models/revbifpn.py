@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..mbconv import is_unwatched
-from ..ops.launch import Geometry
-from ..ops.resample import in_format
-from ..replay.held import parts_of
+from ..mbconv.modules import is_unwatched
+from ..ops.layout import Geometry, in_format
 from ..reversible import ReversibleSequential
+from ..reversible.recompute.module_state import parts_of
 from .body import body
 from .checks import whole
 from .layers import Head, Neck, Stem

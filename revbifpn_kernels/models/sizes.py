@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..mbconv import NORM_LAYER, ActLayer, NormLayer
+from ..mbconv.modules import NORM_LAYER, ActLayer, NormLayer
 from ..ops.checks import check_lattice, check_mode
 from .checks import as_real, as_whole
 

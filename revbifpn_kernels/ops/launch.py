@@ -3,11 +3,10 @@
 import contextlib
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
@@ -18,23 +17,6 @@ def _warp_size() -> int:
     if not torch.cuda.is_available():
         return 32
     return triton.runtime.driver.active.get_current_target().warp_size
-
-
-class Geometry(NamedTuple):
-    """All of a tensor that a launch's plan depends on; hashable, so that plans are cached."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    itemsize: int
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "Geometry":
-        return cls(tensor.shape, tensor.stride(), tensor.itemsize)
-
-    @property
-    def channels_last(self) -> bool:
-        """Whether neighbours in memory are channels, as in channels_last and slices of it."""
-        return self.strides[1] == 1 and self.strides[3] != 1
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from .launch import Geometry
+from .layout import Geometry
 
 FAST_FACTORS = (1, 2, 4, 8)
 # The rows of more sources do not fit a lane's registers; the element kernels take over.

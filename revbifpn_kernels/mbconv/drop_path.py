@@ -1,0 +1,51 @@
+"""Stochastic depth: drops whole samples of a transform's result in training."""
+
+from torch import Tensor, nn
+
+from ..reversible import recompute as replay
+from ..reversible.recompute.module_state import parts_of
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training drops whole samples, and scales up the others."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        if not 0.0 <= probability < 1.0:
+            raise ValueError(f"DropPath: probability must lie in [0, 1), got {probability}")
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.probability == 0.0:
+            return x
+        keep = 1.0 - self.probability
+        mask = replay.call(Tensor.bernoulli_, x.new_empty(x.shape[0], 1, 1, 1), keep)
+        return x * mask.div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"{self.probability}"
+
+
+def kept_samples(probability: float, samples: int, like: Tensor) -> Tensor:
+    """What samples are multiplied by, (samples,) in the dtype of `like`: 0, or 1 / (1 − p).
+
+    In a block's call drawn at once for all its transforms of that probability.
+    """
+    shared = replay.shared()
+    if shared is None:
+        return _drawn(1, probability, samples, like)[0]
+    key = DropPath, probability, samples, like.dtype, like.device
+    rows = shared.values.setdefault(key, [])
+    if not rows:
+        rows += _drawn(_count(shared.block, probability), probability, samples, like).unbind()
+    return rows.pop()
+
+
+def _drawn(count: int, probability: float, samples: int, like: Tensor) -> Tensor:
+    keep = 1.0 - probability
+    return like.new_empty(count, samples).bernoulli_(keep).div_(keep)
+
+
+def _count(block: nn.Module, probability: float) -> int:
+    drops = (part for part in parts_of(block) if type(part) is DropPath and part.training)
+    return max(1, sum(drop.probability == probability for drop in drops))

@@ -1,0 +1,1 @@
+"""Batch norm, activation and gate: statistics, result, gradient."""

@@ -1,0 +1,1 @@
+"""Fused cross-scale resampling: add, its adjoint, and undo, which is both."""

@@ -1,0 +1,261 @@
+"""ds_k = α·R_kᵀ(g): the gradients of all sources of a fusion, in one pass over g.
+
+Reads g once and writes each result once: (1 + Σ 1/f_k²)·E elements.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..checks import (
+    DTYPES,
+    check_float64_is_on_cpu,
+    check_maps,
+    check_mode,
+    check_no_tangents,
+    check_number,
+    check_precision,
+    check_size,
+    check_sizes,
+)
+from ..launch import Launch
+from ..layout import Geometry, empty_maps
+from ..library import library
+from ..tiling import (
+    CELL_COUNTS,
+    ELEMENT_COUNTS,
+    Elements,
+    all_strides_in_units,
+    cut_into_cells,
+    nearest_scales,
+    strides_in_units,
+)
+from .kernels.adjoint import adjoint_cells, gather_outputs
+from .kernels.cells import locate_cells
+from .kernels.taps import element_pointer, locate_elements
+from .reference import resample_reference
+
+
+def resample_adjoint_reference(
+    grad: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    alpha: float = 1.0,
+    mode: str = "bilinear",
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """The specification in plain PyTorch: autograd of each resampling."""
+    results = []
+    for size in sizes:
+        with torch.enable_grad():
+            source = grad.new_zeros((*grad.shape[:2], *size), requires_grad=True)
+            resampled = resample_reference(source, tuple(grad.shape[2:]), mode)
+            (result,) = torch.autograd.grad(resampled, source, alpha * grad.detach())
+        results.append(result.to(dtype or grad.dtype))
+    return results
+
+
+@triton.jit(do_not_specialize=CELL_COUNTS)
+def _resample_adjoint_cells_kernel(
+    grad_ptr, grad_strides, result_ptrs, result_strides, alpha,
+    lanes, C, cells_h, cells_w, chain,
+    GRAD_UNIT: tl.constexpr, RESULT_UNITS: tl.constexpr,
+    FACTORS: tl.constexpr, MODE: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    mask, cell = locate_cells(lanes, C, cells_h, cells_w, chain, BLOCK, CHANNELS_LAST)
+    adjoint_cells(
+        grad_ptr, grad_strides, GRAD_UNIT, result_ptrs, result_strides, RESULT_UNITS, alpha,
+        mask, cell, chain, FACTORS, MODE, CELL_H, CELL_W, CHANNELS_LAST, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=ELEMENT_COUNTS)
+def _resample_adjoint_elements_kernel(
+    grad_ptr, grad_strides, result_ptrs, result_strides, result_sizes, result_scales,
+    supports, alpha, N, C, H, W,
+    KINDS: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    for k in tl.static_range(len(KINDS)):
+        if tl.program_id(1) == k:
+            h, w = result_sizes[k]
+            elements = tl.cast(N, tl.int64) * C * h * w
+            if tl.program_id(0).to(tl.int64) * BLOCK < elements:
+                mask, place = locate_elements(
+                    elements.to(INDEX), C, h, w, BLOCK, CHANNELS_LAST, INDEX
+                )
+                n, c, r, q = place
+                if KINDS[k] == "area":
+                    i, j = r // (h // H), q // (w // W)
+                    grad = tl.load(element_pointer(grad_ptr, grad_strides, n, c, i, j))
+                    share = tl.zeros([BLOCK], tl.float32) + (h // H) * (w // W)
+                    total = tl.div_rn(grad.to(tl.float32), share)
+                elif KINDS[k] == "identity":
+                    grad = tl.load(element_pointer(grad_ptr, grad_strides, n, c, r, q))
+                    total = grad.to(tl.float32)
+                else:
+                    total = gather_outputs(
+                        grad_ptr, grad_strides, n, c, r, q, (h, w), result_scales[k], H, W,
+                        supports[k][0], supports[k][1], tl.constexpr(KINDS[k]),
+                    )  # fmt: skip
+                ptr = element_pointer(result_ptrs[k], result_strides[k], n, c, r, q)
+                tl.store(ptr, (total * alpha).to(ptr.dtype.element_ty), mask=mask)
+
+
+def _plan_elements(grad: Geometry, results: tuple[Geometry, ...], mode: str) -> Launch:
+    largest = max((result.shape for result in results), key=math.prod)
+    elements = Elements(largest, grad.channels_last)
+    N, C, H, W = grad.shape
+    sizes = tuple(result.shape[2:] for result in results)
+    return Launch(
+        _resample_adjoint_elements_kernel,
+        (*elements.grid, len(results)),
+        {
+            "grad_strides": grad.strides,
+            "result_strides": tuple(result.strides for result in results),
+            "result_sizes": sizes,
+            "result_scales": tuple(nearest_scales(size, (H, W)) for size in sizes),
+            "supports": tuple(_supports(size, (H, W)) for size in sizes),
+            "N": N,
+            "C": C,
+            "H": H,
+            "W": W,
+        },
+        elements.constants(sizes, mode, (H, W)),
+    )
+
+
+def _supports(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """How many outputs in a row and a column can reach one source pixel, from `first_output` on."""
+    rows, columns = (min(2 * triton.cdiv(b, a) + 2, b) for a, b in zip(size, target, strict=True))
+    return rows, columns
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(grad: Geometry, results: tuple[Geometry, ...], mode: str) -> Launch:
+    cells = cut_into_cells([grad], results, chain_large_cells=True)
+    if cells is None:
+        return _plan_elements(grad, results, mode)
+    unit, strides = strides_in_units(grad, cells.channels_last)
+    result_units, result_strides = all_strides_in_units(results, cells.channels_last)
+    return Launch(
+        _resample_adjoint_cells_kernel,
+        cells.grid,
+        {
+            "grad_strides": strides,
+            "result_strides": result_strides,
+            **cells.args(grad.shape[1]),
+        },
+        {
+            "GRAD_UNIT": unit,
+            "RESULT_UNITS": result_units,
+            **cells.constants(mode),
+        },
+    )
+
+
+def plan_resample_adjoint(
+    grad: Tensor, results: Sequence[Tensor], alpha, mode
+) -> tuple[Launch, dict]:
+    """The launch that computes every result, and its operands."""
+    launch = _plan(Geometry.of(grad), tuple(Geometry.of(result) for result in results), mode)
+    return launch, {"grad_ptr": grad, "result_ptrs": tuple(results), "alpha": float(alpha)}
+
+
+def _resample_adjoint_cuda(grad, sizes, alpha, mode, dtype) -> list[Tensor]:
+    results = [empty_maps(grad, size, dtype) for size in _pairs(sizes)]
+    launch, operands = plan_resample_adjoint(grad, results, alpha, mode)
+    launch.run(grad.device, operands)
+    return results
+
+
+# Sizes are flat, h_0, w_0, h_1, w_1, …, because schemas have no lists of pairs.
+library.define(
+    "resample_adjoint(Tensor grad, SymInt[] sizes, float alpha, str interpolation, "
+    "ScalarType dtype) -> Tensor[]"
+)
+# Key CPU is implemented in csrc/resample_adjoint.cpp.
+library.impl("resample_adjoint", _resample_adjoint_cuda, "CUDA")
+
+
+def _pairs(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    return list(zip(sizes[::2], sizes[1::2], strict=True))
+
+
+def _check(grad, sizes, alpha, mode, dtype) -> None:
+    op = "resample_adjoint"
+    check_maps(op, "grad", grad)
+    check_sizes(op, sizes)
+    for k, size in enumerate(sizes):
+        check_size(op, f"sizes[{k}]", size, grad.shape[2:])
+    check_number(op, "alpha", alpha)
+    check_mode(op, mode)
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise TypeError(f"{op}: dtype must be a floating-point torch.dtype, got {dtype}")
+        check_precision(op, "dtype", dtype, "grad", grad.dtype)
+    check_float64_is_on_cpu(op, grad)
+
+
+@torch.library.register_fake("revbifpn::resample_adjoint", lib=library)
+def _resample_adjoint_fake(grad, sizes, alpha, mode, dtype):
+    pairs = _pairs(sizes)
+    _check(grad, pairs, alpha, mode, dtype)
+    return [empty_maps(grad, size, dtype) for size in pairs]
+
+
+def _setup_context(ctx, inputs, output):
+    grad, _, ctx.alpha, ctx.mode, _ = inputs
+    ctx.shape, ctx.dtype = grad.shape, grad.dtype
+
+
+def fuse_cotangents(cotangents, shape, dtype, alpha, mode) -> Tensor:
+    """α·Σ_k R_k(cotangent_k), (N, C, H, W): the backward of α·R_kᵀ, whose adjoint is α·R_k."""
+    zeros = empty_maps(cotangents[0], shape[2:], dtype).zero_()
+    return torch.ops.revbifpn.resample_add(zeros, cotangents, [], [], alpha, mode, None)
+
+
+def _backward(ctx, cotangents):
+    present = [cotangent for cotangent in cotangents if cotangent is not None]
+    grad = fuse_cotangents(present, ctx.shape, ctx.dtype, ctx.alpha, ctx.mode) if present else None
+    return grad, None, None, None, None
+
+
+torch.library.register_autograd(
+    "revbifpn::resample_adjoint", _backward, setup_context=_setup_context, lib=library
+)
+
+
+def resample_adjoint(
+    grad: Tensor,  # (N, C, H, W)
+    sizes: Sequence[tuple[int, int]],  # 1 to 8 of (h_k, w_k)
+    *,
+    alpha: float = 1.0,
+    mode: str = "bilinear",
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Return [α·R_kᵀ(grad)], each (N, C, h_k, w_k): the gradients of `resample_add`'s sources.
+
+    R_kᵀ is the transpose of the resampling from (h_k, w_k) to (H, W): the vector–Jacobian product
+    of `F.interpolate`. Sums are gathered in a fixed order: the same bits on every run.
+
+    Args:
+        grad: float64 (CPU), float32, bfloat16 or float16, any strides.
+        sizes: The sides of the sources.
+        alpha: Factor of every result.
+        mode: "bilinear" (`align_corners=False`) or "nearest".
+        dtype: Of the results: grad's own (default), or bfloat16/float16 of a float32 grad.
+
+    Raises:
+        ValueError, TypeError: An argument does not fit; the message names it.
+    """
+    _check(grad, sizes, alpha, mode, dtype)
+    check_no_tangents("resample_adjoint", [grad])
+    dtype = grad.dtype if dtype is None else dtype
+    flat = [side for size in sizes for side in size]
+    return torch.ops.revbifpn.resample_adjoint(grad, flat, alpha, mode, dtype)

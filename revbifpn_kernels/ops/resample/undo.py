@@ -1,0 +1,258 @@
+"""x = y − α·Σ_k R_k(s_k) and ds_k = α·R_kᵀ(g), together: the heart of RevSilo's backward.
+
+As in resample_add, s_k may be scaled and shifted; ds_k is then the gradient of the result of that.
+One launch does both: 2E elements read, E written, each source and its gradient moved once.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..checks import (
+    check_float64_is_on_cpu,
+    check_lattice,
+    check_maps,
+    check_mode,
+    check_no_tangents,
+    check_number,
+    check_scales,
+    check_sources,
+)
+from ..launch import Launch
+from ..layout import Geometry
+from ..library import library
+from ..tiling import CELL_COUNTS, all_strides_in_units, cut_into_cells, strides_in_units
+from .add import OPTIONS, SOURCES, lattice_and_inverse, plan_resample_add, resample_add_reference
+from .adjoint import fuse_cotangents, plan_resample_adjoint, resample_adjoint_reference
+from .kernels.add import fuse_cells
+from .kernels.adjoint import adjoint_cells
+from .kernels.cells import cell_below, load_scaling, locate_cells
+from .scaled_sources import keep_for_gradients, source_gradients
+
+
+def resample_undo_reference(
+    y: Tensor,
+    grad: Tensor,
+    sources: Sequence[Tensor],
+    *,
+    scales: Sequence[Tensor] | None = None,
+    shifts: Sequence[Tensor] | None = None,
+    alpha: float = 1.0,
+    mode: str = "bilinear",
+    lattice: float | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The specification in plain PyTorch."""
+    factors = {"scales": scales, "shifts": shifts}
+    x = resample_add_reference(y, sources, **factors, alpha=-alpha, mode=mode, lattice=lattice)
+    sizes = [tuple(source.shape[2:]) for source in sources]
+    grads = resample_adjoint_reference(grad, sizes, alpha=alpha, mode=mode)
+    return x, [g.to(source.dtype) for g, source in zip(grads, sources, strict=True)]
+
+
+@triton.jit(do_not_specialize=CELL_COUNTS)
+def _resample_undo_cells_kernel(
+    x_ptr, x_strides, y_ptr, y_strides, grad_ptr, grad_strides, source_ptrs, source_strides,
+    result_ptrs, result_strides, scale_ptrs, shift_ptrs, alpha, lattice,
+    lanes, C, cells_h, cells_w, chain,
+    X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr,
+    SOURCE_UNITS: tl.constexpr, RESULT_UNITS: tl.constexpr,
+    FACTORS: tl.constexpr, MODE: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr,
+    HAS_SCALES: tl.constexpr, HAS_LATTICE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    mask, cell = locate_cells(lanes, C, cells_h, cells_w, chain, BLOCK, CHANNELS_LAST)
+    plane = cell[0] * C + cell[1]
+    scaling = load_scaling(scale_ptrs, shift_ptrs, plane, len(FACTORS), HAS_SCALES)
+    for step in range(chain):
+        fuse_cells(
+            x_ptr, x_strides, X_UNIT, y_ptr, y_strides, Y_UNIT,
+            source_ptrs, source_strides, SOURCE_UNITS, scaling, -alpha, lattice, mask,
+            cell_below(cell, step), FACTORS, MODE, CELL_H, CELL_W, HAS_LATTICE, CHANNELS_LAST,
+        )  # fmt: skip
+    adjoint_cells(
+        grad_ptr, grad_strides, GRAD_UNIT, result_ptrs, result_strides, RESULT_UNITS, alpha,
+        mask, cell, chain, FACTORS, MODE, CELL_H, CELL_W, CHANNELS_LAST, BLOCK,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    x: Geometry,
+    y: Geometry,
+    grad: Geometry,
+    sources: tuple[Geometry, ...],
+    results: tuple[Geometry, ...],
+    mode: str,
+    has_scales: bool,
+    has_lattice: bool,
+) -> Launch | None:
+    """The fused launch, or None off the fast path."""
+    cells = cut_into_cells([x, y, grad], sources, results, chain_large_cells=True)
+    if cells is None:
+        return None
+    x_unit, x_strides = strides_in_units(x, cells.channels_last)
+    y_unit, y_strides = strides_in_units(y, cells.channels_last)
+    grad_unit, grad_strides = strides_in_units(grad, cells.channels_last)
+    source_units, source_strides = all_strides_in_units(sources, cells.channels_last)
+    result_units, result_strides = all_strides_in_units(results, cells.channels_last)
+    return Launch(
+        _resample_undo_cells_kernel,
+        cells.grid,
+        {
+            "x_strides": x_strides,
+            "y_strides": y_strides,
+            "grad_strides": grad_strides,
+            "source_strides": source_strides,
+            "result_strides": result_strides,
+            **cells.args(y.shape[1]),
+        },
+        {
+            "X_UNIT": x_unit,
+            "Y_UNIT": y_unit,
+            "GRAD_UNIT": grad_unit,
+            "SOURCE_UNITS": source_units,
+            "RESULT_UNITS": result_units,
+            "HAS_SCALES": has_scales,
+            "HAS_LATTICE": has_lattice,
+            **cells.constants(mode),
+        },
+    )
+
+
+def plan_resample_undo(
+    x: Tensor,
+    results: Sequence[Tensor],
+    y: Tensor,
+    grad: Tensor,
+    sources,
+    scales,
+    shifts,
+    alpha,
+    mode,
+    lattice,
+) -> list[tuple[Launch, dict]]:
+    """The launch that restores x and computes all results, and its operands; two if not fast."""
+    launch = _plan(
+        *(Geometry.of(tensor) for tensor in (x, y, grad)),
+        tuple(Geometry.of(source) for source in sources),
+        tuple(Geometry.of(result) for result in results),
+        mode,
+        len(scales) > 0,
+        lattice is not None,
+    )
+    if launch is None:
+        restore = plan_resample_add(x, y, sources, scales, shifts, -alpha, mode, lattice)
+        return [restore, plan_resample_adjoint(grad, results, alpha, mode)]
+    operands = {
+        "x_ptr": x,
+        "y_ptr": y,
+        "grad_ptr": grad,
+        "source_ptrs": tuple(sources),
+        "scale_ptrs": tuple(scales),
+        "shift_ptrs": tuple(shifts),
+        "result_ptrs": tuple(results),
+        "alpha": float(alpha),
+        "lattice": lattice_and_inverse(lattice),
+    }
+    return [(launch, operands)]
+
+
+def _resample_undo_cuda(
+    y, grad, sources, scales, shifts, alpha, mode, lattice
+) -> tuple[Tensor, list[Tensor]]:
+    x = torch.empty_like(y)
+    results = [torch.empty_like(source) for source in sources]
+    planned = plan_resample_undo(x, results, y, grad, sources, scales, shifts, alpha, mode, lattice)
+    for launch, operands in planned:
+        launch.run(y.device, operands)
+    return x, results
+
+
+library.define(f"resample_undo(Tensor y, Tensor grad, {SOURCES}, {OPTIONS}) -> (Tensor, Tensor[])")
+# Key CPU is implemented in csrc/resample_undo.cpp.
+library.impl("resample_undo", _resample_undo_cuda, "CUDA")
+
+
+def _check(y, grad, sources, scales, shifts, alpha, mode, lattice) -> None:
+    op = "resample_undo"
+    check_sources(op, "y", y, sources)
+    check_scales(op, "y", y, sources, scales, shifts)
+    check_maps(op, "grad", grad)
+    expected, got = ((tuple(t.shape), t.dtype, t.device) for t in (y, grad))
+    if got != expected:
+        raise ValueError(
+            f"{op}: grad must have y's shape, dtype and device, expected {expected}, got {got}"
+        )
+    check_number(op, "alpha", alpha)
+    check_mode(op, mode)
+    check_lattice(op, lattice, y.dtype)
+    check_float64_is_on_cpu(op, y)
+
+
+@torch.library.register_fake("revbifpn::resample_undo", lib=library)
+def _resample_undo_fake(y, grad, sources, scales, shifts, alpha, mode, lattice):
+    _check(y, grad, sources, scales or None, shifts or None, alpha, mode, lattice)
+    return torch.empty_like(y), [torch.empty_like(source) for source in sources]
+
+
+def _setup_context(ctx, inputs, output):
+    y, _, sources, scales, shifts, ctx.alpha, ctx.mode, _ = inputs
+    ctx.shape, ctx.dtype = y.shape, y.dtype
+    keep_for_gradients(ctx, sources, scales, shifts)
+
+
+def _backward(ctx, grad_x, cotangents):
+    """x = y − α·Σ R_k(s_k) is a fusion; each ds_k = α·R_kᵀ(grad) has R_k as its adjoint."""
+    needed = ctx.needs_input_grad[2:5]
+    grad_grad, grads = None, [[None] * len(entries) for entries in needed]
+    if grad_x is not None:
+        grads = source_gradients(ctx, grad_x, needed, alpha=-ctx.alpha)
+    present = [cotangent for cotangent in cotangents if cotangent is not None]
+    if present:
+        grad_grad = fuse_cotangents(present, ctx.shape, ctx.dtype, ctx.alpha, ctx.mode)
+    return grad_x, grad_grad, *grads, None, None, None
+
+
+torch.library.register_autograd(
+    "revbifpn::resample_undo", _backward, setup_context=_setup_context, lib=library
+)
+
+
+def resample_undo(
+    y: Tensor,  # (N, C, H, W)
+    grad: Tensor,  # (N, C, H, W)
+    sources: Sequence[Tensor],  # 1 to 8 of (N, C, h_k, w_k)
+    *,
+    scales: Sequence[Tensor] | None = None,  # one (N, C) a source
+    shifts: Sequence[Tensor] | None = None,  # one (N, C) a source
+    alpha: float = 1.0,
+    mode: str = "bilinear",
+    lattice: float | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return x = y − α·Σ_k R_k(s_k) and [α·R_kᵀ(grad)]: what `resample_add` got, differentiated.
+
+    Equivalent to `resample_add(y, sources, alpha=-alpha)` beside
+    `resample_adjoint(grad, sizes, alpha=alpha)`, in one pass.
+
+    Args:
+        y: What `resample_add(x, sources, …)` returned.
+        grad: The gradient of y, of y's dtype.
+        sources: As given to `resample_add`; each result has its source's dtype and memory format.
+        scales, shifts: As given to `resample_add`. The results are the gradients of
+            scale_k·s_k + shift_k: those of s_k before they are multiplied by scale_k.
+        alpha: As given to `resample_add`.
+        mode: As given to `resample_add`.
+        lattice: As given to `resample_add`; then x comes back bit for bit (−0 as 0).
+
+    Raises:
+        ValueError, TypeError: An argument does not fit; the message names it.
+    """
+    _check(y, grad, sources, scales, shifts, alpha, mode, lattice)
+    lists = list(sources), list(scales or ()), list(shifts or ())
+    check_no_tangents("resample_undo", [y, grad, *itertools.chain(*lists)])
+    return torch.ops.revbifpn.resample_undo(y, grad, *lists, alpha, mode, lattice)

@@ -1,0 +1,1 @@
+"""The gates of squeeze-excite, and the gradient of a gated stage."""

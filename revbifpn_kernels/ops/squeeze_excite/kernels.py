@@ -1,0 +1,158 @@
+"""Triton kernels of squeeze-excite's gates and their gradient: products of small matrices.
+
+A program owns a tile [ROWS, COLUMNS] of a result and walks along the terms of its sums, TERMS at a
+time. Products are float32's own: tensor cores would round gates to 11 bits. Each sum has one order,
+without atomics: the same bits on every run.
+"""
+
+import triton
+import triton.language as tl
+
+from ..norm_act.kernels import activate, activate_with_slope
+
+# The batch: compiled for any, so a new one is no new kernel.
+COUNTS = ("N",)
+
+
+@triton.jit
+def tile_of(pid, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The rows and the columns of tile `pid` of a matrix, tiles of a row one after the other."""
+    blocks = tl.cdiv(columns, COLUMNS)
+    row = (pid // blocks).to(tl.int64) * ROWS
+    column = (pid % blocks).to(tl.int64) * COLUMNS
+    return row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+
+
+@triton.jit
+def load_matrix(ptr, i, j, row_stride, column_stride, rows, columns):
+    """[i, j] of a matrix (rows, columns); zeros outside."""
+    mask = (i < rows)[:, None] & (j < columns)[None, :]
+    return tl.load(ptr + i[:, None] * row_stride + j[None, :] * column_stride, mask=mask, other=0.0)
+
+
+@triton.jit
+def product(
+    left_ptr, left_row, left_term, right_ptr, right_term, right_column, i, j, rows, columns, terms,
+    TERMS: tl.constexpr,
+):  # fmt: skip
+    """[i, j] of left (rows, terms) · right (terms, columns), which may lie transposed."""
+    sums = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+    for first in range(0, terms, TERMS):
+        k = first + tl.arange(0, TERMS)
+        left = load_matrix(left_ptr, i, k, left_row, left_term, rows, terms)
+        right = load_matrix(right_ptr, k, j, right_term, right_column, terms, columns)
+        sums = tl.dot(left, right, sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
+def store_tile(ptr, i, j, rows, columns, values):
+    mask = (i < rows)[:, None] & (j < columns)[None, :]
+    tl.store(ptr + i[:, None] * columns + j[None, :], values, mask=mask)
+
+
+@triton.jit
+def logits_tile(values_ptr, weight_ptr, bias_ptr, n, c, N, C, hidden, TERMS: tl.constexpr):
+    """[n, c]: values · weightᵀ + bias."""
+    logits = product(
+        values_ptr, hidden, 1, weight_ptr, 1, hidden, n, c, N, C, hidden, TERMS
+    )  # fmt: skip
+    return logits + tl.load(bias_ptr + c, mask=c < C, other=0.0)[None, :]
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _squeeze_kernel(
+    values_ptr, before_ptr, means_ptr, weight_ptr, bias_ptr, N, C, hidden, ACT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """Hidden values (N, hidden), and what the activation was given, if wanted."""
+    n, h = tile_of(tl.program_id(0), hidden, ROWS, COLUMNS)
+    before = logits_tile(means_ptr, weight_ptr, bias_ptr, n, h, N, hidden, C, TERMS)
+    if before_ptr is not None:
+        store_tile(before_ptr, n, h, N, hidden, before)
+    store_tile(values_ptr, n, h, N, hidden, activate(before, ACT))
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _excite_kernel(
+    gates_ptr, values_ptr, weight_ptr, bias_ptr, N, C, hidden,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """Gates (N, C) from hidden values."""
+    n, c = tile_of(tl.program_id(0), C, ROWS, COLUMNS)
+    z = logits_tile(values_ptr, weight_ptr, bias_ptr, n, c, N, C, hidden, TERMS) + 3.0
+    clamped = tl.where(z <= 0.0, 0.0, tl.where(z >= 6.0, 6.0, z))  # NaN stays
+    store_tile(gates_ptr, n, c, N, C, clamped * (1.0 / 6.0))
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _excite_backward_kernel(
+    grad_logits_ptr, grad_gates_ptr, values_ptr, weight_ptr, bias_ptr, N, C, hidden,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the logits, (N, C), which are made again."""
+    n, c = tile_of(tl.program_id(0), C, ROWS, COLUMNS)
+    z = logits_tile(values_ptr, weight_ptr, bias_ptr, n, c, N, C, hidden, TERMS)
+    grad = load_matrix(grad_gates_ptr, n, c, C, 1, N, C) * (1.0 / 6.0)
+    store_tile(grad_logits_ptr, n, c, N, C, tl.where((z > -3.0) & (z < 3.0), grad, 0.0))
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _squeeze_backward_kernel(
+    grad_before_ptr, grad_logits_ptr, before_ptr, expand_ptr, N, C, hidden, ACT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of what the activation was given, (N, hidden)."""
+    n, h = tile_of(tl.program_id(0), hidden, ROWS, COLUMNS)
+    grad = product(
+        grad_logits_ptr, C, 1, expand_ptr, hidden, 1, n, h, N, hidden, C, TERMS
+    )  # fmt: skip
+    _, slope = activate_with_slope(load_matrix(before_ptr, n, h, hidden, 1, N, hidden), ACT)
+    store_tile(grad_before_ptr, n, h, N, hidden, grad * slope)
+
+
+@triton.jit
+def weight_gradient(
+    weight_ptr, bias_ptr, pid, grads_ptr, inputs_ptr, N, outputs, inputs,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """A tile of gradsᵀ (outputs, N) · inputs (N, inputs); the first of a row adds the bias's up."""
+    o, i = tile_of(pid, inputs, ROWS, COLUMNS)
+    grad = product(
+        grads_ptr, 1, outputs, inputs_ptr, inputs, 1, o, i, outputs, inputs, N, TERMS
+    )  # fmt: skip
+    store_tile(weight_ptr, o, i, outputs, inputs, grad)
+    if pid % tl.cdiv(inputs, COLUMNS) == 0:
+        sums = tl.zeros([ROWS, TERMS], tl.float32)
+        for first in range(0, N, TERMS):
+            n = first + tl.arange(0, TERMS)
+            sums += load_matrix(grads_ptr, o, n, 1, outputs, outputs, N)
+        tl.store(bias_ptr + o, tl.sum(sums, 1), mask=o < outputs)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _squeeze_excite_results_kernel(
+    grad_means_ptr, grad_reduce_ptr, grad_reduce_bias_ptr, grad_expand_ptr, grad_expand_bias_ptr,
+    grad_before_ptr, grad_logits_ptr, means_ptr, values_ptr, reduce_ptr, N, C, hidden,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of means and parameters: tiles of three products, one after the other."""
+    pid = tl.program_id(0)
+    tiles_means = tl.cdiv(N, ROWS) * tl.cdiv(C, COLUMNS)
+    tiles_reduce = tl.cdiv(hidden, ROWS) * tl.cdiv(C, COLUMNS)
+    if pid < tiles_means:
+        n, c = tile_of(pid, C, ROWS, COLUMNS)
+        grad = product(
+            grad_before_ptr, hidden, 1, reduce_ptr, C, 1, n, c, N, C, hidden, TERMS
+        )  # fmt: skip
+        store_tile(grad_means_ptr, n, c, N, C, grad)
+    elif pid < tiles_means + tiles_reduce:
+        weight_gradient(
+            grad_reduce_ptr, grad_reduce_bias_ptr, pid - tiles_means, grad_before_ptr, means_ptr,
+            N, hidden, C, ROWS, COLUMNS, TERMS,
+        )  # fmt: skip
+    else:
+        weight_gradient(
+            grad_expand_ptr, grad_expand_bias_ptr, pid - tiles_means - tiles_reduce,
+            grad_logits_ptr, values_ptr, N, C, hidden, ROWS, COLUMNS, TERMS,
+        )  # fmt: skip

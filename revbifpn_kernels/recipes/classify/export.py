@@ -1,0 +1,92 @@
+"""A trained network for other runtimes: torch.export and ONNX, each run again and compared."""
+
+import importlib.util
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from ...models.revbifpn import RevBiFPN
+from ..run.checkpoint import make_folder
+from .augment import CROP, MEAN_STD
+from .data import MODES, Evaluation
+from .options import TrainError
+
+PROGRAM, ONNX, ABOUT = "network.pt2", "network.onnx", "network.json"
+IMAGES = 4
+# Largest error over the largest logit: other runtimes add in another order, nothing worse.
+TOLERANCE = 1e-4
+
+
+def prepare_folder(out: Path) -> None:
+    """Make the folder; raise if that or an export is impossible, before a long training."""
+    make_folder("--export", out)
+    for name in ("onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise TrainError(f"train: --export needs {name}: pip install {name}")
+
+
+def export(network: RevBiFPN, out: Path, views: Evaluation, classes: list[str]) -> str:
+    """Write the network in evaluation, for any number of images of one size; say how it agrees.
+
+    Beside it lies what a caller must know: classes, side, mean and standard deviation.
+
+    Raises:
+        TrainError: An export does not compute what the network does.
+    """
+    network = network.eval()
+    # Of a single image, exporters would take the number of images for fixed.
+    images = torch.stack([views[k % len(views)].image for k in range(IMAGES)])
+    with torch.no_grad():
+        expected = network(images)
+        outputs = {
+            PROGRAM: _through_program(network, images, out / PROGRAM),
+            ONNX: _through_onnx(network, images, out / ONNX),
+        }
+    largest = expected.abs().max().item()
+    errors = {n: (y - expected).abs().max().item() / largest for n, y in outputs.items()}
+    for name, error in errors.items():
+        if not error <= TOLERANCE:
+            raise TrainError(
+                f"train: --export: {out / name} must agree with the network to {TOLERANCE} of the "
+                f"largest logit, got {error:.3g}"
+            )
+    mode = MODES[network.config.in_chans]
+    mean, std = MEAN_STD[mode]
+    about = {"classes": classes, "mode": mode, "crop": CROP, "interpolation": "bilinear"}
+    about |= {"side": images.shape[-1], "mean": mean, "std": std}
+    (out / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+    listed = ", ".join(f"{name} to {error:.1e}" for name, error in errors.items())
+    return f"exported to {out}; logits of {len(images)} test images agree: {listed} of the largest"
+
+
+def _through_program(network: RevBiFPN, images: Tensor, path: Path) -> Tensor:
+    shapes = {"image": {0: Dim.AUTO}}
+    torch.export.save(torch.export.export(network, (images,), dynamic_shapes=shapes), path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it shares the file's memory
+        program = torch.export.load(path).module()
+    return torch.cat([program(part) for part in _parts(images)])
+
+
+def _through_onnx(network: RevBiFPN, images: Tensor, path: Path) -> Tensor:
+    import onnxruntime
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the exporter's own parts
+        shapes = {"image": {0: Dim.AUTO}}
+        torch.onnx.export(
+            network, (images,), path, dynamo=True, verbose=False, dynamic_shapes=shapes
+        )
+    session = onnxruntime.InferenceSession(path)
+    name = session.get_inputs()[0].name
+    parts = (session.run(None, {name: part.numpy()})[0] for part in _parts(images))
+    return torch.cat([torch.from_numpy(part) for part in parts])
+
+
+def _parts(images: Tensor) -> tuple[Tensor, ...]:
+    """One image, then the others: the number of images is free."""
+    return tuple(part for part in (images[:1], images[1:]) if len(part))

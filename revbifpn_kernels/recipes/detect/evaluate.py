@@ -1,0 +1,129 @@
+"""Average precision, as pycocotools counts it."""
+
+import contextlib
+import io
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..classify.data import Skipped
+from ..run.signals import Signals, ignore_signals
+from .coco import Annotations
+from .data import Data, Evaluation
+from .run import Run
+
+# Names of pycocotools' first six numbers: over IoUs of 0.5 to 0.95, at one, and by area.
+NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+
+# Boxes, labels, scores as torchvision returns them, in pixels of the annotations; with masks their
+# outlines, as run lengths.
+Found = dict[str, Any]
+
+
+class Result(NamedTuple):
+    precisions: dict[str, float]  # by name; "mask_AP" … with masks; NaN without such objects
+    found: dict[int, Found]  # by the image's number
+    skipped: list[Skipped]
+
+
+@torch.no_grad()
+def evaluate(run: Run, data: Data, signals: Signals) -> Result | None:
+    """Detect on all images to measure on, and compare; those that cannot be read do not count.
+
+    None if a signal came meanwhile.
+    """
+    found, skipped = {}, []
+    run.model.eval()
+    for batch in _loader(run, data):
+        skipped += (entry for one in batch for entry in one.skipped)
+        read = [one for one in batch if one.image is not None]
+        if read:
+            outputs = run.model([one.image.to(run.device) for one in read])
+            for one, output in zip(read, outputs, strict=True):
+                size = data.truth.images[one.number].size
+                found[one.number] = _kept(output, one.image.shape[:0:-1], size)
+        if signals.received is not None:
+            return None
+    return Result(precisions(data.truth, found, run.options.masks), found, skipped)
+
+
+def _loader(run: Run, data: Data) -> DataLoader:
+    return DataLoader(
+        Evaluation(data.val),
+        run.options.batch_size,
+        collate_fn=list,
+        num_workers=run.options.workers,
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # not the global one, which training goes on with
+    )
+
+
+def _kept(output: Found, seen: tuple[int, int], annotated: tuple[int, int]) -> Found:
+    """On the CPU, from the pixels that the network has seen to those of the annotations."""
+    kept = {key: output[key].cpu() for key in ("boxes", "labels", "scores")}
+    kept["boxes"] *= torch.tensor(annotated * 2) / torch.tensor(tuple(seen) * 2)
+    if "masks" in output:
+        # Run lengths at once: the masks of all images would not fit a machine's memory.
+        kept["outlines"] = [_outline(mask, annotated) for mask in output["masks"]]
+    return kept
+
+
+def _outline(mask: Tensor, size: tuple[int, int]) -> dict[str, Any]:
+    """Run lengths of one (1, H, W) of probabilities, for a picture of another size."""
+    if mask.shape[1:] != size[::-1]:
+        mask = F.interpolate(mask[None], size[::-1], mode="bilinear")[0]
+    return rle.encode(np.asfortranarray((mask[0] > 0.5).cpu().numpy().view(np.uint8)))
+
+
+def precisions(truth: Annotations, found: dict[int, Found], masks: bool) -> dict[str, float]:
+    """By COCO's rules, on the images in `found`."""
+    if not found:
+        return dict.fromkeys(NAMES, float("nan"))
+    kinds = {"": "bbox"} | ({"mask_": "segm"} if masks else {})
+    return {
+        prefix + name: value
+        for prefix, kind in kinds.items()
+        for name, value in zip(NAMES, _summary(truth, found, kind), strict=True)
+    }
+
+
+def _summary(truth: Annotations, found: dict[int, Found], kind: str) -> list[float]:
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports each of its steps
+        known = COCO()
+        known.dataset = truth.truth()
+        known.createIndex()
+        detections = known.loadRes(_detections(found, kind)) if _count(found) else COCO()
+        counted = COCOeval(known, detections, kind)
+        counted.params.imgIds = sorted(found)
+        counted.evaluate()
+        counted.accumulate()
+        counted.summarize()
+    return [float(value) if value >= 0 else float("nan") for value in counted.stats[:6]]
+
+
+def _count(found: dict[int, Found]) -> int:
+    return sum(len(one["scores"]) for one in found.values())
+
+
+def _detections(found: dict[int, Found], kind: str) -> list[dict]:
+    entries = []
+    for number, one in found.items():
+        for k, (x0, y0, x1, y1) in enumerate(one["boxes"].tolist()):
+            entry = {
+                "image_id": number,
+                "category_id": int(one["labels"][k]),
+                "score": float(one["scores"][k]),
+            }
+            if kind == "bbox":
+                entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+            else:
+                entry["segmentation"] = one["outlines"][k]
+            entries.append(entry)
+    return entries

@@ -1,0 +1,1 @@
+"""What every training run needs: checkpoints, data order, signals, console, pictures, processes."""

@@ -1,0 +1,149 @@
+"""Files that are whole or were never there, and generators of random numbers as tensors."""
+
+import contextlib
+import io
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+from ..classify.options import TrainError
+
+NAME = "checkpoint.pt"
+# Whole tensors on the CPU, under the bare model's names, however they are spread over processes.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def make_folder(option: str, path: Path, error: type[TrainError] = TrainError) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise error(
+            f"{error.command}: {option} must be a folder to write to, got {path}: {cause}"
+        ) from None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`: at every moment, also after a power cut, old or new is there.
+
+    Raises:
+        OSError: The disk is full or gone; then the old file is untouched.
+    """
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename is on the disk when its folder is; some network file systems cannot say."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    # In memory first: PyTorch's own writer turns a full disk into an error without a number.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def load(path: Path) -> dict[str, Any] | None:
+    """The content, None without a file. Nothing in it is executed."""
+    if not path.exists():
+        return None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise TypeError(f"expected a dict, got {type(content).__name__}")
+        return content
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise TrainError(
+            f"train: --resume: {path} is damaged ({type(error).__name__}: {reason}); "
+            "start anew in another --out"
+        ) from error
+
+
+def generators() -> dict[str, Any]:
+    """The states of Python's, NumPy's and PyTorch's generators."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_generators(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+class Keeper:
+    """Writes the checkpoint when it is due, and keeps the old one if that fails.
+
+    Args:
+        capture: Returns the content; every rank must call `save`, which calls it.
+        is_first: Whether this rank writes.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        minutes: float,
+        warn: Callable[[str], None],
+        capture: Callable[[], dict[str, Any]],
+        is_first: bool = True,
+    ) -> None:
+        self.path, self.interval, self.warn = out / NAME, 60 * minutes, warn
+        self.capture, self.is_first = capture, is_first
+        self.last_time = time.monotonic()
+        self.step: int | None = None  # of the file
+
+    @property
+    def is_due(self) -> bool:
+        return time.monotonic() - self.last_time >= self.interval
+
+    def save(self, step: int) -> bool:
+        """Whether the file is now of this step."""
+        content = self.capture()
+        self.last_time = time.monotonic()
+        if self.is_first:
+            try:
+                save(self.path, content)
+            except OSError as error:
+                held = (
+                    "there is none yet" if self.step is None else f"that of step {self.step} stays"
+                )
+                self.warn(f"checkpoint of step {step} not written to {self.path}: {error}; {held}")
+                return False
+        self.step = step
+        return True
+
+    def described(self) -> str:
+        return "none" if self.step is None else f"{self.path} of step {self.step}"

@@ -1,0 +1,162 @@
+"""One process or many: torchrun's environment, DDP or FSDP2, and what ranks must agree on.
+
+Every rank holds the same weights, running statistics and position after each step, so the first
+one's checkpoint is everybody's.
+"""
+
+import contextlib
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from ...models.revbifpn import RevBiFPN
+from ..classify.options import Options, TrainError
+
+# Gradients are reduced while the backward goes on, so the last bucket alone is waited for.
+# PyTorch's 25 MiB would hold all of S0's.
+BUCKET_MIB = 4
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Whether each flag is raised on any rank; by gloo, so no GPU is waited for."""
+        if self.size == 1:
+            return list(flags)
+        raised = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(raised, dist.ReduceOp.MAX)
+        return raised.bool().tolist()
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of all ranks'."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gathered(self, value) -> list:
+        """Every rank's value, by rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+@contextlib.contextmanager
+def joined(options: Options) -> Iterator[World]:
+    """The world that torchrun describes, or this process alone."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    is_cuda = torch.cuda.is_available() if options.device == "auto" else options.device == "cuda"
+    if is_cuda and not torch.cuda.is_available():
+        raise TrainError("train: --device cuda needs a GPU, found none")
+    device = torch.device("cuda", local) if is_cuda else torch.device("cpu")
+    if is_cuda:
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        if options.fsdp:
+            raise TrainError(
+                "train: --fsdp needs processes to shard over: torchrun --nproc-per-node=2 -m "
+                "revbifpn_kernels.train --fsdp …, got one process"
+            )
+        yield World(0, 1, device)
+        return
+    # torchrun's restarts may share a store with their predecessors, whose addresses are in it.
+    store, rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if is_cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    try:
+        yield World(rank, size, device)
+    finally:
+        # Gloo's threads drop the last collective's tensors, for which they need the interpreter;
+        # whoever destroys the group holds it and waits for the threads, for ever (torch 2.12).
+        time.sleep(0.2)
+        dist.destroy_process_group()
+
+
+def synchronised(model: RevBiFPN, world: World) -> nn.Module:
+    """Norms over all processes' images where PyTorch has them, on GPUs.
+
+    Elsewhere each process normalises by its own, and `share_statistics` averages what they keep.
+    """
+    if world.size > 1 and world.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
+
+
+def distributed(model: RevBiFPN, world: World, fsdp: bool) -> nn.Module:
+    """What steps call: the model, sharded in place, or DDP around it."""
+    if world.size == 1:
+        return shard(model, world) if fsdp else model
+    if fsdp:
+        return shard(model, world)
+    # Of 1×1 convolutions in channels_last: two ways to write one layout, nothing is copied slowly.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    return DistributedDataParallel(
+        model,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        bucket_cap_mb=BUCKET_MIB,
+    )
+
+
+def shard(model: RevBiFPN, world: World) -> RevBiFPN:
+    """FSDP2: each reversible block gathers its weights when it runs, and again in the backward."""
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for part in (*model.body, model.neck, model.head):
+        if part is not None:
+            fully_shard(part, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@contextlib.contextmanager
+def reducing(net: nn.Module, is_last: bool) -> Iterator[None]:
+    """Gradients of a step's last part are reduced over processes, those before are added up."""
+    if isinstance(net, FSDPModule):
+        net.set_requires_gradient_sync(is_last)
+        yield
+    elif isinstance(net, DistributedDataParallel) and not is_last:
+        with net.no_sync():
+            yield
+    else:
+        yield
+
+
+def share_statistics(model: nn.Module, world: World) -> None:
+    """Give all ranks the mean of their running statistics, in one all-reduce."""
+    if world.size == 1:
+        return
+    statistics = [
+        buffer
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.training
+        for buffer in (module.running_mean, module.running_var)
+        if buffer is not None and not isinstance(module, nn.SyncBatchNorm)
+    ]
+    if not statistics:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in statistics])
+    dist.all_reduce(flat)
+    parts = flat.div_(world.size).split([buffer.numel() for buffer in statistics])
+    torch._foreach_copy_(statistics, [p.view_as(b) for p, b in zip(parts, statistics, strict=True)])

@@ -1,0 +1,57 @@
+"""The streams of a chain: how they enter it, and what tells one from another."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import resample_add
+from ..ops.layout import in_format
+
+Streams = tuple[Tensor, ...]
+
+
+def enter(chain: nn.Module, xs: Streams, lattice: float | None) -> Streams:
+    """Check the streams that enter a chain; float32 under autocast; onto the lattice, if any."""
+    name = type(chain).__name__
+    for k, x in enumerate(xs):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            hint = "; pass streams one by one, as in f(*streams)" if isinstance(x, Sequence) else ""
+            raise TypeError(f"{name}: stream {k} must be a floating-point tensor, got {got}{hint}")
+    if not xs:
+        raise ValueError(f"{name}: expected at least one stream, got none")
+    device = xs[0].device.type
+    is_half_kept = device == "meta" or getattr(chain, "keeps_inputs", False)
+    if not is_half_kept and torch.is_autocast_enabled(device):
+        xs = tuple(x.float() if x.dtype.itemsize == 2 else x for x in xs)
+    if lattice is None:
+        return xs
+    for k, x in enumerate(xs):
+        if x.dtype.itemsize < 4:
+            raise TypeError(
+                f"{name}: stream {k} must be float32 or float64 with a lattice, got {x.dtype}"
+            )
+    return tuple(snap(x, lattice) for x in xs)
+
+
+def finest_lattice(blocks: Iterable[nn.Module]) -> float | None:
+    lattices = [block.lattice for block in blocks if block.lattice is not None]
+    return min(lattices) if lattices else None
+
+
+def snap(x: Tensor, lattice: float) -> Tensor:
+    """Round x, of any shape, to multiples of `lattice`; the gradient passes through."""
+    maps = x if x.dim() == 4 else x.reshape(1, 1, 1, -1)
+    return resample_add(torch.zeros_like(maps), [maps], lattice=lattice).view_as(x)
+
+
+def identity(x: Tensor) -> tuple:
+    """Equal for tensors of the same memory, unchanged."""
+    storage = x.untyped_storage()._cdata
+    return storage, x.storage_offset(), x._version, x.dtype, x.shape, x.stride()
+
+
+def readable(grad: Tensor | None, channels_last: bool) -> Tensor | None:
+    """A gradient in the memory format of its stream: kernels read others slowly."""
+    return grad if grad is None or grad.dim() != 4 else in_format(grad, channels_last)

@@ -1,0 +1,223 @@
+"""DDP, FSDP2 and synchronised batch norm on two gloo processes, against one process."""
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from chains import (
+    LATTICE,
+    assert_same_bits,
+    growing,
+    loss_of,
+    mbconv,
+    named_gradients,
+    plain,
+    relative_error,
+    silos,
+    stored,
+    streams,
+)
+from processes import on_two_processes
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+
+def batches(kind, count: int = 1) -> list:
+    """The same on every rank: `count` batches of 4 samples."""
+    torch.manual_seed(7)
+    return [streams(kind, batch=4, dtype=torch.float64) for _ in range(count)]
+
+
+def share(xs, rank: int) -> list:
+    return [x[2 * rank : 2 * rank + 2] for x in xs]
+
+
+def clean(grads: dict) -> dict:
+    return {name.removeprefix("module."): grad for name, grad in grads.items()}
+
+
+def check_ddp(rank: int) -> None:
+    chain = growing(2, plain).double()
+    reference = stored(chain)
+    ddp = DistributedDataParallel(chain, bucket_cap_mb=0.001)
+    (xs,) = batches(growing)
+    loss_of(ddp(*share(xs, rank))).backward()
+    (sum(loss_of(reference(*share(xs, r))) for r in range(2)) / 2).backward()
+    assert relative_error(clean(named_gradients(ddp)), named_gradients(reference)) < 1e-12
+
+    # Accumulation: the first half of the step is not reduced.
+    for net in (ddp, reference):
+        net.zero_grad()
+    first, second = batches(growing, 2)
+    with ddp.no_sync():
+        loss_of(ddp(*share(first, rank))).backward()
+    loss_of(ddp(*share(second, rank))).backward()
+    parts = [loss_of(reference(*share(xs, r))) for xs in (first, second) for r in range(2)]
+    (sum(parts) / 2).backward()
+    assert relative_error(clean(named_gradients(ddp)), named_gradients(reference)) < 1e-12
+
+    # Two forwards, then one backward.
+    for net in (ddp, reference):
+        net.zero_grad()
+    (loss_of(ddp(*share(first, rank))) + loss_of(ddp(*share(second, rank)))).backward()
+    parts = [loss_of(reference(*share(xs, r))) for xs in (first, second) for r in range(2)]
+    (sum(parts) / 2).backward()
+    assert relative_error(clean(named_gradients(ddp)), named_gradients(reference)) < 1e-12
+
+
+def check_overlap(rank: int) -> None:
+    """Gradients of the last block are reduced before the backward of the first begins."""
+    chain = silos(3, plain)
+    order = []
+
+    class Recorded(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            if torch.is_grad_enabled():
+                order.append("run")
+            return self.inner(x)
+
+    chain[0].up["2_1"] = Recorded(chain[0].up["2_1"])
+    ddp = DistributedDataParallel(chain, bucket_cap_mb=0.001)
+
+    def reduce(state, bucket):
+        order.append("reduce")
+        return (
+            dist.all_reduce(bucket.buffer(), async_op=True)
+            .get_future()
+            .then(lambda future: future.value()[0] / 2)
+        )
+
+    ddp.register_comm_hook(None, reduce)
+    loss_of(ddp(*streams(silos))).backward()  # buckets are ordered after the first step
+    order.clear()
+    loss_of(ddp(*streams(silos))).backward()
+    assert order.index("run") >= 2, order
+
+
+def check_fsdp(rank: int) -> None:
+    chain = growing(2, plain).double()
+    reference = copy.deepcopy(chain)
+    for block in chain:
+        fully_shard(block)
+    fully_shard(chain)
+    (xs,) = batches(growing)
+    for _ in range(2):  # twice: sharded again after the backward
+        chain.zero_grad()
+        reference.zero_grad()
+        loss_of(chain(*share(xs, rank))).backward()
+        (sum(loss_of(reference(*share(xs, r))) for r in range(2)) / 2).backward()
+        full = {name: p.grad.full_tensor() for name, p in chain.named_parameters()}
+        assert relative_error(full, named_gradients(reference)) < 1e-12
+
+
+def check_batch_norm_under_ddp(rank: int) -> None:
+    """Buffers are broadcast before each forward, and move once in it."""
+    chain = silos(2).double()
+    for module in chain.modules():
+        if isinstance(module, nn.Dropout | nn.Dropout2d):
+            module.p = 0.0
+    reference = stored(chain)
+    ddp = DistributedDataParallel(chain)
+    plain_ddp = DistributedDataParallel(reference)
+    for xs in batches(silos, 2):
+        for net in (ddp, plain_ddp):
+            loss_of(net(*share(xs, rank))).backward()
+    grads = [clean(named_gradients(net)) for net in (ddp, plain_ddp)]
+    assert relative_error(*grads) < 1e-9
+    assert_same_bits(
+        {name: b for name, b in chain.named_buffers() if "num_batches" in name},
+        {name: b for name, b in reference.named_buffers() if "num_batches" in name},
+    )
+
+
+def check_synchronised_batch_norm(rank: int) -> None:
+    """Against the plain network, and with fewer gathers than two runs would make."""
+    run_synchronised_batch_norm_on_cpus()
+    chain = nn.SyncBatchNorm.convert_sync_batchnorm(silos(2, mbconv))
+    chain.lattice = LATTICE
+    reference = stored(chain)
+    norms = sum(isinstance(module, nn.SyncBatchNorm) for module in chain.modules())
+    gathers = []
+    gather = dist.all_gather
+    dist.all_gather = lambda *args, **kwargs: gathers.append(1) or gather(*args, **kwargs)
+    (xs,) = batches(silos)
+    for net in (chain, reference):
+        torch.manual_seed(rank)
+        loss_of(net(*[x.float() for x in share(xs, rank)])).backward()
+        assert len(gathers) == norms > 0
+        gathers.clear()
+    assert_same_bits(named_gradients(chain), named_gradients(reference))
+    assert_same_bits(dict(chain.named_buffers()), dict(reference.named_buffers()))
+
+
+def run_synchronised_batch_norm_on_cpus() -> None:
+    """PyTorch has the parts of SyncBatchNorm for GPUs only; these are their definitions."""
+    forward = nn.SyncBatchNorm.forward
+
+    def forward_on_cpu(self, x):
+        """It refuses CPUs, but takes whatever device an extension registers."""
+        with mock.patch("torch._C._get_privateuse1_backend_name", lambda: "cpu"):
+            return forward(self, x)
+
+    nn.SyncBatchNorm.forward = forward_on_cpu
+    library = torch.library.Library("aten", "IMPL")
+
+    def per_channel(v):
+        return v.view(1, -1, 1, 1)
+
+    def stats(x, eps):
+        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        return mean, (variance + eps).rsqrt()
+
+    def gather(x, means, invstds, running_mean, running_var, momentum, eps, counts):
+        weights = counts.view(-1, 1) / counts.sum()
+        mean = (means * weights).sum(0)
+        variance = ((invstds**-2 - eps + (means - mean) ** 2) * weights).sum(0)
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(variance * counts.sum() / (counts.sum() - 1), momentum)
+        return mean, (variance + eps).rsqrt()
+
+    def elemt(x, weight, bias, mean, invstd, eps):
+        scale = per_channel(weight * invstd)
+        return (x - per_channel(mean)) * scale + per_channel(bias)
+
+    def backward_reduce(grad, x, mean, invstd, weight, *needed):
+        centred = grad * (x - per_channel(mean))
+        sums = grad.sum((0, 2, 3)), centred.sum((0, 2, 3))
+        return *sums, sums[1] * invstd, sums[0]
+
+    def backward_elemt(grad, x, mean, invstd, weight, sum_grad, sum_centred, counts):
+        count = counts.sum()
+        centred = (x - per_channel(mean)) * per_channel(invstd**2 * sum_centred / count)
+        return (grad - per_channel(sum_grad / count) - centred) * per_channel(invstd * weight)
+
+    library.impl("batch_norm_stats", stats, "CPU")
+    library.impl("batch_norm_gather_stats_with_counts", gather, "CPU")
+    library.impl("batch_norm_elemt", elemt, "CPU")
+    library.impl("batch_norm_backward_reduce", backward_reduce, "CPU")
+    library.impl("batch_norm_backward_elemt", backward_elemt, "CPU")
+    _libraries.append(library)
+
+
+_libraries = []  # a Library takes its kernels away when it is deleted
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        check_ddp,
+        check_overlap,
+        check_fsdp,
+        check_batch_norm_under_ddp,
+        check_synchronised_batch_norm,
+    ],
+)
+def test_two_processes(check, tmp_path):
+    on_two_processes(check, tmp_path)

@@ -1,0 +1,62 @@
+"""Stochastic depth: all masks of a block are drawn at once, and each sample is dropped alone."""
+
+import pytest
+import torch
+from mbconvs import make
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from revbifpn_kernels import RevBlock
+from revbifpn_kernels.mbconv.drop_path import DropPath, kept_samples
+from revbifpn_kernels.reversible.recompute import sharing
+
+
+class Draws(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if "bernoulli" in func._overloadpacket.__name__:
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+def test_a_block_draws_once(reversible):
+    net = RevBlock(*(make({"drop_path": 0.3}, channels=(8, 8)) for _ in range(2)))
+    net.reversible = reversible
+    x = torch.randn(5, 16, 6, 6, dtype=torch.float64, requires_grad=True)
+    with Draws() as draws:
+        net(x)[0].sum().backward()
+    assert draws.shapes == [(2, 5)]
+
+
+def test_each_probability_is_drawn_for_itself():
+    net = RevBlock(
+        make({"drop_path": 0.3}, channels=(8, 8)), make({"drop_path": 0.1}, channels=(8, 8))
+    )
+    with Draws() as draws:
+        net(torch.randn(5, 16, 6, 6, dtype=torch.float64, requires_grad=True))
+    assert draws.shapes == [(1, 5), (1, 5)]
+
+
+def test_a_transform_that_runs_more_often_draws_again():
+    like = torch.zeros(1)
+    block = torch.nn.Sequential(DropPath(0.5), DropPath(0.5))
+    with sharing(block), Draws() as draws:
+        rows = [kept_samples(0.5, 64, like) for _ in range(5)]
+    assert draws.shapes == [(2, 64)] * 3
+    assert all(not torch.equal(a, b) for k, a in enumerate(rows) for b in rows[:k])
+
+
+def test_means_are_kept():
+    kept = kept_samples(0.2, 20_000, torch.zeros(1, dtype=torch.float64))
+    assert set(kept.tolist()) == {0.0, 1.25}
+    assert abs(kept.mean() - 1) < 0.02
+
+
+@pytest.mark.parametrize("probability", [-0.1, 1.0])
+def test_impossible_probabilities(probability):
+    with pytest.raises(ValueError, match="DropPath: probability must lie in"):
+        DropPath(probability)

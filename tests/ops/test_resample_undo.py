@@ -1,0 +1,118 @@
+"""resample_undo: the inverse and the adjoint together, and the lattice over a deep chain."""
+
+import pytest
+import torch
+from cases import (
+    BACKENDS,
+    CASES,
+    LAYOUTS,
+    over_backends,
+    over_backends_in_depth,
+    over_grid_of_undo,
+    over_lattices,
+    over_modes,
+    over_spreads,
+    random_like,
+    random_maps,
+)
+from helpers import assert_as_accurate, on_lattice, same_bits
+
+from revbifpn_kernels.ops.resample.undo import resample_undo_reference
+
+
+@over_grid_of_undo
+def test_undo(backend, case, dtypes, mode):
+    y, sources = case.tensors(dtypes, backend.device)
+    grad = LAYOUTS[case.x_layout](random_like(y))
+    results = backend.undo(y, grad, sources, 1.0, mode, None)
+    assert_as_accurate(results, resample_undo_reference, y, grad, sources, mode=mode)
+
+
+@pytest.mark.parametrize("alpha", [-1.0, 0.3, -2.5e3])
+@over_spreads
+@over_backends_in_depth
+def test_alpha_scales_both(backend, case, alpha):
+    y, sources = case.tensors("fp32-mixed", backend.device)
+    grad = random_like(y)
+    results = backend.undo(y, grad, sources, alpha, "bilinear", None)
+    assert_as_accurate(results, resample_undo_reference, y, grad, sources, alpha=alpha)
+
+
+@pytest.mark.parametrize("lattice", [None, 2.0**-6])
+@over_modes
+@over_spreads
+@over_backends_in_depth
+def test_undo_restores_the_bits_that_add_would(backend, case, mode, lattice):
+    y, sources = case.tensors("fp32-mixed", backend.device)
+    x, _ = backend.undo(y, random_like(y), sources, 0.7, mode, lattice)
+    assert same_bits(x, backend.add(y, sources, -0.7, mode, lattice))
+
+
+@over_modes
+@over_spreads
+def test_undo_has_the_gradients_of_adjoint(case, mode):
+    """Bit for bit in C++; a Triton launch orders its sums by all sources that it has."""
+    backend = BACKENDS["cpp"]
+    y, sources = case.tensors("fp32-mixed")
+    grad = random_like(y)
+    _, grads = backend.undo(y, grad, sources, 0.7, mode, None)
+    for source, grad_source in zip(sources, grads, strict=True):
+        size = tuple(source.shape[2:])
+        assert same_bits([grad_source], backend.adjoint(grad, [size], 0.7, mode, source.dtype))
+
+
+@pytest.mark.parametrize("grad_layout", LAYOUTS)
+@pytest.mark.parametrize("source_layout", ["contiguous", "channels-last", "channels-last-slice"])
+@over_backends_in_depth
+def test_layouts_do_not_change_a_bit(backend, source_layout, grad_layout):
+    y, sources = CASES["mixed-kinds"].tensors("fp32", backend.device)
+    grad = random_maps(y.shape, layout=grad_layout, device=backend.device)
+    expected = backend.undo(y, grad.contiguous(), sources, 1.0, "bilinear", None)
+    sources = [LAYOUTS[source_layout](source) for source in sources]
+    for y_layout in ("contiguous", "channels-last", "slice", "channels-last-slice", "strided"):
+        laid_out = LAYOUTS[y_layout](y)
+        x, grads = backend.undo(laid_out, grad, sources, 1.0, "bilinear", None)
+        assert same_bits((x, grads), expected)
+        assert x.stride() == torch.empty_like(laid_out).stride()
+        for source, grad_source in zip(sources, grads, strict=True):
+            assert grad_source.stride() == torch.empty_like(source).stride()
+
+
+@over_lattices
+@pytest.mark.parametrize("name", ["odd", "mixed-powers"])
+def test_lattice_undo_restores_every_bit(backend, name, dtypes, lattice):
+    x, sources = CASES[name].tensors(dtypes, backend.device)
+    on_lattice(x, lattice)
+    y = backend.add(x, sources, 0.7, "bilinear", lattice)
+    restored, _ = backend.undo(y, random_like(y), sources, 0.7, "bilinear", lattice)
+    assert same_bits(restored, x)
+
+
+def coupling(fine, coarse, step):
+    """The stream that the step-th coupling adds to, and its sources: any functions of the other."""
+    if step % 2:
+        return coarse, [torch.sin(fine * step)]
+    return fine, [torch.cos(coarse + step), torch.tanh(coarse[..., :2, :3])]
+
+
+def forward_and_back(backend, fine, coarse, couplings, lattice):
+    """Couple the streams in turn, then undo it all from the last streams alone."""
+    for step in range(couplings):
+        target, sources = coupling(fine, coarse, step)
+        backend.add_(target, sources, 1.0, "bilinear", lattice)
+    for step in reversed(range(couplings)):
+        target, sources = coupling(fine, coarse, step)
+        restored, _ = backend.undo(target, target, sources, 1.0, "bilinear", lattice)
+        target.copy_(restored)
+    return fine, coarse
+
+
+@over_backends
+def test_lattice_restores_two_hundred_couplings(backend):
+    couplings = 200 if backend is BACKENDS["cpp"] or backend.device == "cuda" else 12
+    fine = on_lattice(random_maps((2, 2, 8, 12), device=backend.device), 2.0**-12)
+    coarse = on_lattice(random_maps((2, 2, 4, 6), device=backend.device), 2.0**-12)
+    streams = forward_and_back(backend, fine.clone(), coarse.clone(), couplings, 2.0**-12)
+    assert same_bits(streams, (fine, coarse))
+    drifted = forward_and_back(backend, fine.clone(), coarse.clone(), couplings, None)
+    assert not same_bits(drifted, (fine, coarse)), "without a lattice the streams should drift"

@@ -1,0 +1,57 @@
+"""The commands that the pages show: each runs, on a small network and few pictures."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from trainings import NUMBERS, TINY, ended, pair, write_pictures
+
+from revbifpn_kernels import create_model, to_official
+from revbifpn_kernels.recipes.classify.options import FIELDS, switch
+from revbifpn_kernels.train import main
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("training", "scaling", "finetuning")]
+MODULE = "-m revbifpn_kernels.train"
+SMALL = [argument for argument in TINY if not argument.startswith("--augment")]
+
+
+def commands(page: Path) -> list[str]:
+    lines = re.findall(r"^ {4}(\S.*)$", page.read_text(), re.MULTILINE)
+    return [line for line in lines if MODULE in line]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder as the reader has it: pictures, and the authors' weights."""
+    monkeypatch.chdir(tmp_path)
+    write_pictures(tmp_path / "pictures", each=20)
+    model = create_model("revbifpn_s0", 7, **NUMBERS | {"in_chans": 3})
+    torch.save(to_official(model), tmp_path / "revbifpn_s0.pth.tar")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands(page, place):
+    found = commands(page)
+    assert len(found) >= 4
+    for command in found:
+        arguments = shlex.split(command.partition(MODULE)[2])
+        small = [*SMALL, "--epochs=0" if "--epochs 0" in command else "--epochs=1"]
+        if "--data" in arguments:
+            small += ["--batch-size=8", "--set=in_chans=3"]
+        if command.startswith("torchrun"):
+            assert ended(pair(*arguments, *small)) == [0, 0], command
+        else:
+            assert main([*arguments, *small]) == 0, command
+
+
+def test_pages_name_options_that_exist():
+    known = {switch(name) for name in FIELDS} | {"--no-reversible", "--help"}
+    for page in PAGES:
+        text = re.sub(r"^ {4}torchrun.*?-m ", "", page.read_text(), flags=re.MULTILINE)
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+        torchruns = {"--max-restarts", "--no-build-isolation", "--logdir"}
+        assert named - known - torchruns == set(), page.name
