@@ -51,7 +51,7 @@ setup(
     ext_modules=[
         CppExtension(
             "revbifpn_kernels._C",
-            sorted(str(path) for path in Path("csrc").glob("*.cpp")),
+            sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
             depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
             extra_compile_args={"cxx": compile_flags},
             extra_link_args=link_flags,
