@@ -14,7 +14,7 @@ from revbifpn_kernels.models import checkpoints
 
 @pytest.fixture(scope="module")
 def official():
-    shapes = golden.read("official_keys")["revbifpn_s0"]
+    shapes = golden.official_shapes("revbifpn_s0")
     return {name: golden.weight(name, shape).float() for name, shape in shapes.items()}
 
 
@@ -219,7 +219,7 @@ def test_files_that_are_no_checkpoint(official, tmp_path, kind, message):
 
 @pytest.mark.parametrize("size", ["revbifpn_s1", "revbifpn_s3"])
 def test_checkpoints_of_another_size(size):
-    shapes = golden.read("official_keys")[size]
+    shapes = golden.official_shapes(size)
     weights = {name: torch.zeros(shape) for name, shape in shapes.items()}
     net = revbifpn_s0()
     before = state(net)

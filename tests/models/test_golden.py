@@ -26,7 +26,7 @@ def test_float64(case, reversible):
     loss.backward()
     assert loss.item() == pytest.approx(meta["loss"], rel=MOST_FLOAT64)
     assert_gradients(to_official(net), expected["grads"])
-    assert_statistics(to_official(net), expected["running_stats_after_one_step"])
+    assert_statistics(to_official(net), expected["statistics"])
 
 
 def assert_outputs(ys, expected, mode, most):
@@ -76,4 +76,4 @@ def test_names_and_shapes_of_the_published_checkpoints(name):
     with torch.device("meta"):
         net = create_model(name)
     shapes = {key: list(tensor.shape) for key, tensor in to_official(net).items()}
-    assert shapes == golden.read("official_keys")[name]
+    assert shapes == golden.official_shapes(name)
