@@ -47,10 +47,9 @@ def read(case: str) -> dict:
     }
 
 
-def _numbers(stored: dict, part: str) -> dict[str, tuple[float, float] | None]:
-    """Two numbers per name; None where the network computes no gradient, NaN in the file."""
+def _numbers(stored: dict, part: str) -> dict[str, list[float]]:
     table = zip(stored[f"{part}.names"], stored[f"{part}.values"].tolist(), strict=True)
-    return {n.decode(): None if math.isnan(pair[0]) else tuple(pair) for n, pair in table}
+    return {name.decode(): pair for name, pair in table}
 
 
 def drawn(seed: str, shape) -> Tensor:

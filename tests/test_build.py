@@ -32,22 +32,20 @@ def run_python(code, path=PACKAGE.parent, cwd=None, check=True):
 
 def test_import_has_no_side_effects():
     code = """
-import os, threading, time, warnings
+import os, sys, threading, warnings
 import torch
 before = dict(os.environ), torch.get_num_threads(), torch.get_rng_state(), threading.active_count()
 warnings.simplefilter("error")
-start = time.process_time()
 import revbifpn_kernels
-print(time.process_time() - start)
+slow = {"timm", "torchvision", "safetensors", "torch._dynamo", "torch._inductor"}
+assert not slow & set(sys.modules), "importing takes seconds"
 assert dict(os.environ) == before[0], "the environment changed"
 assert torch.get_num_threads() == before[1]
 assert torch.equal(torch.get_rng_state(), before[2])
 assert threading.active_count() == before[3]
 assert not torch.cuda.is_initialized()
 """
-    result = run_python(code)
-    assert result.stderr == ""
-    assert float(result.stdout) < 1, "importing takes more than a second of processor time"
+    assert run_python(code).stderr == ""
 
 
 def test_missing_extension_gives_the_command(tmp_path):

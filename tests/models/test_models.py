@@ -47,21 +47,17 @@ def gradient_error(results, expected) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"num_classes": 0},
-        {"num_classes": 0, "neck": False},
-        {"neck": False},
-        {"drop_rate": 0.3, "drop_path_rate": 0.4},
-        {"in_chans": 2, "mode": "nearest", "extra_silos": 0},
-        {"act_layer": nn.SiLU, "norm_layer": lambda c: nn.GroupNorm(4, c)},
-        {"norm_layer": nn.BatchNorm2d},
-        TWO_LEVELS,
-    ],
-    ids=lambda options: "-".join(options) or "plain",
-)
+slow = pytest.mark.slow
+OPTIONS = [
+    {"drop_rate": 0.3, "drop_path_rate": 0.4},
+    {"num_classes": 0, "neck": False},
+    {"in_chans": 2, "mode": "nearest", "extra_silos": 0, "norm_layer": nn.BatchNorm2d},
+    TWO_LEVELS | {"neck": False, "act_layer": nn.SiLU, "norm_layer": lambda c: nn.GroupNorm(4, c)},
+    pytest.param({"num_classes": 0}, marks=slow),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_reversible_training_equals_stored_activations(options):
     net = tiny(**options).double()
     twin = copy.deepcopy(net)
@@ -171,7 +167,9 @@ def test_an_empty_batch_in_evaluation():
         assert tiny().eval()(torch.randn(0, 3, 64, 64)).shape == (0, 10)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "memory_format", [torch.channels_last, pytest.param(torch.contiguous_format, marks=slow)]
+)
 def test_autocast_is_as_accurate_as_with_stored_activations(memory_format):
     net = tiny().to(memory_format=memory_format)
     twin, exact = copy.deepcopy(net), copy.deepcopy(net)
@@ -184,6 +182,7 @@ def test_autocast_is_as_accurate_as_with_stored_activations(memory_format):
     assert gradient_error(results, expected) <= 2 * gradient_error(stored, expected) < 1
 
 
+@slow
 def test_compiled_evaluation():
     net = tiny(**TWO_LEVELS).eval()
     image = torch.randn(2, 3, 64, 64)
