@@ -9,7 +9,7 @@ from revbifpn_kernels import SIZES, create_model, to_official
 pytestmark = pytest.mark.usefixtures("one_thread")
 MOST_FLOAT64, MOST_FLOAT32 = 1e-9, 5e-5  # allowed; measured 1e-13 and 2e-6
 FAST = [("s0_cls_64", True), ("s0_backbone_only_64", False)]
-SLOW = [(case, True) for case in golden.CASES[1:]] + [("s0_pyramid_96", False)]
+SLOW = [(case, True) for case in golden.CASES[1:]]
 
 
 @pytest.mark.parametrize(
