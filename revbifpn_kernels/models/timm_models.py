@@ -1,6 +1,6 @@
 """The models in timm's registry: `timm.create_model("revbifpn_s0", …)`.
 
-Importing `revbifpn_kernels` registers them, before or after timm is imported (`registration.py`).
+Importing `revbifpn_kernels` registers them, before or after timm (`timm_registration.py`).
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import logging
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, register_model
+from timm.models import build_model_with_cfg, register_model, register_notrace_module
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models._registry import generate_default_cfgs
 from torch import Tensor
@@ -21,17 +21,17 @@ from .official import is_official, translated
 from .revbifpn import RevBiFPN
 from .sizes import SIZES, Config
 
-_logger = logging.getLogger(__name__)
-
-# The authors' own; `pretrained=True` downloads from there, `pretrained_cfg_overlay` reads a file.
+# The authors' files: `pretrained=True` downloads them, `pretrained_cfg_overlay` reads a local one.
 _URL = "https://cerebras-public.s3.us-west-2.amazonaws.com/revbifpn/{}.pth.tar"
+
+register_notrace_module(RevBiFPN)  # timm's torch.fx helpers treat it as one call
 
 
 class TimmRevBiFPN(RevBiFPN):
     """`RevBiFPN` with timm's methods.
 
-    With num_classes=0 it returns the pooled features, where a `RevBiFPN` returns the pyramid (which
-    timm calls features_only=True); with global_pool="" as well, the map before pooling.
+    With num_classes=0 it returns the pooled features, with global_pool="" as well the map before
+    pooling. (A `RevBiFPN` with num_classes=0 returns the pyramid; timm: features_only=True.)
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class TimmRevBiFPN(RevBiFPN):
         global_pool: str = "avg",
     ) -> None:
         classes = config.num_classes
-        # A head needs classes to be made; without any, its classifier is taken out again.
+        # A head is only made together with a classifier, which is removed again without classes.
         config = dataclasses.replace(config, num_classes=(classes or 1) if has_head else 0)
         super().__init__(config, reversible=reversible)
         self.global_pool = "avg"
@@ -51,26 +51,25 @@ class TimmRevBiFPN(RevBiFPN):
             self.reset_classifier(classes, global_pool)
         self.head_hidden_size = self.num_features
         module = "neck.levels" if config.neck else "body"
+        levels = enumerate(zip(config.pyramid_widths, config.strides, strict=True))
         self.feature_info = [
             {"num_chs": width, "reduction": stride, "module": f"{module}.{level}"}
-            for level, (width, stride) in enumerate(
-                zip(config.pyramid_widths, config.strides, strict=True)
-            )
+            for level, (width, stride) in levels
         ]
         self.register_load_state_dict_pre_hook(_translate)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """As `RevBiFPN.forward_head`; with global_pool="" the map itself."""
+        """Return what `RevBiFPN.forward_head` does; with global_pool="" the map itself."""
         if not self.global_pool:
             return self.dropout(features)
         return super().forward_head(features, pre_logits)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new classifier in place; global_pool="" with 0 classes takes out the pooling too.
+        """Put a new classifier in place; global_pool="" with 0 classes removes the pooling too.
 
         Raises:
-            ValueError: The classes cannot be counted, or the pooling is neither "avg" nor "" with 0
-                classes.
+            ValueError: `num_classes` is not a whole number, or `global_pool` is neither "avg" nor
+                "" with 0 classes.
         """
         pool = self.global_pool if global_pool is None else global_pool
         if pool != "avg" and (pool != "" or num_classes):
@@ -90,10 +89,10 @@ class TimmRevBiFPN(RevBiFPN):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the maps of the pyramid at `indices`, with the head's map before them if asked.
+        """Return the head's map and the pyramid's maps at `indices`, or the latter alone.
 
-        With `stop_early` the head is left out, and the coarsest map stands for its map; all levels
-        are computed in any case, for each needs the others. No norm follows them: `norm` is idle.
+        With `stop_early` the coarsest map stands for the head's map. All levels are computed in any
+        case, because each depends on the others. No norm follows them: `norm` has no effect.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"RevBiFPN: output_fmt must be 'NCHW', got {output_fmt!r}")
@@ -108,7 +107,7 @@ class TimmRevBiFPN(RevBiFPN):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Take out the head; all levels stay, for each needs the others."""
+        """Remove the head; all levels stay, because each depends on the others."""
         taken, _ = feature_take_indices(self.config.levels, indices)
         if prune_head:
             self.reset_classifier(0)
@@ -117,15 +116,15 @@ class TimmRevBiFPN(RevBiFPN):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """timm's name for training without stored activations, which is the default here."""
+        """Switch training without stored activations, which is the default here, on or off."""
         self.reversible = enable
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Groups of parameters from the image on, for layer-wise learning rates.
+        """Return groups of parameters, from the image on, for layer-wise learning rates.
 
-        Blocks of the body, or with `coarse` silos with the blocks before them; neck; head; what is
-        left, the classifier, timm puts last.
+        They are the blocks of the body, or with `coarse` each silo with the blocks before it; the
+        neck; the head. timm puts what is left, the classifier, last.
         """
         blocks = [(r"^body\.(\d+)\.", None)]
         if coarse:
@@ -135,7 +134,7 @@ class TimmRevBiFPN(RevBiFPN):
 
 
 def _translate(module: TimmRevBiFPN, state_dict: dict, prefix: str, *_) -> None:
-    """Take a checkpoint with the authors' names, as timm's loaders bring it, in place."""
+    """Rename the authors' names in a checkpoint that one of timm's loaders passes, in place."""
     own = [name for name in state_dict if name.startswith(prefix)]
     weights = {name.removeprefix(prefix): state_dict[name] for name in own}
     if is_official(weights):
@@ -151,55 +150,49 @@ def _build(name: str, pretrained: bool, **options) -> TimmRevBiFPN | FeatureGett
     if feature_cls not in ("getter", FeatureGetterNet):
         raise ValueError(
             f"{name}: feature_cls must be 'getter', got {feature_cls!r}: streams depend on each "
-            "other, so that no layers can be taken out, and hooks would see them without their "
-            "graph"
+            "other, so that no layers can be removed, and hooks would see them without their graph"
         )
 
-    def make(
-        *,
-        num_classes: int = 1000,
-        neck: bool = True,
-        reversible: bool = True,
-        global_pool: str = "avg",
-        **overrides,
-    ) -> TimmRevBiFPN:
+    notify = logging.getLogger(__name__).info
+
+    def make(*, num_classes=1000, neck=True, reversible=True, global_pool="avg", **overrides):
         config = config_of(name, num_classes, neck, overrides)
-        return TimmRevBiFPN(
-            config, has_head=not is_backbone, reversible=reversible, global_pool=global_pool
-        )
+        head = {"has_head": not is_backbone, "global_pool": global_pool}
+        return TimmRevBiFPN(config, reversible=reversible, **head)
 
     return build_model_with_cfg(
         make,
         name,
         pretrained,
-        pretrained_filter_fn=lambda weights, model: fitting(name, model, weights, _logger.info),
+        pretrained_filter_fn=lambda weights, model: fitting(name, model, weights, notify),
         feature_cfg={"out_indices": (0, 1, 2, 3)},
         **options,
     )
 
 
-def _pretrained_cfg(name: str) -> dict:
-    side = SIZES[name].resolution
+def _pretrained_cfg(name: str, side: int) -> dict:
     return {
         "url": _URL.format(name),
         "num_classes": 1000,
         "input_size": (3, side, side),
-        "pool_size": (-(-side // 32), -(-side // 32)),
+        "pool_size": (side // 32, side // 32),
         "crop_pct": 0.875,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "first_conv": None,  # the stem has no weights: any in_chans loads
+        "first_conv": (),  # the stem has no weights: any in_chans loads
         "classifier": "classifier",
         "license": "bsd-3-clause",
     }
 
 
-default_cfgs = generate_default_cfgs({f"{name}.in1k": _pretrained_cfg(name) for name in SIZES})
+default_cfgs = generate_default_cfgs(
+    {f"{name}.in1k": _pretrained_cfg(name, SIZES[name].resolution) for name in SIZES}
+)
 
 
 def _register(name: str) -> None:
-    def entry(pretrained: bool = False, **options) -> TimmRevBiFPN:
+    def entry(pretrained: bool = False, **options) -> TimmRevBiFPN | FeatureGetterNet:
         return _build(name, pretrained, **options)
 
     entry.__name__ = entry.__qualname__ = name

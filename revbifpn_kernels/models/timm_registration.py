@@ -1,6 +1,6 @@
-"""Registers the models with timm once both are imported, in either order, and never imports timm.
+"""Registers the models with timm once both are imported, in either order, without importing timm.
 
-timm has no list of plugins that it would read, and importing it takes longer than all of ours.
+timm reads no list of plugins, and importing it takes longer than importing this package.
 """
 
 import importlib
@@ -12,18 +12,18 @@ OLDEST_TIMM = "1.0.3"
 
 
 class _AfterTimm(MetaPathFinder):
-    """Sees the import of timm coming, lets it happen, then registers.
+    """Registers the models right after timm's own code has run.
 
-    It stays until then: `importlib.util.find_spec("timm")`, by which libraries ask whether timm is
-    installed, looks for it and does not import it.
+    It stays in `sys.meta_path` until then: libraries ask by `importlib.util.find_spec("timm")`
+    whether timm is installed, and do not import it.
     """
 
     def find_spec(self, name, path=None, target=None):
         if name != "timm":
             return None
         others = [finder for finder in sys.meta_path if finder is not self]
-        found = (finder.find_spec(name, path, target) for finder in others)
-        spec = next((spec for spec in found if spec is not None), None)
+        specs = (finder.find_spec(name, path, target) for finder in others)
+        spec = next(filter(None, specs), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
@@ -38,13 +38,13 @@ class _AfterTimm(MetaPathFinder):
 
 
 def _register() -> None:
-    """A timm that does not fit costs its own models only: both imports go on."""
+    """Register; warn if this timm does not fit, so that both imports go on."""
     try:
-        importlib.import_module(f"{__package__}.for_timm")
+        importlib.import_module(f"{__package__}.timm_models")
     except (ImportError, AttributeError) as error:
         version = getattr(sys.modules.get("timm"), "__version__", "of an unknown version")
         warnings.warn(
-            f"revbifpn_kernels: its models are not registered with timm, which must be >= "
+            "revbifpn_kernels: its models are not registered with timm, which must be >= "
             f"{OLDEST_TIMM}, got {version} ({error})",
             stacklevel=2,
         )
