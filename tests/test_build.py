@@ -1,4 +1,4 @@
-"""The package as it is installed: imports, messages of a broken installation, the README's code."""
+"""The package as it is installed: imports, messages of a broken installation."""
 
 import os
 import re
@@ -13,8 +13,6 @@ import revbifpn_kernels
 from revbifpn_kernels._extension import OLDEST_TORCH, require_supported_torch
 
 PACKAGE = Path(revbifpn_kernels.__file__).parent
-ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
 
 
 def run_python(code, path=PACKAGE.parent, cwd=None, check=True):
@@ -93,15 +91,3 @@ def test_public_names():
 
 def test_type_hints_are_announced():
     assert (PACKAGE / "py.typed").is_file()
-
-
-def readme_blocks():
-    text = README.read_text() if README.exists() else ""
-    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-
-
-@pytest.mark.skipif(not README.exists(), reason="there is no README.md yet")
-def test_readme_code_runs(tmp_path):
-    """The blocks run in order in one process, as a reader would paste them."""
-    assert readme_blocks(), "the README shows no Python"
-    run_python("\n".join(readme_blocks()), cwd=tmp_path)
