@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from .ops.checks import check_lattice, check_maps, check_precision
 from .ops.resample.folded_norm import fuse, fuse_out
 from .ops.resample.scaled_sources import maps_of
-from .reversible import Reversible
-from .reversible.chain import compute_of
-from .reversible.recompute import Step, run
+from .reversible import Reversible, Step
+from .reversible.function import compute_of
+from .reversible.recompute import run_transform
 from .reversible.streams import finest_lattice
 
 
@@ -66,12 +66,12 @@ class RevBlock(Reversible):
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         (y,), (grad_y,) = ys, grad_ys
         if grad_y is None:
-            with step.replay.second():
+            with step.recomputing():
                 return list(self.inverse(y)), [None]
         x, grad_x = torch.empty_like(y), torch.empty_like(grad_y)
         (a_out, b_out), (a, b) = _halves(y), _halves(x)
         (grad_a_out, grad_b_out), (grad_a, grad_b) = _halves(grad_y), _halves(grad_x)
-        with step.replay.second():
+        with step.recomputing():
             self._undo("g", a_out, b_out, a, grad_a_out, grad_b_out, grad_b, step)
             self._undo("f", b_out, a, b, grad_b, grad_a_out, grad_a, step)
         return [x], [grad_x if step.needs_grad[0] else None]
@@ -80,7 +80,7 @@ class RevBlock(Reversible):
         """x = y − T(source); total = grad_source + the gradient through T."""
         needs_grad = name == "g" or step.needs_grad[0]
         module = getattr(self, name)
-        rerun = step.rerun(name, module, source, name, needs_grad, leaves_norm=True)
+        rerun = step.rerun(name, module, source, name, needs_grad, folds_norm=True)
         fuse_out(y, [rerun.output], x, alpha=-1.0, lattice=self.lattice)
         result = maps_of(rerun.output)
         if not getattr(module, "reads_slices", False) or result.dtype != y.dtype:
@@ -94,7 +94,8 @@ class RevBlock(Reversible):
 
     def _added(self, x: Tensor, name: str, source: Tensor, out: Tensor | None, alpha=1.0) -> Tensor:
         """x + α·T(source), in `out` if there is one."""
-        output = run(self, name, getattr(self, name), source, key=name, leaves_norm=True)
+        module = getattr(self, name)
+        output = run_transform(self, name, module, source, key=name, folds_norm=True)
         result = maps_of(output)
         check_maps("RevBlock", f"the result of {name}", result)
         if result.shape != x.shape:

@@ -26,8 +26,8 @@ from .ops.checks import (
 )
 from .ops.resample.folded_norm import fuse, undo
 from .ops.resample.scaled_sources import maps_of
-from .reversible import Reversible
-from .reversible.recompute import Step, run
+from .reversible import Reversible, Step
+from .reversible.recompute import run_transform
 
 Edge = tuple[int, int]
 
@@ -111,7 +111,7 @@ class RevSilo(Reversible):
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         inputs = len(step.needs_grad)
         streams, grads = ys, _Gradients(grad_ys)
-        with step.replay.second():
+        with step.recomputing():
             for fusion in self.up_fusions[::-1]:
                 self._undo(fusion, streams, grads, step, [True] * self.levels, self.levels)
             for fusion in self.down_fusions[::-1]:
@@ -124,7 +124,8 @@ class RevSilo(Reversible):
         outputs = []
         for edge in fusion.edges:
             module, name = self._edge(edge)
-            output = run(self, name, module, streams[edge[0]], key=edge, leaves_norm=True)
+            x_i = streams[edge[0]]
+            output = run_transform(self, name, module, x_i, key=edge, folds_norm=True)
             like = maps_of(outputs[0]) if outputs and x is None else x
             self._check_output(edge, maps_of(output), like)
             outputs.append(output)
@@ -142,7 +143,7 @@ class RevSilo(Reversible):
             module, name = self._edge(edge)
             needed = needs_grad[edge[0]]
             x = streams[edge[0]]
-            reruns.append(step.rerun(name, module, x, edge, needed, leaves_norm=True))
+            reruns.append(step.rerun(name, module, x, edge, needed, folds_norm=True))
         outputs = [rerun.output for rerun in reruns]
         options = {"mode": self.mode, "lattice": self.lattice}
         source_grads: Sequence[Tensor | None] = [None] * len(outputs)
