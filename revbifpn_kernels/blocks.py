@@ -15,9 +15,9 @@ from .ops.checks import check_lattice, check_maps, check_precision
 from .ops.resample.folded_norm import fuse, fuse_out
 from .ops.resample.scaled_sources import maps_of
 from .reversible import Reversible, Step
-from .reversible.function import compute_of
 from .reversible.recompute import run_transform
 from .reversible.streams import finest_lattice
+from .reversible.tape import compute_of
 
 
 class RevBlock(Reversible):

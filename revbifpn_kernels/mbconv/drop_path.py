@@ -36,10 +36,10 @@ def sample_factors(probability: float, samples: int, like: Tensor) -> Tensor:
     shared = recompute.shared_draws()
     if shared is None:
         return _drawn(1, probability, samples, like)[0]
-    key = DropPath, probability, samples, like.dtype, like.device
-    rows = shared.values.setdefault(key, [])
+    block, drawn = shared
+    rows = drawn.setdefault((DropPath, probability, samples, like.dtype, like.device), [])
     if not rows:
-        rows += _drawn(_count(shared.block, probability), probability, samples, like).unbind()
+        rows += _drawn(_count(block, probability), probability, samples, like).unbind()
     return rows.pop()
 
 

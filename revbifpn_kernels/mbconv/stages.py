@@ -17,13 +17,10 @@ from .drop_path import DropPath
 from .modules import BatchNorm2d, ConvNorm, SqueezeExcite
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CONVS = ("expand", "depthwise", "project")
 _ORDER = ("expand", "depthwise", "squeeze_excite", "project", "drop_path")
-_ACTS = {
-    nn.Hardswish: "hardswish",
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    nn.Identity: "identity",
-}
+_ACTS = {nn.Hardswish: "hardswish", nn.ReLU: "relu", nn.SiLU: "silu"}
+_ACTS |= dict.fromkeys((nn.Identity, type(None)), "identity")
 
 
 class Stage(NamedTuple):
@@ -90,12 +87,11 @@ def stages_of(mbconv: nn.Module) -> list[Stage] | None:
     is_replica = getattr(mbconv, "_is_replica", False)  # DataParallel's hide their parameters
     if not is_ours or "project" not in parts or is_replica or nn_module._has_any_global_hook():
         return None
-    if not all(is_unwatched(part) for part in parts.values()):
+    if not all(map(is_unwatched, parts.values())):
         return None
-    convs = [parts[name] for name in ("expand", "depthwise", "project") if name in parts]
-    if not all(_is_plain_conv_norm(part) for part in convs):
+    stages = [_stage_of(parts[name]) for name in _CONVS if name in parts]
+    if None in stages:
         return None
-    stages = [_stage_of(part) for part in convs]
     if (gate := parts.get("squeeze_excite")) is not None:
         if not _is_plain_squeeze_excite(gate):
             return None
@@ -108,31 +104,23 @@ def stages_of(mbconv: nn.Module) -> list[Stage] | None:
     return stages
 
 
-def _stage_of(part: ConvNorm) -> Stage:
-    norm = part._modules["norm"]
-    return Stage(part._modules["conv"], norm, norm.training, _act_of(part))
-
-
 # Entries of `_modules` and `_parameters` are read at once, attributes of modules by a slow search.
-def _act_of(part: nn.Module) -> str:
-    act = part._modules.get("act")
-    return "identity" if act is None else _ACTS[type(act)]
+def _act_of(part: nn.Module) -> str | None:
+    """The name of the activation, None if it is none of ours."""
+    return _ACTS.get(type(part._modules.get("act")))
 
 
-def _has_plain_parts(part: nn.Module, kind: type) -> bool:
-    inner = part._modules
-    return (
-        type(part) is kind
-        and all(map(is_unwatched, inner.values()))
-        and ("act" not in inner or type(inner["act"]) in _ACTS)
-    )
+def _is_plain(part: nn.Module, kind: type) -> bool:
+    is_own = type(part) is kind and _act_of(part) is not None
+    return is_own and all(map(is_unwatched, part._modules.values()))
 
 
-def _is_plain_conv_norm(part: nn.Module) -> bool:
-    if not _has_plain_parts(part, ConvNorm) or not part._modules.keys() <= {"conv", "norm", "act"}:
-        return False
+def _stage_of(part: nn.Module) -> Stage | None:
+    """The stage that a ConvNorm is, None if it is another module or has been changed."""
+    if not _is_plain(part, ConvNorm) or not part._modules.keys() <= {"conv", "norm", "act"}:
+        return None
     conv, norm = part._modules["conv"], part._modules["norm"]
-    return (
+    is_plain = (
         type(conv) is nn.Conv2d
         and type(norm) in (BatchNorm2d, nn.BatchNorm2d)
         and _has_entries(conv, norm)
@@ -144,10 +132,11 @@ def _is_plain_conv_norm(part: nn.Module) -> bool:
         and norm.track_running_stats
         and norm.momentum is not None
     )
+    return Stage(conv, norm, norm.training, _act_of(part)) if is_plain else None
 
 
 def _is_plain_squeeze_excite(part: nn.Module) -> bool:
-    if not _has_plain_parts(part, SqueezeExcite):
+    if not _is_plain(part, SqueezeExcite):
         return False
     convs = part._modules["reduce"], part._modules["expand"]
     return all(

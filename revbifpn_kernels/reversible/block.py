@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .function import compute_of, run_by_engine
+from .function import run_by_engine
 from .recompute import TrackedModule, is_traced
 from .recompute.checks import tuple_of_streams
 from .step import Step
 from .streams import Streams
+from .tape import compute_of
 
 
 class Reversible(nn.Module):

@@ -13,57 +13,16 @@ from torch import Tensor, nn
 
 from ..ops.layout import Geometry
 from .recompute import BlockTrace, is_traced, sharing_draws
-from .recompute.checks import check_inverse, check_range, tuple_of_streams
 from .step import Step
-from .streams import Streams, enter, readable
-from .tape import Place, Tape
+from .streams import Streams, enter, identity, readable
+from .tape import BlockCall, Tape
 
 
-def compute_of(block: nn.Module) -> Callable:
-    """The author's `forward`, without the engine around it."""
-    return type(block).forward.compute
+class Place(NamedTuple):
+    """Where in a chain a block is called. Without a tape it runs as plain modules do."""
 
-
-class BlockCall(NamedTuple):
-    """One block in one forward call."""
-
-    block: nn.Module
-    trace: BlockTrace
-    tape: Tape
+    tape: Tape | None
     index: int
-    inputs: int
-    parameters: list[Tensor]
-    previous: "BlockCall | None" = (
-        None  # the block before, if it is run again for this one's inputs
-    )
-
-    def run(self, xs: Streams | list[Tensor]) -> Streams:
-        return tuple_of_streams(self.block, compute_of(self.block)(self.block, *xs), "forward")
-
-    def saved(self, xs: Streams, ys: Streams) -> Streams:
-        """The streams to save: none if the block after this one will restore the outputs."""
-        if self.previous is not None:
-            return self.tape.previous[1]
-        if self.block.keeps_inputs:
-            return xs
-        return ys if self.index == self.tape.blocks - 1 else ()
-
-    def inputs_from(self, saved: list[Tensor]) -> list[Tensor]:
-        """Recompute the block's inputs by running the previous block again, if it must be."""
-        if self.previous is None:
-            return saved
-        trace = self.previous.trace
-        xs = self.previous.inputs_from(saved)
-        with trace.state.restored(), trace.recomputing(), torch.no_grad():
-            return list(self.previous.run(xs))
-
-    def check(self, xs: Streams, ys: Streams) -> None:
-        """Raise if the streams leave the lattice's range, or `inverse` does not return `xs`."""
-        check_range(self.block, ys)
-        if not self.block.keeps_inputs:
-            with self.trace.recomputing(is_reversed=True):
-                restored = tuple_of_streams(self.block, self.block.inverse(*ys), "inverse")
-            check_inverse(self.block, xs, ys, restored)
 
 
 class BlockFunction(torch.autograd.Function):
@@ -84,7 +43,7 @@ class BlockFunction(torch.autograd.Function):
             )
         if tape.check:
             call.check(xs, ys)
-        tape.note_outputs(ys)
+        tape.returned = [identity(y) for y in ys]
         streams = call.saved(xs, ys)
         tape.previous = (call, streams) if call.block.keeps_inputs else None
         ctx.call = call
@@ -151,11 +110,10 @@ def _call_block(block: nn.Module, compute: Callable, place: Place, xs: Streams) 
     with sharing_draws(block):
         if place.tape is None:
             return compute(block, *xs)
-        return _call_with_tape(block, compute, place, xs)
+        return _call_with_tape(block, compute, *place, xs)
 
 
-def _call_with_tape(block: nn.Module, compute: Callable, place: Place, xs: Streams) -> Streams:
-    tape, index = place
+def _call_with_tape(block, compute: Callable, tape: Tape, index: int, xs: Streams) -> Streams:
     trace = BlockTrace(block, tape.check)
     parameters = [p for p in trace.state.unique_parameters if p.requires_grad]
     if not parameters and not any(x.requires_grad for x in xs):

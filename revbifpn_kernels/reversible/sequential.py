@@ -5,9 +5,9 @@ from torch import Tensor, nn
 
 from ..ops.checks import check_lattice
 from .block import Reversible
-from .function import wants_graph
+from .function import Place, wants_graph
 from .streams import Streams, enter, finest_lattice
-from .tape import Place, Tape
+from .tape import Tape
 
 
 class ReversibleSequential(nn.Sequential):

@@ -1,44 +1,36 @@
 """One forward call of a chain: hands restored streams from one block's backward to the next."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from .recompute import BlockTrace
+from .recompute.checks import check_inverse, check_range, tuple_of_streams
 from .streams import Streams, identity
-
-if TYPE_CHECKING:
-    from .function import BlockCall
 
 
 class Tape:
-    """What the blocks of one forward call share.
-
-    Attributes:
-        first: Index of the first block that has a graph.
-        outputs: Restored streams by the index of the block that returned them, until it takes them.
-        previous: In the forward the call of the block before and the inputs that were saved for it,
-            if that block keeps its inputs.
-    """
+    """What the blocks of one forward call share."""
 
     def __init__(self, blocks: int, check: bool) -> None:
         self.blocks = blocks
         self.check = check
-        self.first: int | None = None
-        self.outputs: dict[int, list[Tensor]] = {}
+        self.first: int | None = None  # the first block that has a graph
+        self.outputs: dict[int, list[Tensor]] = {}  # restored, until the block takes them
+        # In the forward, of the block before if it keeps its inputs: its call, and these.
         self.previous: tuple[BlockCall, Streams] | None = None
-        self._returned: list[tuple] | None = None
+        self.returned: list[tuple] | None = None  # the outputs of the block before, in the forward
 
     def check_inputs(self, index: int, block: nn.Module, xs: Streams) -> None:
         """Raise unless `xs` are what the block before returned, as which it will be restored."""
-        if self._returned is not None and self._returned != [identity(x) for x in xs]:
+        if self.returned is not None and self.returned != [identity(x) for x in xs]:
             raise RuntimeError(
                 f"{type(block).__name__}: the inputs of block {index} are not the outputs of the "
                 "block before, which its backward will take them for; expected hooks that leave "
                 "streams alone: put what changes them in a Reversible of its own"
             )
-
-    def note_outputs(self, ys: Streams) -> None:
-        self._returned = [identity(y) for y in ys]
 
     def take(self, index: int, block: nn.Module) -> list[Tensor]:
         """Return the restored outputs of a block, which nobody else needs."""
@@ -52,8 +44,46 @@ class Tape:
         return outputs
 
 
-class Place(NamedTuple):
-    """Where in a chain a block is called. Without a tape it runs as plain modules do."""
+def compute_of(block: nn.Module) -> Callable:
+    """The author's `forward`, without the engine around it."""
+    return type(block).forward.compute
 
-    tape: Tape | None
+
+class BlockCall(NamedTuple):
+    """One block in one forward call."""
+
+    block: nn.Module
+    trace: BlockTrace
+    tape: Tape
     index: int
+    inputs: int
+    parameters: list[Tensor]
+    previous: "BlockCall | None"  # of the block before, if that runs again for this one's inputs
+
+    def run(self, xs: Sequence[Tensor]) -> Streams:
+        return tuple_of_streams(self.block, compute_of(self.block)(self.block, *xs), "forward")
+
+    def saved(self, xs: Streams, ys: Streams) -> Streams:
+        """The streams to save: none if the block after this one will restore the outputs."""
+        if self.previous is not None:
+            return self.tape.previous[1]
+        if self.block.keeps_inputs:
+            return xs
+        return ys if self.index == self.tape.blocks - 1 else ()
+
+    def inputs_from(self, saved: list[Tensor]) -> list[Tensor]:
+        """Recompute the block's inputs by running the previous block again, if it must be."""
+        if self.previous is None:
+            return saved
+        trace = self.previous.trace
+        xs = self.previous.inputs_from(saved)
+        with trace.state.restored(), trace.recomputing(), torch.no_grad():
+            return list(self.previous.run(xs))
+
+    def check(self, xs: Streams, ys: Streams) -> None:
+        """Raise if the streams leave the lattice's range, or `inverse` does not return `xs`."""
+        check_range(self.block, ys)
+        if not self.block.keeps_inputs:
+            with self.trace.recomputing(is_reversed=True):
+                restored = tuple_of_streams(self.block, self.block.inverse(*ys), "inverse")
+            check_inverse(self.block, xs, ys, restored)

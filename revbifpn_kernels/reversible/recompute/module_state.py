@@ -48,13 +48,16 @@ class ModuleState:
             if isinstance(module, _NormBase):
                 self.counters.add(id(module.num_batches_tracked))
             for name, parameter in module._parameters.items():
+                if is_lazy(parameter):
+                    raise RuntimeError(
+                        f"{type(block).__name__}: a lazy module has no parameters yet; expected "
+                        "one forward under torch.no_grad() before the first step"
+                    )
                 if parameter is not None:
-                    _check_materialised(block, parameter)
                     self.parameters.append(Slot(module._parameters, name, parameter))
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    slot = Slot(module._buffers, name, buffer)
-                    self.buffers.append((slot, buffer._version))
+                    self.buffers.append((Slot(module._buffers, name, buffer), buffer._version))
 
     @functools.cached_property
     def unique_parameters(self) -> list[Tensor]:
@@ -66,11 +69,9 @@ class ModuleState:
         Raises:
             RuntimeError: The forward changed another buffer, so that the recompute would differ.
         """
-        read = []
         moved_ids = {id(buffer) for buffer in moved}
-        for slot, version in self.buffers:
-            if id(slot.tensor) in moved_ids:
-                continue
+        read = [pair for pair in self.buffers if id(pair[0].tensor) not in moved_ids]
+        for slot, version in read:
             if slot.tensor._version != version:
                 raise RuntimeError(
                     f"the buffer {slot.name!r} of shape {tuple(slot.tensor.shape)} changed in the "
@@ -78,8 +79,7 @@ class ModuleState:
                     "to change running statistics of PyTorch's norms at most; put the module that "
                     "owns it in eval mode, or set reversible=False"
                 )
-            read.append(slot.tensor)
-        return read
+        return [slot.tensor for slot, _ in read]
 
     def stand_ins(self) -> dict[int, Tensor]:
         """Aliases of the parameters with hooks, by id: hooks must not see the inner gradient."""
@@ -124,14 +124,6 @@ def _set(modes: Iterable[tuple[nn.Module, bool]], slots: Iterable[Slot]) -> None
 def _aliases(parameters: Iterable[Tensor]) -> dict[int, Tensor]:
     """Leaves that share the parameters' memory, by the parameters' ids."""
     return {id(p): p.detach().requires_grad_(p.requires_grad) for p in parameters}
-
-
-def _check_materialised(block: nn.Module, parameter: Tensor) -> None:
-    if is_lazy(parameter):
-        raise RuntimeError(
-            f"{type(block).__name__}: a lazy module has no parameters yet; expected one forward "
-            "under torch.no_grad() before the first step"
-        )
 
 
 def _check_sharding(block: nn.Module, parts: Iterable[nn.Module]) -> None:

@@ -19,19 +19,10 @@ SMALL = 4096  # elements; the state of the CPU's generator takes as much memory 
 
 # Python functions of torch.nn.functional, whose calls inside are not seen one by one.
 _DRAWING_FUNCTIONS = {
-    F.alpha_dropout,
-    F.dropout,
-    F.dropout1d,
-    F.dropout2d,
-    F.dropout3d,
-    F.feature_alpha_dropout,
-    F.fractional_max_pool2d,
-    F.fractional_max_pool2d_with_indices,
-    F.fractional_max_pool3d,
-    F.fractional_max_pool3d_with_indices,
-    F.gumbel_softmax,
-    F.multi_head_attention_forward,
-    F.rrelu,
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+    *(F.fractional_max_pool2d, F.fractional_max_pool2d_with_indices),
+    *(F.fractional_max_pool3d, F.fractional_max_pool3d_with_indices),
+    *(F.gumbel_softmax, F.multi_head_attention_forward, F.rrelu),
 }
 _FILLS = frozenset(
     "bernoulli_ cauchy_ exponential_ geometric_ log_normal_ normal_ random_ uniform_".split()
@@ -74,15 +65,14 @@ def draw_and_save(events: list, func, args, kwargs):
     if _draws_nothing(kwargs):
         return func(*args, **kwargs)
     name = func.__name__
-    is_small_fill = name in _FILLS and args and args[0].numel() <= SMALL
-    if is_small_fill or (name in _FACTORIES and is_capturing()):
-        event, result = None, func(*args, **kwargs)
-    else:
+    is_small = name in _FILLS and args and args[0].numel() <= SMALL
+    event = None
+    if not is_small and not (name in _FACTORIES and is_capturing()):
         event = saved_generator(_generator_of(args, kwargs))
-        result = func(*args, **kwargs)
-        if name in _FACTORIES and result.numel() <= SMALL:
-            event = None
-    events.append(event or SavedNumbers(result.clone()))
+    result = func(*args, **kwargs)
+    if event is None or (name in _FACTORIES and result.numel() <= SMALL):
+        event = SavedNumbers(result.clone())
+    events.append(event)
     return result
 
 
@@ -150,24 +140,17 @@ def is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-class SharedDraws(NamedTuple):
-    """Random numbers drawn at once for several transforms of a block's call, by their kind."""
-
-    block: nn.Module
-    values: dict
-
-
 @contextlib.contextmanager
 def sharing_draws(block: nn.Module) -> Iterator[None]:
     """Let the transforms of one call of `block` draw together, see `shared_draws`."""
     outer = shared_draws()
-    _thread.shared = SharedDraws(block, {})
+    _thread.shared = block, {}
     try:
         yield
     finally:
         _thread.shared = outer
 
 
-def shared_draws() -> SharedDraws | None:
-    """Those of the block's call that this thread is in; None outside and in recomputes."""
+def shared_draws() -> tuple[nn.Module, dict] | None:
+    """The block whose call this thread is in, and numbers drawn at once for its transforms."""
     return getattr(_thread, "shared", None)
