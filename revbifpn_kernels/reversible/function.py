@@ -25,7 +25,7 @@ class Place(NamedTuple):
     index: int
 
 
-class BlockFunction(torch.autograd.Function):
+class _Block(torch.autograd.Function):
     """One block in the graph. Parameters are inputs, so that autograd sees where they are used."""
 
     @staticmethod
@@ -124,7 +124,7 @@ def _call_with_tape(block, compute: Callable, tape: Tape, index: int, xs: Stream
         tape.first = index
     previous = tape.previous[0] if block.reruns_before and tape.previous else None
     call = BlockCall(block, trace, tape, index, len(xs), parameters, previous)
-    return BlockFunction.apply(call, *xs, *parameters)
+    return _Block.apply(call, *xs, *parameters)
 
 
 # The compiler cannot look through the engine. Not torch.compiler.disable, which imports it.

@@ -6,8 +6,8 @@ from mbconvs import make
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revbifpn_kernels import RevBlock
-from revbifpn_kernels.mbconv.drop_path import DropPath, kept_samples
-from revbifpn_kernels.reversible.recompute import sharing
+from revbifpn_kernels.mbconv.drop_path import DropPath, sample_factors
+from revbifpn_kernels.reversible.recompute import sharing_draws
 
 
 class Draws(TorchDispatchMode):
@@ -44,14 +44,14 @@ def test_each_probability_is_drawn_for_itself():
 def test_a_transform_that_runs_more_often_draws_again():
     like = torch.zeros(1)
     block = torch.nn.Sequential(DropPath(0.5), DropPath(0.5))
-    with sharing(block), Draws() as draws:
-        rows = [kept_samples(0.5, 64, like) for _ in range(5)]
+    with sharing_draws(block), Draws() as draws:
+        rows = [sample_factors(0.5, 64, like) for _ in range(5)]
     assert draws.shapes == [(2, 64)] * 3
     assert all(not torch.equal(a, b) for k, a in enumerate(rows) for b in rows[:k])
 
 
 def test_means_are_kept():
-    kept = kept_samples(0.2, 20_000, torch.zeros(1, dtype=torch.float64))
+    kept = sample_factors(0.2, 20_000, torch.zeros(1, dtype=torch.float64))
     assert set(kept.tolist()) == {0.0, 1.25}
     assert abs(kept.mean() - 1) < 0.02
 

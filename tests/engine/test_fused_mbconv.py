@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from revbifpn_kernels import MBConv, RevBlock, Reversible
-from revbifpn_kernels.mbconv import modules as mbconv
+from revbifpn_kernels.mbconv import transform
 
 # PyTorch's hardsigmoid_backward holds 1/6 in float32, whatever the dtype.
 AS_NEAR_AS_A_SIXTH = {"rtol": 1e-7, "atol": 1e-7}
@@ -23,12 +23,12 @@ def fused_calls(monkeypatch):
     """How often the Function's code ran."""
     calls = []
 
-    def counted(stages, leaves_norm, x):
+    def counted(stages, x):
         calls.append(x.shape)
-        return run_stages(stages, leaves_norm, x)
+        return run_stages(stages, x)
 
-    run_stages = mbconv.run_stages
-    monkeypatch.setattr(mbconv, "run_stages", counted)
+    run_stages = transform.run_stages
+    monkeypatch.setattr(transform, "run_stages", counted)
     return calls
 
 
@@ -239,5 +239,5 @@ def test_two_runs_have_the_same_bits():
 
 
 def test_one_value_a_channel_is_refused():
-    with pytest.raises(ValueError, match="MBConv: batch norm needs more than 1 value a channel"):
+    with pytest.raises(ValueError, match="MBConv: batch norm needs more than 1 value per channel"):
         make(OPTIONS["plain"])(torch.randn(1, 16, 1, 1, dtype=torch.float64))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from chains import LATTICE, blocks, growing, levels, loss_of, mbconv, plain, silos, streams
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.lib.memory import held_and_peak
 
@@ -32,6 +33,14 @@ def nodes_of(ys) -> list:
     return list(found)
 
 
+def saved_for_recompute(ys) -> list[torch.Tensor]:
+    """Masks, generators' states, statistics."""
+    traces = [node.call.trace for node in nodes_of(ys)]
+    records = [record for trace in traces for calls in trace.records.values() for record in calls]
+    leaves = tree_leaves([tuple(event) for record in records for event in record.events])
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
 def saved_bytes(net, xs) -> int:
     """What the graph saves beyond parameters and buffers, counted once a storage."""
     known = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers())}
@@ -45,8 +54,7 @@ def saved_bytes(net, xs) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         ys = net(*xs)
-    kept = sum(t.nbytes for node in nodes_of(ys) for t in node.call.replay.kept())
-    return sum(sizes.values()) + kept
+    return sum(sizes.values()) + sum(t.nbytes for t in saved_for_recompute(ys))
 
 
 @pytest.mark.parametrize("kind", [silos, growing, blocks, levels])
@@ -72,7 +80,7 @@ def test_growth_is_masks_and_statistics():
     found = {}
     for depth in (2, 8):
         net = silos(depth, mbconv)
-        kept = [t for node in nodes_of(net(*xs)) for t in node.call.replay.kept()]
+        kept = saved_for_recompute(net(*xs))
         assert all(t.numel() <= 2 * max(12, 20) for t in kept)
         found[depth] = held(net, xs), sum(-(-t.nbytes // 64) * 64 for t in kept)
     growth, kept = (deep - shallow for shallow, deep in zip(*found.values(), strict=True))

@@ -25,7 +25,7 @@ from chains import (
 from torch import nn
 
 from revbifpn_kernels import RevBlock, ReversibleSequential
-from revbifpn_kernels.reversible.recompute import rng as draws
+from revbifpn_kernels.reversible.recompute import rng
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,20 +100,20 @@ def test_every_drawing_operator_is_known():
     for name in tagged:
         for place in (torch, torch.Tensor, F, torch._C._nn, torch._C._VariableFunctions):
             function = getattr(place, name, None)
-            assert not callable(function) or draws.is_draw(function), f"{place}.{name}"
+            assert not callable(function) or rng.is_draw(function), f"{place}.{name}"
     words = ("drop", "rrelu", "gumbel", "fractional", "attention_forward")
     overridable = torch.overrides.get_testing_overrides()
     listed = [f for f in overridable if getattr(f, "__module__", None) == F.__name__]
     for function in listed:
         if any(word in function.__name__ for word in words):
-            assert draws.is_draw(function), function
-    assert not draws.is_draw(F.batch_norm) and not draws.is_draw(torch.conv2d)
+            assert rng.is_draw(function), function
+    assert not rng.is_draw(F.batch_norm) and not rng.is_draw(torch.conv2d)
 
 
 def test_no_generator_is_asked_unless_a_transform_draws(monkeypatch):
     calls = []
-    real = draws.state_of
-    monkeypatch.setattr(draws, "state_of", lambda generator: calls.append(1) or real(generator))
+    real = rng.saved_generator
+    monkeypatch.setattr(rng, "saved_generator", lambda generator: calls.append(1) or real(generator))
     for name in ("get_rng_state", "set_rng_state"):
         monkeypatch.setattr(torch, name, lambda *args: calls.append(1))
     for make in (plain, mbconv):  # MBConv's masks are kept themselves

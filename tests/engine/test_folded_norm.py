@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revbifpn_kernels import MBConv, RevBlock, ReversibleSequential, RevSilo
-from revbifpn_kernels.mbconv import modules as mbconv
+from revbifpn_kernels.mbconv import transform
 from revbifpn_kernels.ops.resample.scaled_sources import ScaledSource
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,7 +59,7 @@ def results(net, xs, reversible=True, autocast=False) -> dict[str, torch.Tensor]
 
 def as_modules(monkeypatch, net, xs, **options):
     with monkeypatch.context() as patch:
-        patch.setattr(mbconv, "can_run", lambda x: False)
+        patch.setattr(transform, "can_run", lambda x: False)
         return results(net, xs, **options)
 
 
