@@ -80,7 +80,7 @@ class RevBlock(Reversible):
         """x = y − T(source); total = grad_source + the gradient through T."""
         needs_grad = name == "g" or step.needs_grad[0]
         module = getattr(self, name)
-        rerun = step.rerun(name, module, source, name, needs_grad, folds_norm=True)
+        rerun = step.rerun(name, module, source, needs_grad, folds_norm=True)
         fuse_out(y, [rerun.output], x, alpha=-1.0, lattice=self.lattice)
         result = maps_of(rerun.output)
         if not getattr(module, "reads_slices", False) or result.dtype != y.dtype:
@@ -95,7 +95,7 @@ class RevBlock(Reversible):
     def _added(self, x: Tensor, name: str, source: Tensor, out: Tensor | None, alpha=1.0) -> Tensor:
         """x + α·T(source), in `out` if there is one."""
         module = getattr(self, name)
-        output = run_transform(self, name, module, source, key=name, folds_norm=True)
+        output = run_transform(self, name, module, source, folds_norm=True)
         result = maps_of(output)
         check_maps("RevBlock", f"the result of {name}", result)
         if result.shape != x.shape:

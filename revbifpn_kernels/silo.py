@@ -123,9 +123,8 @@ class RevSilo(Reversible):
         """x + α·Σ R(transformed streams); without x, a new level."""
         outputs = []
         for edge in fusion.edges:
-            module, name = self._edge(edge)
-            x_i = streams[edge[0]]
-            output = run_transform(self, name, module, x_i, key=edge, folds_norm=True)
+            name, module, x_i = f"edge {edge}", self._module(edge), streams[edge[0]]
+            output = run_transform(self, name, module, x_i, folds_norm=True)
             like = maps_of(outputs[0]) if outputs and x is None else x
             self._check_output(edge, maps_of(output), like)
             outputs.append(output)
@@ -140,10 +139,8 @@ class RevSilo(Reversible):
         y, grad = streams[target], grads.totals[target]
         reruns = []
         for edge in fusion.edges:
-            module, name = self._edge(edge)
-            needed = needs_grad[edge[0]]
-            x = streams[edge[0]]
-            reruns.append(step.rerun(name, module, x, edge, needed, folds_norm=True))
+            name, module, x = f"edge {edge}", self._module(edge), streams[edge[0]]
+            reruns.append(step.rerun(name, module, x, needs_grad[edge[0]], folds_norm=True))
         outputs = [rerun.output for rerun in reruns]
         options = {"mode": self.mode, "lattice": self.lattice}
         source_grads: Sequence[Tensor | None] = [None] * len(outputs)
@@ -158,9 +155,8 @@ class RevSilo(Reversible):
         for edge in fusion.edges[::-1]:
             grads.add(edge[0], reruns.pop().pull(source_grads[len(reruns)]))
 
-    def _edge(self, edge: Edge) -> tuple[nn.Module, str]:
-        half = self.down if edge[0] < edge[1] else self.up
-        return half[_key(edge)], f"edge {edge}"
+    def _module(self, edge: Edge) -> nn.Module:
+        return (self.down if edge[0] < edge[1] else self.up)[_key(edge)]
 
     def _check_streams(self, streams: Sequence[Tensor], expected: int | None) -> None:
         count = len(streams)

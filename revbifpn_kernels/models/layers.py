@@ -75,9 +75,7 @@ class Neck(Recomputed):
 
     def forward(self, *xs: Tensor) -> tuple[Tensor, ...]:
         levels = enumerate(zip(self.levels, xs, strict=True))
-        return tuple(
-            run_transform(self, f"level {k}", module, x, key=k) for k, (module, x) in levels
-        )
+        return tuple(run_transform(self, f"level {k}", module, x) for k, (module, x) in levels)
 
     def backward_step(
         self, xs: list[Tensor], grad_ys: list[Tensor | None], step: Step
@@ -86,7 +84,7 @@ class Neck(Recomputed):
         grads: list[Tensor | None] = []
         with step.recomputing():
             for k, (module, x, grad) in enumerate(zip(self.levels, xs, grad_ys, strict=True)):
-                rerun = step.rerun(f"level {k}", module, x, k, step.needs_grad[k])
+                rerun = step.rerun(f"level {k}", module, x, step.needs_grad[k])
                 grads.append(rerun.pull(grad))
         return xs, grads
 

@@ -6,7 +6,6 @@ x = block⁻¹(y)      backward     and dL/dx, dL/dθ from dL/dy, by `backward_s
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +16,8 @@ from .step import Step
 from .streams import Streams, enter, identity, readable
 from .tape import BlockCall, Tape
 
-
-class Place(NamedTuple):
-    """Where in a chain a block is called. Without a tape it runs as plain modules do."""
-
-    tape: Tape | None
-    index: int
+# Where in a chain a block is called: its index. Without a tape it runs as plain modules do.
+Place = tuple[Tape | None, int]
 
 
 class _Block(torch.autograd.Function):
@@ -89,9 +84,9 @@ def run_by_engine(compute: Callable) -> Callable:
             return _call_block(self, compute, place, xs)
         xs = enter(self, xs, self.lattice)
         if not (self.reversible and wants_graph(self)):
-            return _call_block(self, compute, Place(None, 0), xs)
+            return _call_block(self, compute, (None, 0), xs)
         call = _call_block_untraced if torch.compiler.is_compiling() else _call_block
-        return call(self, compute, Place(Tape(1, self.check), 0), xs)
+        return call(self, compute, (Tape(1, self.check), 0), xs)
 
     forward.compute = compute
     return forward
@@ -108,9 +103,10 @@ def _call_block(block: nn.Module, compute: Callable, place: Place, xs: Streams) 
     if torch.compiler.is_compiling():  # there is no tape then
         return compute(block, *xs)
     with sharing_draws(block):
-        if place.tape is None:
+        tape, index = place
+        if tape is None:
             return compute(block, *xs)
-        return _call_with_tape(block, compute, *place, xs)
+        return _call_with_tape(block, compute, tape, index, xs)
 
 
 def _call_with_tape(block, compute: Callable, tape: Tape, index: int, xs: Streams) -> Streams:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..ops.checks import check_lattice
 from .block import Reversible
-from .function import Place, wants_graph
+from .function import wants_graph
 from .streams import Streams, enter, finest_lattice
 from .tape import Tape
 
@@ -94,7 +94,7 @@ class ReversibleSequential(nn.Sequential):
 
 def _run(chain: ReversibleSequential, xs: Streams, tape: Tape | None) -> Streams:
     for index, block in enumerate(chain):
-        xs = block(*xs, place=Place(tape, index))
+        xs = block(*xs, place=(tape, index))
     if tape is not None:
         tape.previous = None  # its calls refer to the tape
     return xs

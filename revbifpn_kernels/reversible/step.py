@@ -1,7 +1,7 @@
 """What a block's `backward_step` asks the engine for: transforms run again, and gradients."""
 
 import contextlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -50,14 +50,13 @@ class Step:
         name: str,
         module: nn.Module,
         x: Tensor,
-        key: Hashable,
         needs_grad: bool = True,
         folds_norm: bool = False,
     ) -> Rerun:
-        """Run a transform as the forward did under the same key, with a graph."""
+        """Run a transform as the forward did under the same name, with a graph."""
         leaf = x.detach().requires_grad_(needs_grad)
         with torch.enable_grad():
-            output = run_transform(self.block, name, module, leaf, key=key, folds_norm=folds_norm)
+            output = run_transform(self.block, name, module, leaf, folds_norm=folds_norm)
         return Rerun(self, module, leaf, output)
 
     def of_member(self, block: nn.Module, needs_grad: Sequence[bool]) -> "Step":

@@ -37,7 +37,8 @@ def saved_for_recompute(ys) -> list[torch.Tensor]:
     """Masks, generators' states, statistics."""
     traces = [node.call.trace for node in nodes_of(ys)]
     records = [record for trace in traces for calls in trace.records.values() for record in calls]
-    leaves = tree_leaves([tuple(event) for record in records for event in record.events])
+    events = [event for record in records for event in record.events]
+    leaves = tree_leaves([tuple(e) if isinstance(e, (tuple, list)) else e for e in events])
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 

@@ -37,7 +37,7 @@ class CallRecord:
     def __init__(self, module: nn.Module) -> None:
         self.parts = parts_of(module)
         self.is_checkpointed = False  # a checkpoint would run the recompute a second time
-        self.events: list = []  # of SavedNumbers, SavedGenerator, Statistics, SavedStages
+        self.events: list = []  # Tensor, SavedGenerator, Statistics, SavedStages
         self.moved: list[Tensor] = []  # running statistics and counters that the forward moved
         self.decisions: list = []
 

@@ -34,12 +34,6 @@ _FACTORIES = frozenset(
 _thread = threading.local()
 
 
-class SavedNumbers(NamedTuple):
-    """The numbers that were drawn."""
-
-    value: Tensor
-
-
 class SavedGenerator(NamedTuple):
     """A generator and its state before a draw."""
 
@@ -61,7 +55,7 @@ def is_draw(func) -> bool:
 
 
 def draw_and_save(events: list, func, args, kwargs):
-    """Call `func` and append to `events` what repeats its draw."""
+    """Call `func`; append to `events` the numbers it drew, or their generator with its state."""
     if _draws_nothing(kwargs):
         return func(*args, **kwargs)
     name = func.__name__
@@ -71,7 +65,7 @@ def draw_and_save(events: list, func, args, kwargs):
         event = saved_generator(_generator_of(args, kwargs))
     result = func(*args, **kwargs)
     if event is None or (name in _FACTORIES and result.numel() <= SMALL):
-        event = SavedNumbers(result.clone())
+        event = result.clone()
     events.append(event)
     return result
 
@@ -81,10 +75,8 @@ def repeat_draw(events: Iterator, func, args, kwargs):
     if _draws_nothing(kwargs):
         return func(*args, **kwargs)
     event = next(events, None)
-    if isinstance(event, SavedNumbers):
-        if func.__name__ in _FILLS:
-            return args[0].copy_(event.value)
-        return event.value.clone()
+    if isinstance(event, Tensor):
+        return args[0].copy_(event) if func.__name__ in _FILLS else event.clone()
     if not isinstance(event, SavedGenerator):
         raise NotRepeatable(f"called {func.__name__}, which it did not call there in the forward")
     with rewound([event]):

@@ -7,17 +7,8 @@ from collections.abc import Callable, Hashable, Iterator
 import torch
 from torch import Tensor, nn
 
-from . import batch_norm
+from . import batch_norm, modes
 from .checks import NotRepeatable, check_equal
-from .modes import (
-    CallRecord,
-    GuardMode,
-    RecordMode,
-    ReplayMode,
-    record_opaque,
-    replay_opaque,
-    watched,
-)
 from .module_state import ModuleState, is_opaque
 
 _thread = threading.local()
@@ -33,7 +24,7 @@ class BlockTrace:
         self.tracks_children = any(member.calls_transforms for member in self.members)
         self.state = ModuleState(block)
         self.stand_ins: dict[int, Tensor] = {}
-        self.records: dict[Hashable, list[CallRecord]] = {}  # of each transform, by its key
+        self.records: dict[Hashable, list[modes.CallRecord]] = {}  # of each transform, by its key
         self.positions: dict[Hashable, int] | None = None  # None while recording
         self.is_reversed = False
         self.is_in_transform = False
@@ -77,7 +68,7 @@ class BlockTrace:
         guard = contextlib.nullcontext()
         if self.tracks_children:
             name = type(self.block).__name__
-            guard = GuardMode(name, lambda: self.is_in_transform, self.stand_ins)
+            guard = modes.GuardMode(name, lambda: self.is_in_transform, self.stand_ins)
         try:
             with guard:
                 yield
@@ -87,42 +78,36 @@ class BlockTrace:
     def run(self, module: nn.Module, function: Callable, x: tuple, key: Hashable):
         """Return `function(*x)`, a call of `module` or of its method, recorded or repeated."""
         is_recording = self.positions is None
-        record = self._new_record(key, module) if is_recording else self._record_of(key)
+        if is_recording:
+            record = modes.CallRecord(module)
+            self.records.setdefault(key, []).append(record)
+        else:
+            record = self._record_of(key)
         self.is_in_transform = True
         try:
-            y = (self._record if is_recording else self._replay)(record, function, x)
+            y = self._run(record, is_recording, function, x)
             if record.is_checkpointed:  # not raised inside, which would leave its hooks behind
                 raise NotRepeatable(
                     "draws or normalises under torch.utils.checkpoint, which would run it a third "
                     "time; a reversible block recomputes already, so take the checkpoint out"
                 )
             if is_recording and self.check:
-                check_equal(y, self._replay(record, function, x))
+                check_equal(y, self._run(record, False, function, x))
             return y
         finally:
             self.is_in_transform = False
 
-    def _record(self, record: CallRecord, function: Callable, x: tuple):
-        if self._is_opaque(record):
-            return record_opaque(record, function, x)
-        return watched(RecordMode(record, self.state.counters), function, x)
-
-    def _replay(self, record: CallRecord, function: Callable, x: tuple):
-        if self._is_opaque(record):
-            return replay_opaque(record, function, x)
-        recorder = ReplayMode(record, self.stand_ins)
+    def _run(self, record: modes.CallRecord, is_recording: bool, function: Callable, x: tuple):
+        if self.state.has_opaque and any(map(is_opaque, record.parts)):
+            run_opaque = modes.record_opaque if is_recording else modes.replay_opaque
+            return run_opaque(record, function, x)
+        if is_recording:
+            return modes.watched(modes.RecordMode(record, self.state.counters), function, x)
+        recorder = modes.ReplayMode(record, self.stand_ins)
         with batch_norm.reused(record.parts, recorder):
-            return watched(recorder, function, x)
+            return modes.watched(recorder, function, x)
 
-    def _is_opaque(self, record: CallRecord) -> bool:
-        return self.state.has_opaque and any(map(is_opaque, record.parts))
-
-    def _new_record(self, key: Hashable, module: nn.Module) -> CallRecord:
-        record = CallRecord(module)
-        self.records.setdefault(key, []).append(record)
-        return record
-
-    def _record_of(self, key: Hashable) -> CallRecord:
+    def _record_of(self, key: Hashable) -> modes.CallRecord:
         records, position = self.records.get(key, []), self.positions.get(key, 0)
         if position >= len(records):
             raise NotRepeatable("runs more often in the backward than it did in the forward")
@@ -183,12 +168,13 @@ def run_transform(
     name: str,
     module: nn.Module,
     *x: Tensor,
-    key: Hashable,
+    key: Hashable = None,
     folds_norm: bool = False,
 ):
-    """Return `module(*x)`, a transform of `block`; `name` and `key` tell it from the others.
+    """Return `module(*x)`, a transform of `block`.
 
     Args:
+        name: For messages; tells the transform from the others unless there is a `key`.
         folds_norm: Whether the caller applies a norm that the transform leaves to it: a module that
             has `forward_folded` is then called by that method, and may return a `ScaledSource`.
 
@@ -206,7 +192,7 @@ def run_transform(
         if trace is None or block not in trace.members:
             y = function(*x)
         else:
-            y = trace.run(module, function, x, (id(block), key))
+            y = trace.run(module, function, x, (id(block), key or name))
     except NotRepeatable as error:
         raise RuntimeError(f"{type(block).__name__}: {name} {error}") from error
     if versions != _versions(x):
