@@ -2,17 +2,11 @@
 
 import pytest
 import torch
-from chains import (
-    LATTICE,
-    assert_same_bits,
-    loss_of,
-    pair_of,
-)
+from chains import LATTICE, pair_of
+from steps import assert_same_bits, loss_of
 from torch import nn
 
 from revbifpn_kernels import RevBlock
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def assert_repeats(make, *, steps: int = 1) -> None:

@@ -2,24 +2,11 @@
 
 import pytest
 import torch
-from chains import (
-    LATTICE,
-    Coupling,
-    assert_same_bits,
-    blocks,
-    gradients_of,
-    loss_of,
-    named_gradients,
-    plain,
-    silos,
-    streams,
-    transform,
-)
+from chains import LATTICE, Coupling, blocks, plain, silos, streams, transform
+from steps import assert_same_bits, gradients_of, loss_of, named_gradients
 from torch import nn
 
 from revbifpn_kernels import Reversible, ReversibleSequential, RevSilo
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def conv(inputs, outputs, stride=1):

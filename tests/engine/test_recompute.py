@@ -8,26 +8,21 @@ import torch.nn.functional as F
 from chains import (
     LATTICE,
     Coupling,
-    assert_same_bits,
     blocks,
     exact_pair,
-    gradients_of,
-    loss_of,
     mbconv,
     pair_of,
     plain,
-    relative_error,
     silos,
     stored,
     streams,
     transform,
 )
+from steps import assert_same_bits, gradients_of, loss_of, relative_error
 from torch import nn
 
 from revbifpn_kernels import RevBlock, ReversibleSequential
 from revbifpn_kernels.reversible.recompute import rng
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Function(nn.Module):
@@ -113,7 +108,7 @@ def test_every_drawing_operator_is_known():
 def test_no_generator_is_asked_unless_a_transform_draws(monkeypatch):
     calls = []
     real = rng.saved_generator
-    monkeypatch.setattr(rng, "saved_generator", lambda generator: calls.append(1) or real(generator))
+    monkeypatch.setattr(rng, "saved_generator", lambda g: calls.append(1) or real(g))
     for name in ("get_rng_state", "set_rng_state"):
         monkeypatch.setattr(torch, name, lambda *args: calls.append(1))
     for make in (plain, mbconv):  # MBConv's masks are kept themselves
@@ -126,12 +121,10 @@ def test_no_generator_is_asked_unless_a_transform_draws(monkeypatch):
 @pytest.mark.parametrize("make", [transform, mbconv])
 @torch._dynamo.config.patch(recompile_limit=64)  # beyond it modules run as if not compiled
 def test_compiled_transforms(make):
-    chain, twin = exact_pair(silos, 1, make)
-    for silo in (chain[0], twin[0]):  # what is compiled need not have the bits of what is not
-        for half in (silo.down, silo.up):
-            for key in half:
-                half[key] = torch.compile(half[key], backend="eager")
-    xs = streams(silos)
+    chain, twin = exact_pair(blocks, 1, make)
+    for block in (chain[0], twin[0]):  # what is compiled need not have the bits of what is not
+        block.f = torch.compile(block.f, backend="eager")
+    xs = streams(blocks)
     assert_same_bits(gradients_of(chain, xs), gradients_of(twin, xs))
 
 

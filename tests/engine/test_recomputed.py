@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.lib.memory import held_and_peak
 from revbifpn_kernels import Recomputed, ReversibleSequential
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 KEPT_BYTES = 3 * 6000  # generators' states and statistics
 
 

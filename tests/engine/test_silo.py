@@ -7,24 +7,20 @@ from chains import (
     LATTICE,
     WIDTHS,
     blocks,
-    gradients_of,
     growing,
-    loss_of,
     mbconv,
     plain,
-    relative_error,
     silo,
     silos,
     stored,
     streams,
 )
 from helpers import assert_as_accurate
+from steps import gradients_of, loss_of, relative_error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revbifpn_kernels import MBConv, RevBlock, ReversibleSequential, RevSilo
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def silo_reference(net: RevSilo, xs, mode: str) -> list:
