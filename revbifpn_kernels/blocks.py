@@ -1,4 +1,4 @@
-"""What networks hold besides RevSilos: RevBlock, RevLevels, and Recomputed for the rest.
+"""The other parts of a chain: RevBlock, RevLevels, and Recomputed for what is not reversible.
 
 RevBlock is the residual coupling of channel halves x = (a, b):
 
@@ -21,7 +21,7 @@ from .reversible.tape import compute_of
 
 
 class RevBlock(Reversible):
-    """Adds to each half of the channels what a transform makes of the other; one stream.
+    """Adds to each half of a stream's channels a transform of the other half.
 
     `(y,) = block(x)` and `(x,) = block.inverse(y)`, x and y of shape (N, C, H, W). The halves are
     channel slices of whole maps: without a graph nothing is chunked, joined or copied.
@@ -117,7 +117,7 @@ class RevLevels(Reversible):
         blocks: One for each level, each of one stream, such as `RevBlock`.
 
     Raises:
-        TypeError, ValueError: A block is not a `Reversible`, or stands there twice.
+        TypeError, ValueError: A block is not a `Reversible`, or is given twice.
     """
 
     def __init__(self, *blocks: Reversible, reversible: bool = True) -> None:
@@ -170,11 +170,11 @@ class RevLevels(Reversible):
 
 
 class Recomputed(Reversible):
-    """A computation that cannot be taken back: keeps its inputs, and runs again in the backward.
+    """A computation that cannot be taken back: saves its inputs, and runs again in the backward.
 
     Subclass it and define `forward(*xs)`, which returns a tuple; submodules may hold batch norms,
-    dropout, anything. Unlike `torch.utils.checkpoint`, running statistics move once a step. In a
-    `ReversibleSequential` the block before it need not keep its outputs.
+    dropout, anything. Unlike `torch.utils.checkpoint`, running statistics move once per step. In a
+    `ReversibleSequential` the block before it need not save its outputs.
 
     Attributes:
         reversible: False trains under plain autograd, which stores activations.
@@ -194,7 +194,7 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _halves_and_room(x: Tensor):
-    """The halves of x, and memory for the result and its halves where no graph is kept."""
+    """The halves of x, and memory for the result and its halves where no graph is made."""
     # What the compiler traces it fuses itself, and exported programs write to no slices.
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if torch.is_grad_enabled() or is_traced:

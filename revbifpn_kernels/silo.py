@@ -40,7 +40,7 @@ class Fusion(NamedTuple):
 
 
 class RevSilo(Reversible):
-    """Adds to each level what edges bring from the others; invertible, whatever the edges are.
+    """Adds to each level transforms of the others; invertible, whatever the transforms are.
 
     `silo(x_0, …)` returns the streams z_0, …, `silo.inverse(z_0, …)` takes them back. Streams are
     (N, C_l, H_l, W_l), any sizes, level 0 the finest. Fewer streams than levels may go in: the last
@@ -134,7 +134,7 @@ class RevSilo(Reversible):
         return fuse(x, outputs, **options)
 
     def _undo(self, fusion: Fusion, streams, grads: "_Gradients", step, needs_grad, inputs) -> None:
-        """Take a fusion back: restore the target, add the gradients of the edges' sources."""
+        """Undo a fusion: restore its target, add the gradients of its edges' sources."""
         target = fusion.target
         y, grad = streams[target], grads.totals[target]
         reruns = []

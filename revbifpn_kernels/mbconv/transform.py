@@ -69,9 +69,9 @@ class MBConv(nn.Sequential):
         return super().forward(x) if stages is None else run_stages(stages, x)
 
     def forward_folded(self, x: Tensor) -> Source:
-        """Return the result, its last norm left to the fusion that reads it where that is the same.
+        """Return the result, its last norm left to the fusion that reads it if nobody notices.
 
-        It is not where hooks, a replaced `forward` or a subclass's must see the call and its maps.
+        Hooks, a replaced `forward` and a subclass's own would: for them this is `self(x)`.
         """
         stages = recompute.decide(self._stages_to_fold, x)
         return self(x) if stages is None else run_stages(stages, x, folds_norm=True)
@@ -85,7 +85,7 @@ class MBConv(nn.Sequential):
         # In evaluation PyTorch's norms, without statistics to take, are as fast on CPUs: 0.9 of
         # the time (2-core EPYC, S0 and S2, 2026-11-24). Not by whether a graph is wanted, which
         # would let `inverse` round otherwise than the forward.
-        # A block's call of a transform past the trace must be noticed, as calls of modules are.
+        # Within a traced block a call that nobody records runs as modules: GuardMode refuses it.
         is_hidden = recompute.current_recorder() is None and recompute.is_traced()
         stages = stages_of(self) if self.training and not is_hidden and can_run(x) else None
         return stages if stages and all(stage.fits(x) for stage in stages) else None

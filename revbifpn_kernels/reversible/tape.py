@@ -19,12 +19,12 @@ class Tape:
         self.check = check
         self.first: int | None = None  # the first block that has a graph
         self.outputs: dict[int, list[Tensor]] = {}  # restored, until the block takes them
-        # In the forward, of the block before if it keeps its inputs: its call, and these.
+        # In the forward the call of the block before, with the inputs that it saves, if it does.
         self.previous: tuple[BlockCall, Streams] | None = None
         self.returned: list[tuple] | None = None  # the outputs of the block before, in the forward
 
     def check_inputs(self, index: int, block: nn.Module, xs: Streams) -> None:
-        """Raise unless `xs` are what the block before returned, as which it will be restored."""
+        """Raise unless `xs` are what the block before returned: its backward takes them for that."""
         if self.returned is not None and self.returned != [identity(x) for x in xs]:
             raise RuntimeError(
                 f"{type(block).__name__}: the inputs of block {index} are not the outputs of the "
@@ -33,7 +33,7 @@ class Tape:
             )
 
     def take(self, index: int, block: nn.Module) -> list[Tensor]:
-        """Return the restored outputs of a block, which nobody else needs."""
+        """Return the restored outputs of a block, and forget them."""
         outputs = self.outputs.pop(index, None)
         if outputs is None:
             raise RuntimeError(
