@@ -36,6 +36,10 @@ def plain(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
     )
 
 
+def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
+    return nn.Conv2d(inputs, outputs, 1, stride)
+
+
 class Coupling(Reversible):
     """A user's block: forward and inverse alone."""
 

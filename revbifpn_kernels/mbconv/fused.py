@@ -59,10 +59,11 @@ def run_stages(stages: Sequence[Stage], x: Tensor, *, folds_norm: bool = False) 
     is what the fusion's adjoint gives.
     """
     recorder = recompute.current_recorder()
-    saved = None if recorder is None else recorder.saved(SavedStages)
+    saved = None
     parameters = [p for stage in stages for p in stage.parameters()]
-    if recorder is not None:
-        parameters = [recorder.stand_in(p) for p in parameters]
+    if recorder is not None and not recorder.is_recording:
+        saved = recorder.saved(SavedStages)
+        parameters = [recorder.stand_ins.get(id(p), p) for p in parameters]
     device = x.device.type
     if is_autocast(x):
         x = x.to(torch.get_autocast_dtype(device))

@@ -24,7 +24,7 @@ class Tape:
         self.returned: list[tuple] | None = None  # the outputs of the block before, in the forward
 
     def check_inputs(self, index: int, block: nn.Module, xs: Streams) -> None:
-        """Raise unless `xs` are what the block before returned: its backward takes them for that."""
+        """Raise unless `xs` are what the block before returned: that is what gets restored."""
         if self.returned is not None and self.returned != [identity(x) for x in xs]:
             raise RuntimeError(
                 f"{type(block).__name__}: the inputs of block {index} are not the outputs of the "

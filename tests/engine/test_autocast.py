@@ -1,4 +1,4 @@
-"""Autocast: both runs of a transform cast alike, and streams stay float32."""
+"""Autocast: forward and recompute of a transform cast alike, and streams stay float32."""
 
 import contextlib
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import same_bits
 from mbconvs import LAYOUTS, OPTIONS, as_modules, image, make, results
+from operators import Operators
 from torch import nn
 from torch.func import functional_call
 
@@ -189,25 +190,19 @@ def test_gradients_that_are_slices_or_expanded(layout):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_the_second_run_keeps_statistics_and_gates_alone():
-    """Of maps nothing is held, and nothing is reduced or drawn again."""
+def test_recompute_reuses_statistics_and_gates():
+    """Nothing is reduced or drawn again, and no running statistic moves."""
     halves = [MBConv(8, 8, **OPTIONS["all"]) for _ in range(2)]
     block = RevBlock(*halves)
     x = torch.randn(2, 16, 8, 8, requires_grad=True)
     (y,) = block(x)
-    counts = {name: b.clone() for name, b in block.named_buffers()}
-    called = []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            called.append(func._overloadpacket.__name__)
-            return func(*args, **(kwargs or {}))
-
-    with Watch():
+    buffers = {name: b.clone() for name, b in block.named_buffers()}
+    with Operators() as operators:
         y.sum().backward()
+    called = operators.counts.keys()
     assert "norm_act" in called and "norm_act_grad" in called
-    assert not {"batch_statistics", "norm_act_means", "bernoulli_"} & set(called)
-    assert all(torch.equal(b, counts[name]) for name, b in block.named_buffers())
+    assert not {"batch_statistics", "norm_act_means", "bernoulli_"} & called
+    assert all(torch.equal(b, buffers[name]) for name, b in block.named_buffers())
 
 
 def test_autocast_leaves_float64_alone():
@@ -216,7 +211,7 @@ def test_autocast_leaves_float64_alone():
         assert net(image()).dtype == torch.float64
 
 
-def test_a_run_that_no_block_records_is_refused():
+def test_an_mbconv_hidden_from_its_block_is_refused():
     class Sneaky(Reversible):
         def __init__(self):
             super().__init__()
@@ -233,11 +228,11 @@ def test_a_run_that_no_block_records_is_refused():
         Sneaky()(torch.randn(2, 4, 6, 6))
 
 
-def test_two_runs_have_the_same_bits():
+def test_equal_steps_have_the_same_bits():
     net, x = make(OPTIONS["all"], torch.float32), image(torch.float32, torch.channels_last)
     assert same_bits(results(net, x)["output"], results(net, x)["output"])
 
 
-def test_one_value_a_channel_is_refused():
+def test_one_value_per_channel_is_refused():
     with pytest.raises(ValueError, match="MBConv: batch norm needs more than 1 value per channel"):
         make(OPTIONS["plain"])(torch.randn(1, 16, 1, 1, dtype=torch.float64))

@@ -42,7 +42,7 @@ def saved_for_recompute(ys) -> list[torch.Tensor]:
 
 
 def saved_bytes(net, xs) -> int:
-    """What the graph saves beyond parameters and buffers, counted once a storage."""
+    """What the graph saves beyond parameters and buffers, each storage counted once."""
     known = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers())}
     sizes = {}
 
@@ -75,16 +75,16 @@ def test_saved_tensors_are_the_last_streams(kind):
 
 
 def test_growth_is_masks_and_statistics():
-    """MBConv keeps a mask per sample and, on large maps, two numbers a channel."""
+    """MBConv saves a mask per sample and, on large maps, two numbers per channel."""
     xs = streams(silos, batch=2, side=128)
     found = {}
     for depth in (2, 8):
         net = silos(depth, mbconv)
-        kept = saved_for_recompute(net(*xs))
-        assert all(t.numel() <= 2 * max(12, 20) for t in kept)
-        found[depth] = held(net, xs), sum(-(-t.nbytes // 64) * 64 for t in kept)
-    growth, kept = (deep - shallow for shallow, deep in zip(*found.values(), strict=True))
-    assert 0 < growth <= kept
+        saved = saved_for_recompute(net(*xs))
+        assert all(t.numel() <= 2 * max(12, 20) for t in saved)
+        found[depth] = held(net, xs), sum(-(-t.nbytes // 64) * 64 for t in saved)
+    growth, saved = (deep - shallow for shallow, deep in zip(*found.values(), strict=True))
+    assert 0 < growth <= saved
 
 
 def test_exact_mode_holds_no_more():

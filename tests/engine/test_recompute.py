@@ -1,4 +1,4 @@
-"""What a transform does twice: random numbers, statistics, counters, buffers."""
+"""What the recompute repeats: random numbers, however they are drawn, and compiled transforms."""
 
 import numpy
 import pytest
@@ -111,11 +111,11 @@ def test_no_generator_is_asked_unless_a_transform_draws(monkeypatch):
     monkeypatch.setattr(rng, "saved_generator", lambda g: calls.append(1) or real(g))
     for name in ("get_rng_state", "set_rng_state"):
         monkeypatch.setattr(torch, name, lambda *args: calls.append(1))
-    for make in (plain, mbconv):  # MBConv's masks are kept themselves
+    for make in (plain, mbconv):  # MBConv's masks are saved themselves
         loss_of(silos(2, make)(*streams(silos))).backward()
     assert calls == []
     loss_of(silos(1, transform)(*streams(silos))).backward()
-    assert len(calls) == 12, "one a dropout, two in each of six transforms"
+    assert len(calls) == 12, "one per dropout, two in each of six transforms"
 
 
 @pytest.mark.parametrize("make", [transform, mbconv])

@@ -35,7 +35,7 @@ def test_gradients(kind, make, layout):
 @pytest.mark.parametrize("is_autocast", [False, True])
 def test_exact_mode_restores_every_bit(kind, make, is_autocast):
     """`check` runs each transform twice, as the backward does, and compares the bits."""
-    net, xs = on_gpu(kind, 3, make, side=96)  # beyond norms.SMALL, too
+    net, xs = on_gpu(kind, 3, make, side=96)  # beyond batch_norm.SMALL
     net.lattice, net.check = LATTICE, True
     with torch.autocast("cuda", torch.bfloat16, enabled=is_autocast):
         loss_of(net(*xs)).backward()

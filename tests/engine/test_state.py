@@ -1,4 +1,4 @@
-"""Modules keep no state of a step: copies, threads, evaluation and swapped parameters work."""
+"""Modules store no state of a step: copies, threads, evaluation and swapped parameters work."""
 
 import copy
 import pickle

@@ -60,7 +60,7 @@ def decide(func: Callable, *args):
 
 
 def current_recorder() -> "RecordMode | ReplayMode | None":
-    """The recorder of the transform that this thread is in, to `save` in and get `saved` from."""
+    """The recorder of the transform that this thread runs: to `save` in, or to get `saved` from."""
     return getattr(_thread, "recorder", None)
 
 
@@ -106,17 +106,11 @@ class RecordMode(TorchFunctionMode):
         self.record.decisions.append(decision)
         return decision
 
-    def saved(self, kind: type) -> None:
-        """Nothing yet."""
-
     def save(self, event, moved: Iterable[Tensor | None]) -> None:
         """Save `event` for the recompute, which must not move the buffers `moved` again."""
         if event is not None:
             self.record.events.append(event)
         self.record.moved += [buffer for buffer in moved if buffer is not None]
-
-    def stand_in(self, parameter: Tensor | None) -> Tensor | None:
-        return parameter
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -164,9 +158,6 @@ class ReplayMode(TorchFunctionMode):
         if not isinstance(event, kind):
             raise NotRepeatable("normalised a batch, which it did not do there in the forward")
         return event
-
-    def stand_in(self, parameter: Tensor | None) -> Tensor | None:
-        return self.stand_ins.get(id(parameter), parameter)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
