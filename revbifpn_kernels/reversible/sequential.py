@@ -42,6 +42,8 @@ class ReversibleSequential(nn.Sequential):
         if lattice is not None:
             self.lattice = lattice
 
+    __prepare_scriptable__ = Reversible.__prepare_scriptable__
+
     @property
     def lattice(self) -> float | None:
         """The finest lattice of the blocks; setting it sets that of every block."""
