@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ..blocks import Recomputed
 from ..mbconv import MBConv
 from ..mbconv.modules import ConvNorm
-from ..reversible.recompute import Step, run
+from ..reversible import Step
+from ..reversible.recompute import run_transform
 from .sizes import STEM_STRIDE, Config
 
 
@@ -68,16 +69,16 @@ class Neck(Recomputed):
 
     def forward(self, *xs: Tensor) -> tuple[Tensor, ...]:
         levels = enumerate(zip(self.levels, xs, strict=True))
-        return tuple(run(self, f"level {k}", module, x, key=k) for k, (module, x) in levels)
+        return tuple(run_transform(self, f"level {k}", module, x) for k, (module, x) in levels)
 
     def backward_step(
         self, xs: list[Tensor], grad_ys: list[Tensor | None], step: Step
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         # Level by level, so that only one level's graph is alive at a time.
         grads: list[Tensor | None] = []
-        with step.replay.second():
+        with step.recomputing():
             for k, (module, x, grad) in enumerate(zip(self.levels, xs, grad_ys, strict=True)):
-                rerun = step.rerun(f"level {k}", module, x, k, step.needs_grad[k])
+                rerun = step.rerun(f"level {k}", module, x, step.needs_grad[k])
                 grads.append(rerun.pull(grad))
         return xs, grads
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..mbconv.modules import is_unwatched
+from ..mbconv.stages import is_unwatched
 from ..ops.layout import Geometry, in_format
 from ..reversible import Reversible, ReversibleSequential
 from ..reversible.recompute.module_state import parts_of

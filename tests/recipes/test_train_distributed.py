@@ -134,7 +134,7 @@ def check_all(rank: int) -> None:
 
 
 def test_on_two_processes(tmp_path):
-    on_two_processes(check_all, tmp_path)
+    on_two_processes(tmp_path, check_all)
 
 
 @pytest.mark.parametrize("options", [(), ("--fsdp",)], ids=["ddp", "fsdp"])

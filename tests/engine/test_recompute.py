@@ -1,4 +1,4 @@
-"""What a transform does twice: random numbers, statistics, counters, buffers."""
+"""What the recompute repeats: random numbers, however they are drawn, and compiled transforms."""
 
 import numpy
 import pytest
@@ -8,26 +8,21 @@ import torch.nn.functional as F
 from chains import (
     LATTICE,
     Coupling,
-    assert_same_bits,
     blocks,
     exact_pair,
-    gradients_of,
-    loss_of,
     mbconv,
     pair_of,
     plain,
-    relative_error,
     silos,
     stored,
     streams,
     transform,
 )
+from steps import assert_same_bits, gradients_of, loss_of, relative_error
 from torch import nn
 
 from revbifpn_kernels import RevBlock, ReversibleSequential
-from revbifpn_kernels.reversible.recompute import rng as draws
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from revbifpn_kernels.reversible.recompute import rng
 
 
 class Function(nn.Module):
@@ -100,38 +95,36 @@ def test_every_drawing_operator_is_known():
     for name in tagged:
         for place in (torch, torch.Tensor, F, torch._C._nn, torch._C._VariableFunctions):
             function = getattr(place, name, None)
-            assert not callable(function) or draws.is_draw(function), f"{place}.{name}"
+            assert not callable(function) or rng.is_draw(function), f"{place}.{name}"
     words = ("drop", "rrelu", "gumbel", "fractional", "attention_forward")
     overridable = torch.overrides.get_testing_overrides()
     listed = [f for f in overridable if getattr(f, "__module__", None) == F.__name__]
     for function in listed:
         if any(word in function.__name__ for word in words):
-            assert draws.is_draw(function), function
-    assert not draws.is_draw(F.batch_norm) and not draws.is_draw(torch.conv2d)
+            assert rng.is_draw(function), function
+    assert not rng.is_draw(F.batch_norm) and not rng.is_draw(torch.conv2d)
 
 
 def test_no_generator_is_asked_unless_a_transform_draws(monkeypatch):
     calls = []
-    real = draws.state_of
-    monkeypatch.setattr(draws, "state_of", lambda generator: calls.append(1) or real(generator))
+    real = rng.saved_generator
+    monkeypatch.setattr(rng, "saved_generator", lambda g: calls.append(1) or real(g))
     for name in ("get_rng_state", "set_rng_state"):
         monkeypatch.setattr(torch, name, lambda *args: calls.append(1))
-    for make in (plain, mbconv):  # MBConv's masks are kept themselves
+    for make in (plain, mbconv):  # MBConv's masks are saved themselves
         loss_of(silos(2, make)(*streams(silos))).backward()
     assert calls == []
     loss_of(silos(1, transform)(*streams(silos))).backward()
-    assert len(calls) == 12, "one a dropout, two in each of six transforms"
+    assert len(calls) == 12, "one per dropout, two in each of six transforms"
 
 
 @pytest.mark.parametrize("make", [transform, mbconv])
 @torch._dynamo.config.patch(recompile_limit=64)  # beyond it modules run as if not compiled
 def test_compiled_transforms(make):
-    chain, twin = exact_pair(silos, 1, make)
-    for silo in (chain[0], twin[0]):  # what is compiled need not have the bits of what is not
-        for half in (silo.down, silo.up):
-            for key in half:
-                half[key] = torch.compile(half[key], backend="eager")
-    xs = streams(silos)
+    chain, twin = exact_pair(blocks, 1, make)
+    for block in (chain[0], twin[0]):  # what is compiled need not have the bits of what is not
+        block.f = torch.compile(block.f, backend="eager")
+    xs = streams(blocks)
     assert_same_bits(gradients_of(chain, xs), gradients_of(twin, xs))
 
 

@@ -1,17 +1,18 @@
-"""The second run of a block, transform by transform: outputs, and gradients through them."""
+"""What a block's `backward_step` asks the engine for: transforms run again, and gradients."""
 
-from collections.abc import Hashable, Sequence
+import contextlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ...ops.resample.scaled_sources import Source, maps_of
-from .module_state import parameters_of
-from .trace import Replay, run
+from ..ops.resample.scaled_sources import Source, maps_of
+from .recompute import BlockTrace, run_transform
+from .recompute.module_state import parameters_of
 
 
 class Rerun:
-    """The second run of a transform: its output, and the gradients through it."""
+    """A recomputed transform: its output, and the gradients through it."""
 
     def __init__(self, step: "Step", module: nn.Module, x: Tensor, output: Source) -> None:
         self._step, self._module, self._x = step, module, x
@@ -26,37 +27,41 @@ class Rerun:
 
 
 class Step:
-    """What a block's `backward_step` asks the engine for.
+    """One backward of a block.
 
     Attributes:
-        replay: The record of the forward.
+        trace: What the block's forward recorded.
         needs_grad: Whether each input of the block needs a gradient.
+        parameter_grads: Gradients of parameters so far, by the parameters' ids.
     """
 
-    def __init__(self, replay: Replay, needs_grad: Sequence[bool]) -> None:
-        self.replay = replay
-        self.block = replay.block
+    def __init__(self, trace: BlockTrace, needs_grad: Sequence[bool]) -> None:
+        self.trace = trace
+        self.block = trace.block
         self.needs_grad = tuple(needs_grad)
         self.parameter_grads: dict[int, Tensor] = {}
+
+    def recomputing(self, *, is_reversed: bool = False) -> contextlib.AbstractContextManager:
+        """Transforms run in it repeat the forward; `is_reversed` in the opposite order."""
+        return self.trace.recomputing(is_reversed=is_reversed)
 
     def rerun(
         self,
         name: str,
         module: nn.Module,
         x: Tensor,
-        key: Hashable,
         needs_grad: bool = True,
-        leaves_norm: bool = False,
+        folds_norm: bool = False,
     ) -> Rerun:
-        """Run a transform as the forward did under the same key, with a graph."""
+        """Run a transform as the forward did under the same name, with a graph."""
         leaf = x.detach().requires_grad_(needs_grad)
         with torch.enable_grad():
-            output = run(self.block, name, module, leaf, key=key, leaves_norm=leaves_norm)
+            output = run_transform(self.block, name, module, leaf, folds_norm=folds_norm)
         return Rerun(self, module, leaf, output)
 
     def of_member(self, block: nn.Module, needs_grad: Sequence[bool]) -> "Step":
-        """The same step for a block within the block; gradients are collected together."""
-        step = Step(self.replay, needs_grad)
+        """Return the same step for a block within the block; gradients are collected together."""
+        step = Step(self.trace, needs_grad)
         step.block, step.parameter_grads = block, self.parameter_grads
         return step
 
@@ -74,7 +79,7 @@ class Step:
             if grad is not None and output.requires_grad
         ]
         wanted = [x for x in inputs if x.requires_grad]
-        stand_ins = self.replay.stand_ins
+        stand_ins = self.trace.stand_ins
         parameters = [stand_ins.get(id(p), p) for p in parameters_of(module) if p.requires_grad]
         if not pairs or not (wanted or parameters):
             return [None] * len(inputs)

@@ -1,18 +1,12 @@
-"""Norms: running statistics move once a step, and the second run repeats the first."""
+"""Norms: running statistics move once per step, and the recompute repeats the forward."""
 
 import pytest
 import torch
-from chains import (
-    LATTICE,
-    assert_same_bits,
-    loss_of,
-    pair_of,
-)
+from chains import LATTICE, pair_of
+from steps import assert_same_bits, loss_of
 from torch import nn
 
 from revbifpn_kernels import RevBlock
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def assert_repeats(make, *, steps: int = 1) -> None:
@@ -59,7 +53,7 @@ def test_norms_move_once_and_repeat(norm):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_large_maps_reuse_the_statistics(dtype, layout):
-    """Maps beyond `norms.SMALL`, whose batch is not reduced again."""
+    """Maps beyond `batch_norm.SMALL`, whose batch is not reduced again."""
 
     def make():
         return nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.GELU(), nn.BatchNorm2d(4))
@@ -78,7 +72,7 @@ def test_large_maps_reuse_the_statistics(dtype, layout):
 
 
 def test_norms_of_channel_slices_restore_every_bit():
-    """PyTorch normalises strided maps by another kernel; both runs take it."""
+    """PyTorch normalises strided maps by another kernel; forward and recompute take it."""
     block = RevBlock(nn.BatchNorm2d(4), nn.BatchNorm2d(4), lattice=LATTICE)
     restored = []
     inverse_step = block.backward_step
