@@ -1,4 +1,4 @@
-"""Pictures and their labels: where they come from, how they are split, a sample by its key."""
+"""Images and their labels: where they come from, how they are split, a sample by its key."""
 
 import dataclasses
 import os
@@ -15,29 +15,27 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
+from ..run.errors import RunError
+from ..run.images import BadImage, open_image
 from ..run.order import Key, drawing_from, seed_of
-from ..run.pictures import BadPicture, open_picture
-from .options import TrainError
+from ..run.samples import Skipped, first_readable, split
 
-MODES = {1: "L", 3: "RGB"}  # of pictures, by channels
-IGNORED = -1  # the label of what is no image: padding, a file that cannot be read
+MODES = {1: "L", 3: "RGB"}  # of images, by channels
+IGNORED = -1  # the label of padding and of files that cannot be read
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
-PATIENCE = 100  # bad files in a row until the disk is to blame, not a file
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 DIGITS_SHARES = (0.7, 0.1, 0.2)
 FOLDER_SHARES = (0.8, 0.1, 0.1)
 
-Skipped = tuple[str, str]  # the name of a file, and why
-
 
 class Source(Protocol):
-    """Labelled pictures by number."""
+    """Labelled images by number."""
 
     labels: Sequence[int]
 
     def name(self, index: int) -> str: ...
 
-    def load(self, index: int): ...  # what transforms take; raises BadPicture
+    def load(self, index: int): ...  # what transforms take; raises BadImage
 
 
 class Data(NamedTuple):
@@ -67,7 +65,7 @@ class Digits:
 
 @dataclass(frozen=True)
 class Files:
-    """Pictures on a disk."""
+    """Images on a disk."""
 
     root: Path
     prefix: str  # of names: where root lies in the user's folder
@@ -80,7 +78,7 @@ class Files:
         return self.prefix + self.paths[index]
 
     def load(self, index: int):
-        return open_picture(self.root / self.paths[index], self.mode, self.side)
+        return open_image(self.root / self.paths[index], self.mode, self.side)
 
 
 def digits(channels: int, side: int, split_seed: int) -> Data:
@@ -99,7 +97,7 @@ def folder(root: str, channels: int, side: int, split_seed: int) -> Data:
     """A folder with train/ and val/, perhaps test/, or with a folder for each class."""
     top = Path(root)
     if not top.is_dir():
-        raise TrainError(f"train: --data must be a folder, got {root}")
+        raise RunError(f"--data must be a folder, got {root}")
     found = {
         part: next((top / name for name in names if (top / name).is_dir()), None)
         for part, names in SPLITS.items()
@@ -113,7 +111,7 @@ def folder(root: str, channels: int, side: int, split_seed: int) -> Data:
         ]
     else:
         if found["val"] is None:
-            raise TrainError(f"train: --data must have val/ beside train/, got {root} without it")
+            raise RunError(f"--data must have val/ beside train/, got {root} without it")
         classes = _classes(found["train"])
         parts, skipped = [], []
         for part in filter(None, found.values()):
@@ -123,8 +121,8 @@ def folder(root: str, channels: int, side: int, split_seed: int) -> Data:
         parts += parts[1:] if found["test"] is None else []
     for part, files in zip(SPLITS, parts, strict=True):
         if not files.paths:
-            raise TrainError(
-                f"train: --data must have pictures to {part} on, got none in {root}; a folder that "
+            raise RunError(
+                f"--data must have images to {part} on, got none in {root}; a folder that "
                 "is to be split needs three of some class"
             )
     return Data(classes, *parts, skipped)
@@ -133,12 +131,12 @@ def folder(root: str, channels: int, side: int, split_seed: int) -> Data:
 def listed(
     top: Path, prefix: str, classes: list[str], mode: str, side: int
 ) -> tuple[Files, list[Skipped]]:
-    """The pictures below a folder, by their names, in the order of these; and what is left out."""
+    """The images below a folder, sorted by name, and what is left out."""
     paths, labels, skipped = [], [], []
     for label, name in enumerate(classes):
         before = len(paths)
         for where, folders, files in _walk(top / name, top, prefix, skipped):
-            for file in sorted([*files, *(f for f in folders if _is_picture_name(f))]):
+            for file in sorted([*files, *(f for f in folders if _is_image_name(f))]):
                 path = Path(where, file)
                 if reason := _unfit(path):
                     skipped.append((f"{prefix}{path.relative_to(top)}", reason))
@@ -146,14 +144,14 @@ def listed(
                     paths.append(str(path.relative_to(top)))
                     labels.append(label)
         if len(paths) == before:
-            skipped.append((f"{prefix}{name}/", "no pictures; the class keeps its output"))
+            skipped.append((f"{prefix}{name}/", "no images; the class keeps its output"))
     strangers = [name for name in _classes(top) if name not in classes]
     skipped += [(f"{prefix}{name}/", "no class of the training images") for name in strangers]
     return Files(top, prefix, paths, labels, mode, side), skipped
 
 
 def _walk(start: Path, top: Path, prefix: str, skipped: list[Skipped]) -> Iterator[tuple]:
-    """`os.walk` through links, each folder once; what cannot be read is noted."""
+    """`os.walk` through links, each folder once; notes what cannot be read."""
     seen = set()
 
     def note(path: str, reason: str) -> None:
@@ -173,35 +171,17 @@ def _walk(start: Path, top: Path, prefix: str, skipped: list[Skipped]) -> Iterat
         yield where, folders, files
 
 
-def split(labels: Sequence[int], seed: int, shares: Sequence[float]) -> list[list[int]]:
-    """Numbers of the images of each part, each class in these shares, if it can in all parts."""
-    parts: list[list[int]] = [[] for _ in shares]
-    generator = torch.Generator().manual_seed(seed)
-    members: dict[int, list[int]] = {}
-    for k, label in enumerate(labels):
-        members.setdefault(label, []).append(k)
-    for _, of_class in sorted(members.items()):
-        shuffled = [of_class[k] for k in torch.randperm(len(of_class), generator=generator)]
-        start, least = 0, int(len(of_class) >= len(shares))
-        for part, share in zip(parts[1:], shares[1:], strict=True):
-            count = max(least, round(share * len(of_class)))
-            part += shuffled[start : start + count]
-            start += count
-        parts[0] += shuffled[start:]
-    return [sorted(part) for part in parts]
-
-
 def _classes(top: Path) -> list[str]:
     with os.scandir(top) as entries:
         names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     if not names:
-        raise TrainError(f"train: --data must have a folder for each class, got none in {top}")
+        raise RunError(f"--data must have a folder for each class, got none in {top}")
     return names
 
 
 def _unfit(path: Path) -> str | None:
-    if not _is_picture_name(path.name):
-        return "no picture by its name"
+    if not _is_image_name(path.name):
+        return "no image by its name"
     try:
         is_file = stat.S_ISREG(path.stat().st_mode)
     except OSError as error:
@@ -209,7 +189,7 @@ def _unfit(path: Path) -> str | None:
     return None if is_file else "not a regular file"
 
 
-def _is_picture_name(name: str) -> bool:
+def _is_image_name(name: str) -> bool:
     return has_file_allowed_extension(name, EXTENSIONS)
 
 
@@ -226,7 +206,7 @@ class Sample(NamedTuple):
 
 
 class Training(Dataset):
-    """Samples by `Key`. In place of a file that cannot be read stands the next that can."""
+    """Samples by `Key`. A file that cannot be read is replaced by the next that can."""
 
     def __init__(self, source: Source, transform, seed: int) -> None:
         self.source, self.transform, self.seed = source, transform, seed
@@ -236,25 +216,16 @@ class Training(Dataset):
 
     def __getitem__(self, key: Key) -> Sample:
         seed = seed_of(self.seed, key.epoch, key.index)
-        skipped = []
-        for further in range(min(PATIENCE, len(self))):
-            index = (key.index + further) % len(self)
-            try:
-                picture = self.source.load(index)
-                with drawing_from(seed):
-                    image = self.transform(picture)
-            except BadPicture as error:
-                skipped.append((self.source.name(index), str(error)))
-            else:
-                return Sample(image, self.source.labels[index], seed, tuple(skipped))
-        raise TrainError(
-            f"train: --data must be readable, got {len(skipped)} bad files in a row, the last: "
-            f"{': '.join(skipped[-1])}"
+        index, loaded, skipped = first_readable(
+            len(self), key.index, self.source.load, self.source.name
         )
+        with drawing_from(seed):
+            image = self.transform(loaded)
+        return Sample(image, self.source.labels[index], seed, tuple(skipped))
 
 
 class Evaluation(Dataset):
-    """Samples by number. What cannot be read, and number `IGNORED`, is blank and not counted."""
+    """Samples by number. Unreadable files and number `IGNORED` are blank and not counted."""
 
     def __init__(self, source: Source, transform, blank: Tensor) -> None:
         self.source, self.transform, self.blank = source, transform, blank
@@ -267,6 +238,6 @@ class Evaluation(Dataset):
             return Sample(self.blank, IGNORED, 0, ())
         try:
             image = self.transform(self.source.load(index))
-        except BadPicture as error:
+        except BadImage as error:
             return Sample(self.blank, IGNORED, 0, ((self.source.name(index), str(error)),))
         return Sample(image, self.source.labels[index], 0, ())

@@ -1,4 +1,4 @@
-"""What every command tells on the terminal: a progress bar, warnings once each, how it stopped."""
+"""The terminal and the files of rows: progress bar, warnings once each, how a run stopped."""
 
 import signal
 import sys
@@ -7,24 +7,23 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..classify.data import Skipped
 from .checkpoint import Keeper, write_atomically
+from .samples import Skipped
+from .state import RunState
+from .tables import Table, peak_mib
 
 SHOWN = 20  # skipped entries on the terminal; the file has all
 SKIPPED = "skipped.txt"
 
 
 class Console:
-    """A run's, of which `step` and `steps` are read. A full disk costs rows, not the run.
-
-    Args:
-        is_on: False tells nothing but warnings.
-    """
+    """What a run tells. Only the first process tells; a full disk costs rows, not the run."""
 
     command: str
+    step_columns: list[str]
 
-    def __init__(self, run, out: Path, is_on: bool = True) -> None:
-        self.run, self.out, self.is_on = run, out, is_on
+    def __init__(self, run: RunState, out: Path) -> None:
+        self.run, self.out, self.is_on = run, out, run.world.is_first
         self.skipped: dict[Hashable, Skipped] = {}
         self.waited = self.stepped = 0.0  # seconds, since this process began
         self.has_failed = False
@@ -32,11 +31,13 @@ class Console:
             total=run.steps,
             initial=run.step,
             unit="step",
-            disable=None if is_on and run.options.progress else True,
+            disable=None if self.is_on and run.options.progress else True,
             dynamic_ncols=True,
         )
-        if is_on:
+        self.steps = Table(out / "steps.csv", self.step_columns)
+        if self.is_on:
             self.write(self._remember_skipped)
+            self.write(lambda: self.steps.begin(run.step))
 
     def say(self, text: str) -> None:
         if self.is_on:
@@ -46,15 +47,51 @@ class Console:
     def warn(self, text: str) -> None:
         tqdm.write(f"{self.command}: {text}", file=sys.stderr)
 
+    def write(self, action: Callable[[], None]) -> None:
+        """Does what writes a file; warns once if the disk is full."""
+        try:
+            action()
+        except OSError as error:
+            if not self.has_failed:
+                self.warn(f"a report could not be written, training goes on: {error}")
+            self.has_failed = True
+
+    def columns_of(self, means: dict[str, float]) -> dict[str, str]:
+        """An application's columns of losses and gradient."""
+        raise NotImplementedError
+
+    def log(
+        self, steps: int, means: dict[str, float], lr: float, seconds: float, waited: float
+    ) -> dict:
+        """Writes the means of some steps and how long they took; returns the row."""
+        run = self.run
+        self.waited, self.stepped = self.waited + waited, self.stepped + seconds
+        row = {
+            "step": run.step,
+            "epoch": f"{run.epoch:.3f}",
+            "lr": f"{lr:.6g}",
+            "images_per_s": f"{steps * run.options.batch_size / seconds:.1f}",
+            "data_share": f"{waited / seconds:.4f}",
+            "peak_mib": f"{peak_mib(run.world.device):.0f}",
+        } | self.columns_of(means)
+        self.bar.update(steps)
+        self.bar.set_postfix_str(
+            f"{row['images_per_s']} images/s, loss {float(row['loss']):.4f}, "
+            f"peak {row['peak_mib']} MiB"
+        )
+        if self.is_on:
+            self.write(lambda: self.steps.add(row))
+        return row
+
     def key_of(self, entry: Skipped) -> Hashable:
-        """What tells entries apart that are named once each."""
+        """Entries of the same key are named once."""
         return entry
 
     def told(self, entry: Skipped) -> str:
         return f"skipped {': '.join(entry)}"
 
     def skip(self, found: Iterable[Skipped]) -> None:
-        """Name each entry that was left out or changed, once, here and in the file."""
+        """Names each entry that was left out or changed, once, here and in the file."""
         new = {}
         for entry in map(_in_a_line, found):
             key = self.key_of(entry)
@@ -73,7 +110,7 @@ class Console:
             file.writelines("\t".join(entry) + "\n" for entry in entries)
 
     def _remember_skipped(self) -> None:
-        """What a run that goes on has found, without a line that a kill cut off."""
+        """Reads what a resumed run has named, without a line that a kill cut off."""
         path = self.out / SKIPPED
         if not self.run.step:
             path.unlink(missing_ok=True)
@@ -85,6 +122,12 @@ class Console:
                 name, _, reason = line.partition("\t")
                 self.skipped[self.key_of((name, reason))] = (name, reason)
 
+    def gather_skipped(self) -> None:
+        """Lets the first process write what the others have skipped; each process must call it."""
+        for found in self.run.world.gathered(list(self.skipped.values())):
+            if self.is_on:
+                self.skip(found)
+
     def tell_skipped(self) -> None:
         if self.skipped:
             self.warn(f"{len(self.skipped)} skipped, see {SKIPPED}")
@@ -95,7 +138,8 @@ class Console:
             self.say(f"waiting for images took {share:.1f} % of the steps")
 
     def stopped(self, received: int | None, keeper: Keeper) -> int:
-        """The exit status after a signal."""
+        """Tells how to continue after a signal; returns the exit status."""
+        self.gather_skipped()
         kind = signal.Signals(received or signal.SIGTERM)
         self.bar.close()
         self.say(
@@ -103,14 +147,6 @@ class Console:
             f"{keeper.described()}; continue with --out {self.out} --resume auto"
         )
         return 128 + kind
-
-    def write(self, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except OSError as error:
-            if not self.has_failed:
-                self.warn(f"a report could not be written, training goes on: {error}")
-            self.has_failed = True
 
 
 def _in_a_line(entry: Skipped) -> Skipped:
