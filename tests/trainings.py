@@ -86,35 +86,40 @@ class FakeTime:
         patch.setattr(loop, "advance", advancing)
 
 
-def started(*arguments: str, kill_after: int = 0, **environment: str) -> multiprocessing.Process:
-    """A run in a process of its own, which may kill itself after a step."""
+def started(
+    *arguments: str, signalled: tuple[int, int] | None = None, **environment: str
+) -> multiprocessing.Process:
+    """A run in a process of its own, which may send itself a signal after a step."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainings", "revbifpn_kernels.recipes.classify.session"])
-    called = ([*TINY, *arguments], kill_after, environment)
+    called = ([*TINY, *arguments], signalled, environment)
     process = context.Process(target=_exit_with, args=called)
     process.start()
     return process
 
 
-def _exit_with(arguments: list[str], kill_after: int, environment: dict[str, str]) -> None:
+def _exit_with(arguments: list[str], signalled, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     data.load_digits = few_digits
-    if kill_after:
-        patch = pytest.MonkeyPatch()
-        after_step(patch, kill_after, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if signalled:
+        kind, step = signalled
+        after_step(pytest.MonkeyPatch(), step, lambda: os.kill(os.getpid(), kind))
     code = main(arguments)
     sys.stdout.flush()
     os._exit(code)
 
 
-def pair(*arguments: str, **changes) -> list[multiprocessing.Process]:
-    """A run on two processes, as torchrun starts them."""
+def pair(*arguments: str, signalled: tuple[int, int] | None = None) -> list:
+    """A run on two processes, as torchrun starts them; a signal goes to the second."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    return [started(*arguments, RANK=rank, LOCAL_RANK=rank, **shared, **changes) for rank in "01"]
+    return [
+        started(*arguments, RANK=rank, LOCAL_RANK=rank, signalled=kind, **shared)
+        for rank, kind in (("0", None), ("1", signalled))
+    ]
 
 
 def ended(*processes: multiprocessing.Process) -> list[int]:

@@ -17,7 +17,9 @@ DRAWING = (
 
 
 def pytest_collection_modifyitems(items):
-    quiet = pytest.mark.filterwarnings("ignore:.*not found to be deterministic|.*does not have a det")
+    quiet = pytest.mark.filterwarnings(
+        "ignore:.*not found to be deterministic|.*does not have a det"
+    )
     for item in items:
         if item.path.parent == Path(__file__).parent:
             item.add_marker(quiet)

@@ -1,4 +1,4 @@
-"""Nothing is lost: runs of both commands that are stopped, killed, out of disk or out of numbers."""
+"""Nothing is lost: runs of both commands that are stopped, killed, or out of disk or numbers."""
 
 import os
 import resource
@@ -109,7 +109,7 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(trained, tmp_path, monkeyp
 def test_a_process_that_is_killed_ends_with_the_same_bits(trained, tmp_path):
     options = (*DRAWING, EVERY_STEP, f"--out={tmp_path / 'run'}", "--resume=auto", "--workers=1")
     for step in (2, 5):
-        assert ended(started(*options, kill_after=step)) == [-signal.SIGKILL]
+        assert ended(started(*options, signalled=(signal.SIGKILL, step))) == [-signal.SIGKILL]
         assert checkpoint(tmp_path / "run")["step"] == step - 1
     assert ended(started(*options)) == [0]
     assert_same_run(tmp_path / "run", trained)
