@@ -122,8 +122,8 @@ def batch_of(run, found) -> data.Batch:
 
 
 def test_a_few_scenes_are_learnt():
-    """The losses of the same four scenes fall to less than a third."""
-    run, found = begun(*TINY, "--train-images=4", "--epochs=60", "--lr=4e-3")
+    """The losses of the same four scenes fall to less than half."""
+    run, found = begun(*TINY, "--train-images=4", "--epochs=40", "--lr=4e-3")
     report = SimpleNamespace(skip=lambda found: None)
     loop = DetectorLoop(run, itertools.repeat(batch_of(run, found)), report, None, None, data=found)
     losses = []
@@ -131,7 +131,7 @@ def test_a_few_scenes_are_learnt():
         losses.append(sum(float(loss) for loss in loop.advance().losses.values()))
         run.step += 1
     first, last = losses[0], losses[-1]
-    assert last < first / 3
+    assert last < first / 2
 
 
 def test_reversible_and_stored_start_with_the_same_losses():

@@ -1,5 +1,7 @@
 """Which sample is in which step, and what it draws: functions of the seed and the step alone."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -46,7 +48,7 @@ def test_each_image_is_augmented_anew_in_each_epoch():
 
     def erased(epoch: int, index: int, seed: int = 0) -> torch.Tensor:
         images = torch.ones_like(found.train.images)
-        source = type(found.train)(images, found.train.labels, found.train.numbers)
+        source = dataclasses.replace(found.train, images=images)
         return Training(source, transform, seed)[Key(epoch, index)].image == 0
 
     first = erased(0, 0)
@@ -70,9 +72,9 @@ def test_mixtures_are_of_their_batch():
 def test_splits_are_disjoint_complete_and_have_all_classes():
     data = digits(1, 32, 0)
     parts = [data.train, data.val, data.test]
-    numbers = [number for part in parts for number in part.numbers]
-    assert sorted(numbers) == list(range(200))
+    names = [name for part in parts for name in part.names]
+    assert sorted(names) == sorted(f"digit {k}" for k in range(200))
     assert all(set(part.labels) == set(range(10)) for part in parts)
     assert split([0, 1] * 50, 0, (0.8, 0.1, 0.1)) == split([0, 1] * 50, 0, (0.8, 0.1, 0.1))
-    assert digits(1, 32, 1).test.numbers != data.test.numbers
+    assert digits(1, 32, 1).test.names != data.test.names
     assert [len(part) for part in split([0] * 3 + [1] * 2, 0, (0.8, 0.1, 0.1))] == [3, 1, 1]

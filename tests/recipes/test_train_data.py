@@ -170,11 +170,11 @@ def test_a_bad_file_is_replaced_by_the_next_with_its_label(tmp_path):
     top = write_images(tmp_path / "data", each=20)
     train = folder(str(top), 3, 32, 0).train
     last = max(k for k, label in enumerate(train.labels) if label == 0)
-    (train.root / train.paths[last]).write_text("no image")
+    train.paths[last].write_text("no image")
     sample = Training(train, for_training(parse(["--data=."]), "RGB", 32), 0)[Key(0, last)]
     assert sample.label == 1 and sample.skipped[0][0] == train.name(last)
     # Class names in the order of their labels, and images of the last class bright.
-    assert [name.split("/")[0] for name in train.paths[last : last + 2]] == ["cat", "dog"]
+    assert [name.split("/")[0] for name in train.names[last : last + 2]] == ["cat", "dog"]
     means = [np.asarray(train.load(k)).mean() for k in (0, last + 1)]
     assert means[0] < 80 < 120 < means[1]
 
@@ -206,7 +206,7 @@ def test_folders_that_cannot_be_read_or_were_read_already_are_named(tmp_path, mo
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", forbidding)
-    files, skipped = listed(top, "", ["cat", "dog"], "RGB", 32)
+    files, skipped = listed(top, top, ["cat", "dog"], "RGB", 32)
     assert len(files.paths) == 6 + 6 + 6
     assert sorted(skipped) == [
         ("cat/again/", "a link to a folder that was read already"),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..run.errors import RunError
-from ..run.loop import Done, Loop, Step
+from ..run.loop import Loop, Step
 from ..run.networks import to_training
 from ..run.processes import reducing, share_statistics
 from .evaluate import Score, autocast
@@ -78,7 +78,7 @@ class ClassifierLoop(Loop):
             run.ema.update(run.model, step=run.step)
         return gradient
 
-    def settle(self, recent: list[Done]) -> list[list[float]]:
+    def settle(self, recent: list[Step]) -> list[list[float]]:
         run = self.run
         if run.scaler.is_enabled() and run.scaler.get_scale() < LEAST_SCALE:
             raise RunError(

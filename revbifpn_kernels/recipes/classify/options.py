@@ -4,39 +4,11 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
+from ..run import options as run
 from ..run.errors import RunError
 from ..run.networks import THREE_LEVELS
-from ..run.options import (
-    BELOW_1,
-    FROM_0,
-    PROBABILITY,
-    RunOptions,
-    check,
-    fields_of,
-    free,
-    missing,
-    names,
-    option,
-    parsed,
-    whole_from,
-)
-
-
-class Preset(NamedTuple):
-    """Defaults that depend on the data."""
-
-    epochs: int
-    batch_size: int
-    lr: float
-    warmup_epochs: float
-    weight_decay: float
-    ema_decay: float
-    label_smoothing: float
-    augment: str
-    settings: tuple[tuple[str, Any], ...]
-
+from ..run.options import BELOW_1, FROM_0, FROM_1, NOT_NEGATIVE, by_data, free, option
 
 DIGITS_NETWORK = (
     *THREE_LEVELS,
@@ -46,15 +18,13 @@ DIGITS_NETWORK = (
     ("extra_silos", 1),
     ("drop_rate", 0.1),
 )
-PRESETS = {
-    "digits": Preset(25, 64, 4e-3, 2, 0.02, 0.99, 0.1, "affine", DIGITS_NETWORK),
-    "folder": Preset(300, 256, 1e-3, 5, 0.05, 0.9999, 0.1, "crop", ()),
-}
 
 
 @dataclass(frozen=True)
-class Options(RunOptions):
-    """The options of a training. None: a default that depends on the data, see `PRESETS`."""
+class Options(run.RunOptions):
+    """The options of a training. None: a default that depends on the data."""
+
+    DATA = ("digits", "folder")
 
     # A moved folder is the same data: names and labels are compared.
     data: str | None = free(
@@ -62,46 +32,48 @@ class Options(RunOptions):
         "folder with train/ and val/ (and test/), or with a folder for each class, which is split "
         "80:10:10; without it, scikit-learn's handwritten digits",
     )
-    split_seed: int = option(0, "of the split of digits and of undivided folders", whole_from(0))
+    split_seed: int = option(0, "of the split of digits and of undivided folders", FROM_0)
     model: str | None = option(
         None, "revbifpn_s0 … revbifpn_s6; S0 unless given, for digits of three levels"
     )
+    settings: tuple = run.settings_of(DIGITS_NETWORK)
     norm: str = option(
         "batch", "group does not depend on how a batch is split", choices=("batch", "group")
     )
     image_size: int | None = option(
-        None, "side in pixels, the model's unless given", whole_from(32)
+        None, "side in pixels, the model's unless given", run.whole_from(32)
     )
     new_head: bool = option(False, "a new classifier, also if --checkpoint has as many classes")
     freeze: tuple = option(
-        (), "parts that stay as they are: stem,body.0,body,neck,head", type=names
+        (), "parts that stay as they are: stem,body.0,body,neck,head", type=run.names
     )
-    batch_size: int | None = option(
-        None, "images per step, over all processes and parts", whole_from(1)
-    )
-    accumulate: int = option(1, "parts that a step's images are processed in", whole_from(1))
+    batch_size: int | None = by_data(64, 256, "images per step, over processes and parts", FROM_1)
+    epochs: int | None = by_data(25, 300, "passes over the images; 0: no training", FROM_0)
+    accumulate: int = option(1, "parts that a step's images are processed in", FROM_1)
     opt: str = option("adamw", "an optimizer of timm's: adamw, sgd, lamb, …")
-    min_lr: float = option(1e-5, "learning rate at the end, after a cosine", FROM_0)
-    warmup_epochs: float | None = option(
-        None, "in which the learning rate rises; a fifth of --epochs if that is less", FROM_0
+    lr: float | None = by_data(4e-3, 1e-3, "learning rate after the warm-up", run.POSITIVE)
+    min_lr: float = option(1e-5, "learning rate at the end, after a cosine", NOT_NEGATIVE)
+    warmup_epochs: float | None = by_data(
+        2, 5, "in which the learning rate rises; a fifth of --epochs if that is less", NOT_NEGATIVE
     )
-    weight_decay: float | None = option(None, "not of biases and norms", FROM_0)
-    clip_grad: float = option(5.0, "longest gradient of all parameters; 0: any", FROM_0)
-    label_smoothing: float | None = option(None, "share of the target for all classes", BELOW_1)
+    weight_decay: float | None = by_data(0.02, 0.05, "not of biases and norms", NOT_NEGATIVE)
+    clip_grad: float = option(5.0, "longest gradient of all parameters; 0: any", NOT_NEGATIVE)
+    label_smoothing: float = option(0.1, "share of the target for all classes", BELOW_1)
     drop: float | None = option(None, "dropout before the classifier", BELOW_1)
     drop_path: float | None = option(None, "stochastic depth of the last silo", BELOW_1)
-    ema_decay: float | None = option(
-        None, "of the averaged weights, which are the result; 0: none", BELOW_1
+    ema_decay: float | None = by_data(
+        0.99, 0.9999, "of the averaged weights, which are the result; 0: none", BELOW_1
     )
-    augment: str | None = option(
-        None,
+    augment: str | None = by_data(
+        "affine",
+        "crop",
         "none; affine; crop and flip; these with RandAugment or TrivialAugment",
         choices=("none", "affine", "crop", "rand", "trivial"),
     )
-    erasing: float = option(0.0, "probability that a rectangle is erased", PROBABILITY)
-    mixup: float = option(0.0, "alpha of MixUp, 0: none", FROM_0)
-    cutmix: float = option(0.0, "alpha of CutMix, 0: none", FROM_0)
-    seed: int = option(0, "of weights, order, augmentation and dropout", whole_from(0))
+    erasing: float = option(0.0, "probability that a rectangle is erased", run.PROBABILITY)
+    mixup: float = option(0.0, "alpha of MixUp, 0: none", NOT_NEGATIVE)
+    cutmix: float = option(0.0, "alpha of CutMix, 0: none", NOT_NEGATIVE)
+    seed: int = option(0, "of weights, order, augmentation and dropout", FROM_0)
     amp: str = option("none", "autocast", choices=("none", "bfloat16", "float16"))
     channels_last: bool = option(False, "memory format of images and weights")
     compile: str | None = option(
@@ -112,41 +84,36 @@ class Options(RunOptions):
     )
     fsdp: bool = free(False, "shard by FSDP2, under torchrun; DDP otherwise")
     threads: int | None = free(
-        None, "of the CPU, per process; 1 for digits, else PyTorch's choice", whole_from(1)
+        None, "of the CPU, per process; 1 for digits, else PyTorch's choice", FROM_1
     )
     workers: int | None = free(
-        None, "processes that load images; one less than the cores, at most 8", whole_from(0)
+        None, "processes that load images; one less than the cores, at most 8", FROM_0
     )
     tensorboard: bool = free(True, "write TensorBoard's events")
     export: str | None = free(None, "folder for ONNX and torch.export of the result")
     memory: bool = free(False, "count a step's memory, beside stored, and stop")
 
-    @property
-    def dataset(self) -> str:
-        return "digits" if self.data is None else "folder"
 
-
-FIELDS = fields_of(Options)
+FIELDS = run.fields_of(Options)
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
     about = "Train a RevBiFPN: on images in folders, or on handwritten digits."
-    return completed(parsed("train", about, Options, PRESETS, arguments))
+    return completed(run.parsed("train", about, Options, arguments))
 
 
 def completed(options: Options) -> Options:
     """Replaces None by the data's defaults; raises for what is out of range."""
-    preset = PRESETS[options.dataset]
-    found = missing(options, preset)
+    found = run.defaults_of(options)
     if options.warmup_epochs is None:  # a short run has to reach its learning rate, too
-        epochs = preset.epochs if options.epochs is None else options.epochs
-        found["warmup_epochs"] = min(preset.warmup_epochs, epochs / 5)
+        epochs = found.get("epochs", options.epochs)
+        found["warmup_epochs"] = min(found["warmup_epochs"], epochs / 5)
     if options.threads is None and options.data is None:
         found["threads"] = 1  # with such small images, two are not faster
     if options.workers is None:
         found["workers"] = min(8, max(1, len(os.sched_getaffinity(0)) - 1))
     options = dataclasses.replace(options, **found)
-    check(options)
+    run.check(options)
     if options.batch_size % options.accumulate:
         raise RunError(
             f"--accumulate must divide --batch-size {options.batch_size}, got {options.accumulate}"

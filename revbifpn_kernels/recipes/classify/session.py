@@ -65,7 +65,7 @@ def _train(run: ClassifierState, found: data.Data, side: int, report: Report, ke
     blank = torch.zeros(run.config.in_chans, side, side)
     val, test = (data.Evaluation(part, transform, blank) for part in (found.val, found.test))
     report.say(
-        f"{len(found.train.labels)} images to train on, {len(val)} to validate, {len(test)} to "
+        f"{len(found.train)} images to train on, {len(val)} to validate, {len(test)} to "
         f"test{' (the same)' if found.test is found.val else ''}, {len(found.classes)} classes; "
         f"{parameter_count(run.model):,} parameters; from step {run.step} of {run.steps}"
     )

@@ -81,7 +81,7 @@ def start(
     options: Options, world: World, config: Config, data: Data, is_new: bool = True
 ) -> ClassifierState:
     """A run before its first step; one that is to be restored does not load `--checkpoint`."""
-    order = Order(len(data.train.labels), options.batch_size, options.seed)
+    order = Order(len(data.train), options.batch_size, options.seed)
     model = networks.build(options, config, is_new)
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -115,6 +115,5 @@ def start(
 
 def _digest(data: Data) -> str:
     """Changes with the training images' names and labels, their order and the classes."""
-    names = [data.train.name(k) for k in range(len(data.train.labels))]
-    content = repr((data.classes, names, list(data.train.labels))).encode()
-    return f"{len(names)} images, {hashlib.blake2b(content, digest_size=8).hexdigest()}"
+    content = repr((data.classes, data.train.names, list(data.train.labels))).encode()
+    return f"{len(data.train)} images, {hashlib.blake2b(content, digest_size=8).hexdigest()}"

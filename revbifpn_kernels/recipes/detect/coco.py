@@ -9,10 +9,10 @@ colon; kinds are counted.
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 from pycocotools import mask as rle
@@ -46,6 +46,14 @@ class Annotated:
         return self.width, self.height
 
 
+class View(NamedTuple):
+    """An image, perhaps shrunk, and its objects in pixels of the annotations."""
+
+    image: Image.Image
+    annotated: Annotated
+    notes: tuple[str, ...] = ()
+
+
 @dataclass
 class Annotations:
     """The usable part of a document, and the names of the rest."""
@@ -56,26 +64,29 @@ class Annotations:
 
     def truth(self) -> dict[str, Any]:
         """What is used, as a document for pycocotools: categories are labels, images numbered."""
-        annotations = []
-        for k, image in enumerate(self.images):
-            for n, box in enumerate(image.boxes):
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": k,
-                        "category_id": image.labels[n],
-                        "bbox": [*box[:2], box[2] - box[0], box[3] - box[1]],
-                        "area": image.areas[n],
-                        "iscrowd": int(image.crowds[n]),
-                        "segmentation": image.outlines[n],
-                    }
-                )
-        images = [
-            {"id": k, "width": image.width, "height": image.height}
-            for k, image in enumerate(self.images)
+        objects = [(k, i, n) for k, i in enumerate(self.images) for n in range(len(i.boxes))]
+        annotations = [
+            {
+                "id": number,
+                "image_id": k,
+                "category_id": image.labels[n],
+                "bbox": bbox_of(image.boxes[n]),
+                "area": image.areas[n],
+                "iscrowd": int(image.crowds[n]),
+                "segmentation": image.outlines[n],
+            }
+            for number, (k, image, n) in enumerate(objects, 1)
         ]
+        sizes = ({"width": image.width, "height": image.height} for image in self.images)
+        images = [{"id": k} | size for k, size in enumerate(sizes)]
         categories = [{"id": k + 1, "name": name} for k, name in enumerate(self.classes)]
         return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def bbox_of(box: Sequence[float]) -> list[float]:
+    """COCO's left, top, width, height of a box's edges."""
+    left, top, right, bottom = box
+    return [left, top, right - left, bottom - top]
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -88,11 +99,8 @@ def load(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise RunError(f"--data must have JSON in {path}, got: {error}") from error
-    missing = [
-        key
-        for key in REQUIRED
-        if not isinstance(document, dict) or not isinstance(document.get(key), list)
-    ]
+    entries = document if isinstance(document, dict) else {}
+    missing = [key for key in REQUIRED if not isinstance(entries.get(key), list)]
     if missing:
         raise RunError(
             f"--data must have lists {', '.join(REQUIRED)} in {path}, got none of "

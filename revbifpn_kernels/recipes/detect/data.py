@@ -12,27 +12,19 @@ import torch
 from PIL import ExifTags, Image
 from pycocotools import mask as rle
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..run.errors import RunError
 from ..run.images import BadImage, open_image
 from ..run.order import Key, drawing_from, seed_of
-from ..run.samples import Skipped, first_readable
-from . import coco, scenes
-from .coco import Annotated, Annotations
+from ..run.samples import Skipped, Views, first_readable
+from . import coco
+from .coco import Annotated, Annotations, View
 from .options import Options
+from .scenes import Scenes
 
 PARTS = ("train", "val")
 WORST_STRETCH = 0.02  # between an image's sides and those that its annotations name
 SIDEWAYS = (5, 6, 7, 8)  # EXIF's orientations that exchange width and height
-
-
-class View(NamedTuple):
-    """An image, perhaps shrunk, and its objects in pixels of the annotations."""
-
-    image: Image.Image
-    annotated: Annotated
-    notes: tuple[str, ...] = ()
 
 
 class Sample(NamedTuple):
@@ -47,29 +39,6 @@ class Source(Protocol):
     def load(self, key: Key) -> View: ...  # raises BadImage
 
     def name(self, index: int) -> str: ...
-
-
-@dataclass(frozen=True)
-class Digits:
-    """Scenes, made when they are asked for."""
-
-    scenes: scenes.Scenes
-    masks: bool
-
-    def __len__(self) -> int:
-        return len(self.scenes)
-
-    def name(self, index: int) -> str:
-        return self.scenes.name(index)
-
-    def load(self, key: Key) -> View:
-        image, annotations = self.scenes.scene(key)
-        document = {
-            "images": [self.scenes.entry(key.index) | {"id": 0}],
-            "annotations": annotations,
-            "categories": scenes.CATEGORIES,
-        }
-        return View(image, coco.read(document, "digits", self.masks).images[0])
 
 
 @dataclass(frozen=True)
@@ -145,13 +114,13 @@ def prepare(options: Options) -> Data:
         return _folder(Path(options.data), options)
     train, val = digits(options)
     truth = coco.read(val.document(), "digits", options.masks)
-    return Data(Digits(train, options.masks), Digits(val, options.masks), truth, truth.skipped)
+    return Data(train, val, truth, truth.skipped)
 
 
-def digits(options: Options) -> tuple[scenes.Scenes, scenes.Scenes]:
-    side = options.image_size
+def digits(options: Options) -> tuple[Scenes, Scenes]:
+    side, seed, masks = options.image_size, options.seed, options.masks
     counts = (options.train_images, options.val_images)
-    train, val = (scenes.Scenes(k, count, side, options.seed) for k, count in enumerate(counts))
+    train, val = (Scenes(k, count, side, seed, masks) for k, count in enumerate(counts))
     return train, val
 
 
@@ -260,14 +229,11 @@ def mirrored(image: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str
     return image.flip(2), flipped
 
 
-class Training(Dataset):
+@dataclass
+class Training(Views):
     """Samples by `Key`. An image that cannot be read is replaced by the next that can."""
 
-    def __init__(self, source: Source, options: Options) -> None:
-        self.source, self.options = source, options
-
-    def __len__(self) -> int:
-        return len(self.source)
+    options: Options
 
     def __getitem__(self, key: Key) -> Sample:
         index, view, skipped = first_readable(
@@ -300,14 +266,8 @@ class Measured(NamedTuple):
     skipped: tuple[Skipped, ...]
 
 
-class Evaluation(Dataset):
+class Evaluation(Views):
     """Images by number."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def __getitem__(self, number: int) -> Measured:
         name = self.source.name(number)

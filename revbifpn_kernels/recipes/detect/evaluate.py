@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..run.samples import Skipped, loader
 from ..run.signals import Signals
-from .coco import Annotations
+from .coco import Annotations, bbox_of
 from .data import Data, Evaluation
 from .state import DetectorState
 
@@ -101,15 +101,10 @@ def _summary(truth: Annotations, found: dict[int, Found], kind: str) -> list[flo
 def _detections(found: dict[int, Found], kind: str) -> list[dict]:
     entries = []
     for number, one in found.items():
-        for k, (x0, y0, x1, y1) in enumerate(one["boxes"].tolist()):
-            entry = {
-                "image_id": number,
-                "category_id": int(one["labels"][k]),
-                "score": float(one["scores"][k]),
-            }
-            if kind == "bbox":
-                entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
-            else:
-                entry["segmentation"] = one["outlines"][k]
-            entries.append(entry)
+        for k, box in enumerate(one["boxes"].tolist()):
+            where = (
+                {"bbox": bbox_of(box)} if kind == "bbox" else {"segmentation": one["outlines"][k]}
+            )
+            about = {"image_id": number, "category_id": int(one["labels"][k])}
+            entries.append(about | where | {"score": float(one["scores"][k])})
     return entries

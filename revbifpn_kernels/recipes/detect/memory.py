@@ -5,7 +5,6 @@ Counted per allocation on fake tensors: nothing is computed, each machine gives 
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -22,13 +21,6 @@ from .options import Options
 SHOWN = ("revbifpn_s0", "revbifpn_s3")  # the smallest, and the one nearest to ResNet-50's size
 NAME_WIDTH = 40
 BATCHES = (2, 4)  # their difference is the share per image
-
-
-class Row(NamedTuple):
-    name: str
-    parameters: int
-    held_mib: float  # per image, between forward and backward
-    peak_mib: float
 
 
 def _resnet50_fpn(norm_layer: type[nn.Module], layers: int) -> nn.Module:
@@ -60,24 +52,21 @@ def candidates(options: Options) -> Iterator[tuple[str, Callable[[], nn.Module]]
     yield "HRNet-W18", _hrnet_w18
 
 
-def measured(name: str, model: nn.Module, side: int, dtype: torch.dtype | None) -> Row:
-    few, many = (
-        training_memory(model, (images, 3, side, side), autocast=dtype) for images in BATCHES
-    )
-    each = BATCHES[1] - BATCHES[0]
-    share = Memory(*((b - a) / each / MIB for a, b in zip(few, many, strict=True)))
-    return Row(name, parameter_count(model), share.held, share.peak)
+def measured(model: nn.Module, side: int, dtype: torch.dtype | None) -> Memory:
+    """MiB per image: held between forward and backward, and at the peak."""
+    shapes = [(images, 3, side, side) for images in BATCHES]
+    few, many = (training_memory(model, shape, autocast=dtype) for shape in shapes)
+    images = BATCHES[1] - BATCHES[0]
+    return Memory(*((b - a) / images / MIB for a, b in zip(few, many, strict=True)))
 
 
 def print_table(options: Options) -> None:
-    dtype = dtype_of(options)
-    side = options.image_size
+    dtype, side = dtype_of(options), options.image_size
     print(f"MiB an image of {side}×{side} adds to a step, {dtype or torch.float32}; trained with")
     print("all layers and batch norms unless said")
     print(f"{'backbone':<{NAME_WIDTH}}{'parameters':>12}{'held':>9}{'peak':>9}")
     for name, make in candidates(options):
-        row = measured(name, make(), side, dtype)
-        print(
-            f"{row.name:<{NAME_WIDTH}}{row.parameters:>12,}{row.held_mib:>9.1f}{row.peak_mib:>9.1f}",
-            flush=True,
-        )
+        model = make()
+        held, peak = measured(model, side, dtype)
+        count = parameter_count(model)
+        print(f"{name:<{NAME_WIDTH}}{count:>12,}{held:>9.1f}{peak:>9.1f}", flush=True)

@@ -4,54 +4,23 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from ...models.sizes import SIZES
+from ..run import options as run
 from ..run.errors import RunError
 from ..run.networks import THREE_LEVELS
-from ..run.options import (
-    FROM_0,
-    PROBABILITY,
-    Range,
-    RunOptions,
-    check,
-    free,
-    missing,
-    names,
-    option,
-    parsed,
-    switch,
-    whole_from,
-)
+from ..run.options import FROM_0, FROM_1, NOT_NEGATIVE, by_data, free, option, switch
 
 MOST_DRAWN = 100  # images of a figure; more take minutes
-DRAWN = Range(lambda v: 0 <= v <= MOST_DRAWN, f"a whole number from 0 to {MOST_DRAWN}")
-
-
-class Preset(NamedTuple):
-    """Defaults that depend on the data."""
-
-    image_size: int
-    epochs: int
-    batch_size: int
-    lr: float
-    warmup_steps: int
-    out_channels: int
-    flip: float
-    train_images: int | None
-    val_images: int | None
-    settings: tuple[tuple[str, Any], ...]
-
-
-PRESETS = {
-    "digits": Preset(128, 8, 8, 3e-3, 100, 64, 0.0, 1000, 300, (*THREE_LEVELS, ("extra_silos", 0))),
-    "coco": Preset(512, 24, 16, 1e-3, 500, 256, 0.5, None, None, ()),
-}
+DRAWN = run.Range(lambda v: 0 <= v <= MOST_DRAWN, f"a whole number from 0 to {MOST_DRAWN}")
 
 
 @dataclass(frozen=True)
-class Options(RunOptions):
-    """The options of a detector. None: a default that depends on the data, see `PRESETS`."""
+class Options(run.RunOptions):
+    """The options of a detector. None: a default that depends on the data."""
+
+    DATA = ("digits", "coco")
 
     data: str | None = option(
         None,
@@ -64,35 +33,36 @@ class Options(RunOptions):
         "the backbone; revbifpn_s0 unless given, for digits of three levels",
         choices=tuple(SIZES),
     )
+    settings: tuple = run.settings_of((*THREE_LEVELS, ("extra_silos", 0)))
     freeze: tuple = option(
-        (), "parts of the model that stay as they are: stem,body.0,body,neck", type=names
+        (), "parts of the model that stay as they are: stem,body.0,body,neck", type=run.names
     )
-    out_channels: int | None = option(None, "of the maps that the detector sees", whole_from(1))
-    image_size: int | None = option(None, "longest side in pixels", whole_from(64))
+    out_channels: int | None = by_data(64, 256, "of the maps that the detector sees", FROM_1)
+    image_size: int | None = by_data(128, 512, "longest side in pixels", run.whole_from(64))
+    epochs: int | None = by_data(8, 24, "passes over the images; 0: no training", FROM_0)
     minutes: float = option(
         0.0,
         "of training, without evaluations: end by then, with the learning rate at 0; 0: no limit",
-        FROM_0,
+        NOT_NEGATIVE,
     )
     # Batch norm needs two values per channel, and the coarsest map may have a single pixel.
-    batch_size: int | None = option(None, "images per step", whole_from(2))
-    warmup_steps: int | None = option(None, "in which the learning rate rises", whole_from(0))
-    weight_decay: float = option(0.05, "not of biases and norms", FROM_0)
-    clip_grad: float = option(10.0, "longest gradient of all parameters; 0: any", FROM_0)
-    flip: float | None = option(None, "probability of a mirror image", PROBABILITY)
-    seed: int = option(0, "of weights, order, scenes and proposals", whole_from(0))
-    train_images: int | None = option(
-        None, "scenes per epoch of digits, new ones each time", whole_from(1)
+    batch_size: int | None = by_data(8, 16, "images per step", run.whole_from(2))
+    lr: float | None = by_data(
+        3e-3, 1e-3, "AdamW's learning rate, falls as a cosine to 0", run.POSITIVE
     )
-    val_images: int | None = option(None, "scenes of other digits to measure on", whole_from(1))
+    warmup_steps: int | None = by_data(100, 500, "in which the learning rate rises", FROM_0)
+    weight_decay: float = option(0.05, "not of biases and norms", NOT_NEGATIVE)
+    clip_grad: float = option(10.0, "longest gradient of all parameters; 0: any", NOT_NEGATIVE)
+    flip: float | None = by_data(0.0, 0.5, "probability of a mirror image", run.PROBABILITY)
+    seed: int = option(0, "of weights, order, scenes and proposals", FROM_0)
+    train_images: int | None = by_data(
+        1000, None, "scenes per epoch of digits, new ones each time", FROM_1
+    )
+    val_images: int | None = by_data(300, None, "scenes of other digits to measure on", FROM_1)
     amp: str = option("none", "autocast", choices=("none", "bfloat16"))
-    threads: int | None = free(
-        None, "of the CPU; 2 for digits, else PyTorch's choice", whole_from(1)
-    )
-    workers: int = free(0, "processes that load images", whole_from(0))
-    eval_every: int = free(
-        0, "epochs between evaluations; 0: only one, of the result", whole_from(0)
-    )
+    threads: int | None = free(None, "of the CPU; 2 for digits, else PyTorch's choice", FROM_1)
+    workers: int = free(0, "processes that load images", FROM_0)
+    eval_every: int = free(0, "epochs between evaluations; 0: only one, of the result", FROM_0)
     draw: int = free(12, f"images of predictions.png, at most {MOST_DRAWN}", DRAWN)
     write: str | None = free(
         None, "write the digits to this new folder, as --data reads them, and stop"
@@ -103,8 +73,8 @@ class Options(RunOptions):
 
     @property
     def dataset(self) -> str:
-        """The preset's name; --memory counts the sizes that people train."""
-        return "digits" if self.data is None and not self.memory else "coco"
+        """Names the defaults; --memory has those of users' data."""
+        return "coco" if self.memory else super().dataset
 
     def saved(self) -> dict[str, Any]:
         """As the base class, by the switches' names."""
@@ -115,16 +85,16 @@ class Options(RunOptions):
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
     about = "Train a detector on a RevBiFPN: on COCO annotations, or on digits."
-    return completed(parsed("detect", about, Options, PRESETS, arguments))
+    return completed(run.parsed("detect", about, Options, arguments))
 
 
 def completed(options: Options) -> Options:
     """Replaces None by the data's defaults; raises for what is out of range."""
-    found = missing(options, PRESETS[options.dataset])
+    found = run.defaults_of(options)
     if options.threads is None and options.dataset == "digits":
         found["threads"] = min(2, len(os.sched_getaffinity(0)))  # more wait for each other
     options = dataclasses.replace(options, **found)
-    check(options)
+    run.check(options)
     if options.write is not None and options.data is not None:
         raise RunError("--write writes the digits, and goes without --data; got both")
     for name in ("train_images", "val_images"):

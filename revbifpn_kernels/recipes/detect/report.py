@@ -63,11 +63,10 @@ class Report(Console):
 
     def tell_skipped(self) -> None:
         if self.skipped:
-            entries = self.skipped.values()
-            used = sum(coco.is_used(reason) for _, reason in entries)
-            counts = [(len(entries) - used, "skipped"), (used, "changed")]
+            used = sum(coco.is_used(reason) for _, reason in self.skipped)
+            counts = [(len(self.skipped) - used, "skipped"), (used, "changed")]
             listed = ", ".join(f"{count} {what}" for count, what in counts if count)
-            self.warn(f"{listed}, see {SKIPPED}: {coco.summary(entries)}")
+            self.warn(f"{listed}, see {SKIPPED}: {coco.summary(self.skipped)}")
 
     def finish(self, result: Result) -> None:
         """The skipped entries, and the last line."""

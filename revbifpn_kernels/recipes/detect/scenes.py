@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from ..run.errors import RunError
 from ..run.order import Key, seed_of
 from ..run.samples import split
+from . import coco
 
 HEIGHTS = (16, 80)  # of digits, in pixels, drawn evenly on a logarithmic scale
 MOST = 6  # digits per scene
@@ -160,12 +161,13 @@ def _annotation(number: int, label: int, mask: np.ndarray) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Scenes:
-    """Scenes by key: each epoch has new ones; evaluations take those of epoch 0."""
+    """Scenes by key, made when asked for: each epoch has new ones, evaluations epoch 0's."""
 
     part: int
     count: int
     side: int
     seed: int
+    masks: bool = False
 
     def __len__(self) -> int:
         return self.count
@@ -176,14 +178,19 @@ class Scenes:
     def scene(self, key: Key) -> Scene:
         return scene(seed_of(self.seed, self.part, key.epoch, key.index), self.side, self.part)
 
+    def load(self, key: Key) -> coco.View:
+        image, annotations = self.scene(key)
+        images = [self.entry(key.index) | {"id": 0}]
+        document = {"images": images, "annotations": annotations, "categories": CATEGORIES}
+        return coco.View(image, coco.read(document, "digits", self.masks).images[0])
+
     def document(self, epoch: int = 0) -> dict[str, Any]:
         """An epoch's scenes as a COCO document."""
-        images, annotations = [], []
+        annotations = []
         for k in range(self.count):
-            found = self.scene(Key(epoch, k)).annotations
-            images.append(self.entry(k))
-            first = len(annotations) + 1
-            annotations += [a | {"image_id": k, "id": first + n} for n, a in enumerate(found)]
+            for found in self.scene(Key(epoch, k)).annotations:
+                annotations.append(found | {"image_id": k, "id": len(annotations) + 1})
+        images = [self.entry(k) for k in range(self.count)]
         return {"images": images, "annotations": annotations, "categories": CATEGORIES}
 
     def entry(self, index: int) -> dict[str, Any]:

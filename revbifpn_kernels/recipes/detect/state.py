@@ -16,8 +16,9 @@ from ..run.processes import World, device_of
 from ..run.state import RunState
 from . import networks
 from .coco import because
-from .data import Data, Digits
+from .data import Data
 from .options import Options
+from .scenes import Scenes
 
 BETAS = (0.9, 0.99)  # AdamW's; in a short training, second moments have few steps to settle
 
@@ -88,7 +89,7 @@ def _optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
 
 def _digest(data: Data) -> str:
     """Changes with the training images' names, sizes and annotations, and with the classes."""
-    if isinstance(data.train, Digits):
+    if isinstance(data.train, Scenes):
         return "digits"  # a function of the options
     digest = hashlib.blake2b(repr(data.classes).encode(), digest_size=8)
     for image in data.train.images:

@@ -16,20 +16,14 @@ from .state import RunState
 
 
 class Step(NamedTuple):
-    """What one step of the optimizer leaves, before anything is read from the device."""
+    """A step that has been made; its numbers have not been read from the device yet."""
 
     losses: dict[str, Tensor]
     gradient: Tensor  # its length, before it was clipped
     lr: float
     waited: float  # seconds, for images
-
-
-class Done(NamedTuple):
-    """A step that has been made and not yet been looked at."""
-
-    number: int
-    step: Step
-    seconds: float
+    number: int = 0
+    seconds: float = 0.0
 
 
 class Loop:
@@ -79,7 +73,7 @@ class Loop:
             start = clock.now()
             step = self.advance()
             run.step += 1
-            recent.append(Done(run.step, step, clock.now() - start))
+            recent.append(step._replace(number=run.step, seconds=clock.now() - start))
             self.clock.tick(is_training=True)
             # The first process' clock decides: a checkpoint is written by all together.
             is_due, is_stopped = run.world.any(
@@ -95,31 +89,27 @@ class Loop:
             if is_stopped:
                 return False
 
-    def settle(self, recent: list[Done]) -> list[list[float]]:
+    def settle(self, recent: list[Step]) -> list[list[float]]:
         """Looks at steps: one that is not finite ends the run before anything of it is kept.
 
         Returns losses and gradient of each step.
         """
-        world, names = self.run.world, [*recent[0].step.losses, "gradient"]
-        values = torch.stack(
-            [torch.stack([*done.step.losses.values(), done.step.gradient]) for done in recent]
-        ).double()
+        world, names = self.run.world, [*recent[0].losses, "gradient"]
+        tensors = [torch.stack([*step.losses.values(), step.gradient]) for step in recent]
+        values = torch.stack(tensors).double()
         values[:, :-1] = world.total(values[:, :-1].contiguous()) / world.size
         rows = values.tolist()
-        for done, row in zip(recent, rows, strict=True):
+        for step, row in zip(recent, rows, strict=True):
             for name, value in zip(names, row, strict=True):
                 if not math.isfinite(value) and (self.checks_gradient or name != "gradient"):
+                    epoch = (step.number - 1) // self.run.order.steps_per_epoch + 1
                     raise RunError(
-                        f"expected a finite {name}, got {value} in step {done.number} (epoch "
-                        f"{(done.number - 1) // self.run.order.steps_per_epoch + 1}), learning "
-                        f"rate {done.step.lr:.3g}; last good checkpoint: {self.keeper.described()}"
+                        f"expected a finite {name}, got {value} in step {step.number} (epoch "
+                        f"{epoch}), learning rate {step.lr:.3g}; last good checkpoint: "
+                        f"{self.keeper.described()}"
                     )
         means = [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)]
-        self.report.log(
-            len(recent),
-            dict(zip(names, means, strict=True)),
-            recent[-1].step.lr,
-            sum(done.seconds for done in recent),
-            sum(done.step.waited for done in recent),
-        )
+        seconds, waited = (sum(s.seconds for s in recent), sum(s.waited for s in recent))
+        means = dict(zip(names, means, strict=True))
+        self.report.log(len(recent), means, recent[-1].lr, seconds, waited)
         return rows

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import Any, ClassVar, NamedTuple, get_args
 
 from .errors import RunError
 
@@ -22,8 +22,9 @@ def whole_from(least: int) -> Range:
     return Range(lambda v: v >= least, f"a whole number from {least} on")
 
 
+FROM_0, FROM_1 = whole_from(0), whole_from(1)
 POSITIVE = Range(lambda v: 0 < v < math.inf, "a positive number")
-FROM_0 = Range(lambda v: 0 <= v < math.inf, "a number from 0 on")
+NOT_NEGATIVE = Range(lambda v: 0 <= v < math.inf, "a number from 0 on")
 BELOW_1 = Range(lambda v: 0 <= v < 1, "in [0, 1)")
 PROBABILITY = Range(lambda v: 0 <= v <= 1, "in [0, 1]")
 
@@ -33,14 +34,26 @@ def option(default, help: str, range: Range | None = None, **argument):
 
     `argument` is what `add_argument` takes beyond that.
     """
-    metadata = {"help": help, "range": range, "argument": argument, "is_free": False}
+    metadata = {"help": help, "range": range, "argument": argument}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def by_data(digits, folder, help: str, range: Range | None = None, **argument):
+    """An option whose default depends on the data; None: that data has no default."""
+    field = option(None, help, range, **argument)
+    return dataclasses.field(default=None, metadata=field.metadata | {"defaults": (digits, folder)})
 
 
 def free(default, help: str, range: Range | None = None, **argument):
     """An option that may change when a run is resumed, as it changes no number of the run."""
-    metadata = {"help": help, "range": range, "argument": argument, "is_free": True}
-    return dataclasses.field(default=default, metadata=metadata)
+    field = option(default, help, range, **argument)
+    return dataclasses.field(default=default, metadata=field.metadata | {"is_free": True})
+
+
+def settings_of(digits: tuple) -> dataclasses.Field:
+    """`--set`, with the settings of the model that digits are trained on."""
+    text = "a number of the model, a field of Config, such as extra_silos=1; may be repeated"
+    return by_data(digits, (), text, type=setting, action="append")
 
 
 def power(text: str) -> float:
@@ -80,32 +93,30 @@ def switch(name: str) -> str:
 class RunOptions:
     """The options that both commands have. None: a default that depends on the data."""
 
-    settings: tuple = option(
-        None,
-        "a number of the model, a field of Config, such as extra_silos=1; may be repeated",
-        type=setting,
-        action="append",
-    )
+    DATA: ClassVar[tuple[str, str]]  # names of the embedded data and of a user's
+
     checkpoint: str | None = option(
         None, "file with the model's weights to start from: ours, official or safetensors"
     )
     lattice: float | None = option(None, "exact mode, such as 2^-12", type=power)
     reversible: bool = option(True, "recompute activations, or store them")
-    epochs: int | None = option(None, "passes over the images; 0: no training", whole_from(0))
-    lr: float | None = option(None, "highest learning rate, reached by a warm-up", POSITIVE)
     device: str = option("auto", "a GPU if there is one", choices=("auto", "cpu", "cuda"))
     out: str | None = free(None, "folder of the run; runs/NAME-TIME unless given")
     resume: str = free(
         "never", "auto continues the run in --out if there is one", choices=("never", "auto")
     )
-    checkpoint_minutes: float = free(5.0, "between checkpoints; 0: after each step", FROM_0)
-    log_every: int = free(10, "steps per row of steps.csv", whole_from(1))
+    checkpoint_minutes: float = free(5.0, "between checkpoints; 0: after each step", NOT_NEGATIVE)
+    log_every: int = free(10, "steps per row of steps.csv", FROM_1)
     progress: bool = free(True, "a progress bar on terminals")
+
+    @property
+    def dataset(self) -> str:
+        return self.DATA[0] if self.data is None else self.DATA[1]
 
     def saved(self) -> dict[str, Any]:
         """The options that a checkpoint keeps: all that change a run's numbers."""
         fields = dataclasses.fields(self)
-        return {f.name: getattr(self, f.name) for f in fields if not f.metadata["is_free"]}
+        return {f.name: getattr(self, f.name) for f in fields if "is_free" not in f.metadata}
 
 
 def fields_of(options: type[RunOptions]) -> dict[str, dataclasses.Field]:
@@ -116,13 +127,9 @@ def fields_of(options: type[RunOptions]) -> dict[str, dataclasses.Field]:
 
 
 def parsed(
-    command: str,
-    description: str,
-    options: type[RunOptions],
-    presets: dict[str, NamedTuple],
-    arguments: Sequence[str] | None,
+    command: str, description: str, options: type[RunOptions], arguments: Sequence[str] | None
 ) -> RunOptions:
-    """The options on the command line, not yet completed or checked."""
+    """The options on the command line, with None where the data decides; not yet checked."""
     parser = argparse.ArgumentParser(
         prog=f"python -m revbifpn_kernels.{command}",
         usage="%(prog)s [options], all of which --help explains",
@@ -134,32 +141,34 @@ def parsed(
         argument["metavar"] = METAVARS.get(argument["type"])
         if kind is bool:
             argument = {"action": argparse.BooleanOptionalAction}
-        text = field.metadata["help"] + _shown_default(name, field.default, presets)
+        text = field.metadata["help"] + _shown_default(field, options.DATA)
         parser.add_argument(switch(name), dest=name, default=field.default, help=text, **argument)
     return options(**vars(parser.parse_args(arguments)))
 
 
-def _shown_default(name: str, default: Any, presets: dict[str, NamedTuple]) -> str:
+def _shown_default(field: dataclasses.Field, data: tuple[str, str]) -> str:
     """The default for the help; nothing where the help has said it."""
-    if default is None:
-        found = (
-            {} if name == "settings" else {k: getattr(p, name, None) for k, p in presets.items()}
-        )
-        known = {kind: value for kind, value in found.items() if value is not None}
-        texts = [f"{value} for {kind}" for kind, value in known.items()]
-        if len(known) > 1 and len(set(known.values())) == 1:
-            texts = [str(*set(known.values()))]
-        return f" (default: {', '.join(texts)})" if texts else ""
-    return "" if default == () or default is False else f" (default: {default})"
+    if field.name == "settings" or field.default == () or field.default is False:
+        return ""
+    if field.default is not None:
+        return f" (default: {field.default})"
+    found = zip(field.metadata.get("defaults", ()), data, strict=False)
+    texts = [f"{value} for {name}" for value, name in found if value is not None]
+    return f" (default: {', '.join(texts)})" if texts else ""
 
 
-def missing(options, preset: NamedTuple) -> dict[str, Any]:
-    """A preset's values for options that are None; its settings belong to the default model."""
-    found = {n: value for n, value in preset._asdict().items() if getattr(options, n) is None}
-    settings = dict(preset.settings) if options.model is None else {}
+def defaults_of(options: RunOptions) -> dict[str, Any]:
+    """The data's defaults of options that are None; settings belong to the default model."""
+    which = options.DATA.index(options.dataset)
+    defaults = {
+        field.name: field.metadata["defaults"][which]
+        for field in dataclasses.fields(options)
+        if "defaults" in field.metadata
+    }
+    found = {name: value for name, value in defaults.items() if getattr(options, name) is None}
+    settings = dict(defaults["settings"]) if options.model is None else {}
     found["settings"] = tuple(sorted((settings | dict(options.settings or ())).items()))
-    found["model"] = options.model or "revbifpn_s0"
-    return found
+    return found | {"model": options.model or "revbifpn_s0"}
 
 
 def check(options: RunOptions) -> None:

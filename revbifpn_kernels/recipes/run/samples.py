@@ -1,6 +1,7 @@
 """Samples of both applications: splits, replacements for unreadable files, loaders."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,16 @@ from .signals import ignore_signals
 PATIENCE = 100  # bad files in a row until the disk is to blame, not a file
 
 Skipped = tuple[str, str]  # the name of a file, and why
+
+
+@dataclass
+class Views(Dataset):
+    """Samples of a source of images, by key or by number."""
+
+    source: Any
+
+    def __len__(self) -> int:
+        return len(self.source)
 
 
 def split(labels: Sequence[int], seed: int, shares: Sequence[float]) -> list[list[int]]:
