@@ -94,7 +94,7 @@ def test_precision():
 def test_a_run(extra, tmp_path, capsys):
     detect(tmp_path, *extra)
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith("8 images an epoch to train on, 2 to measure on, 10 classes")
+    assert out[0].startswith("8 images per epoch to train on, 2 to measure on, 10 classes")
     pattern = r"AP50 [\d.–]+, AP [\d.–]+(, masks AP50 [\d.–]+, AP [\d.–]+)? in \d+ s"
     masks = re.fullmatch(pattern, out[-1]).group(1)
     assert bool(masks) == ("--masks" in extra)

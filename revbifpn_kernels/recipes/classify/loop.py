@@ -63,7 +63,7 @@ class ClassifierLoop(Loop):
         return Step({"loss": total}, self._update(), run.optimizer.param_groups[0]["lr"], waited)
 
     def _update(self) -> Tensor:
-        """Moves weights, their average and statistics; returns the gradient's length before."""
+        """Moves weights, their average and statistics; returns the unclipped gradient's length."""
         run = self.run
         trained = [p for p in run.model.parameters() if p.grad is not None]
         run.scaler.unscale_(run.optimizer)

@@ -102,9 +102,11 @@ def _detections(found: dict[int, Found], kind: str) -> list[dict]:
     entries = []
     for number, one in found.items():
         for k, box in enumerate(one["boxes"].tolist()):
-            where = (
-                {"bbox": bbox_of(box)} if kind == "bbox" else {"segmentation": one["outlines"][k]}
-            )
-            about = {"image_id": number, "category_id": int(one["labels"][k])}
-            entries.append(about | where | {"score": float(one["scores"][k])})
+            entry = {"image_id": number, "category_id": int(one["labels"][k])}
+            entry["score"] = float(one["scores"][k])
+            if kind == "bbox":
+                entry["bbox"] = bbox_of(box)
+            else:
+                entry["segmentation"] = one["outlines"][k]
+            entries.append(entry)
     return entries

@@ -24,7 +24,7 @@ BATCHES = (2, 4)  # their difference is the share per image
 
 
 def _resnet50_fpn(norm_layer: type[nn.Module], layers: int) -> nn.Module:
-    """Trains the pyramid and the last `layers` of five."""
+    """Trained are the pyramid and the last `layers` of ResNet's five."""
     return resnet_fpn_backbone(
         backbone_name="resnet50", weights=None, norm_layer=norm_layer, trainable_layers=layers
     )

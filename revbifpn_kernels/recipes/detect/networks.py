@@ -112,7 +112,7 @@ def _hint_of(weights: str) -> str:
     try:
         held = torch.load(weights, map_location="cpu", weights_only=True)["model"]
         is_detector = any(name.startswith(f"{TRUNK}.") for name in held)
-    except Exception:  # no such file: the error before says what is wrong
+    except Exception:  # not PyTorch's: the error itself says what is wrong
         return hint_of(weights)
     return "; it is of a detector's run, which --resume auto continues" if is_detector else ""
 

@@ -12,7 +12,7 @@ from ..run.errors import RunError
 from ..run.networks import THREE_LEVELS
 from ..run.options import FROM_0, FROM_1, NOT_NEGATIVE, by_data, free, option, switch
 
-MOST_DRAWN = 100  # images of a figure; more take minutes
+MOST_DRAWN = 100  # images of a figure, which then takes seconds to draw
 DRAWN = run.Range(lambda v: 0 <= v <= MOST_DRAWN, f"a whole number from 0 to {MOST_DRAWN}")
 
 

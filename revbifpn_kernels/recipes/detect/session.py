@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(run: DetectorState, found: data.Data, report: Report, keeper, signals) -> bool:
     """Trains and measures; returns whether no signal came before the end."""
     report.say(
-        f"{len(found.train)} images an epoch to train on, {len(found.val)} to measure on, "
+        f"{len(found.train)} images per epoch to train on, {len(found.val)} to measure on, "
         f"{len(found.classes)} classes; {parameter_count(run.model):,} parameters; "
         f"{torch.get_num_threads()} threads; from step {run.step} of {run.steps}"
     )

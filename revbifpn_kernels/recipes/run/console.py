@@ -48,7 +48,7 @@ class Console:
         tqdm.write(f"{self.command}: {text}", file=sys.stderr)
 
     def write(self, action: Callable[[], None]) -> None:
-        """Does what writes a file; warns once if the disk is full."""
+        """Calls what writes a file; warns once if that fails."""
         try:
             action()
         except OSError as error:

@@ -22,8 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ...models.revbifpn import RevBiFPN
 from .errors import RunError
 
-# Small, so that gradients are reduced while the backward goes on: S0's would all fit PyTorch's
-# 25 MiB.
+# Small, so that gradients are reduced during the backward: PyTorch's 25 MiB hold all of S0's.
 BUCKET_MIB = 4
 
 

@@ -48,7 +48,7 @@ def split(labels: Sequence[int], seed: int, shares: Sequence[float]) -> list[lis
 def first_readable(
     count: int, index: int, load: Callable[[int], Any], name: Callable[[int], str]
 ) -> tuple[int, Any, list[Skipped]]:
-    """Loads image `index` of `count`, or the next that can be read; its index, it, the unreadable.
+    """Returns the first readable image from `index` on: its index, itself, what was skipped.
 
     Raises:
         RunError: So many files in a row cannot be read that the disk must be gone.

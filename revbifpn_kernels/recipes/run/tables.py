@@ -1,4 +1,4 @@
-"""CSV files that continue when a run is resumed, and the peak memory that they tell."""
+"""CSV files that continue when a run is resumed, and the peak memory for them."""
 
 import csv
 import io
