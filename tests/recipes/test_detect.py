@@ -48,6 +48,15 @@ def test_scenes_are_functions_of_their_seed_with_tight_boxes(part):
     assert objects > 40
 
 
+def test_each_epoch_has_new_scenes_and_each_part_its_own():
+    train, val = data.digits(options.parse(TINY))
+    first = np.array(train.load(Key(0, 0)).image)
+    assert np.array_equal(first, np.array(train.load(Key(0, 0)).image))
+    for source, key in ((train, Key(1, 0)), (train, Key(0, 1)), (val, Key(0, 0))):
+        assert not np.array_equal(first, np.array(source.load(key).image))
+    assert val.document() == val.document()
+
+
 def test_what_is_measured_on_was_not_trained_on():
     train, test = (
         {np.array(glyph).tobytes() for glyph in scenes._glyphs(part)[0]} for part in (0, 1)

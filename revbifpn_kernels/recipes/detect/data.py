@@ -5,7 +5,7 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,14 +31,6 @@ class Sample(NamedTuple):
     image: Tensor  # (3, H, W) in 0 to 1
     target: dict[str, Tensor]  # boxes, labels, masks if asked for: what torchvision takes
     skipped: tuple[Skipped, ...]
-
-
-class Source(Protocol):
-    def __len__(self) -> int: ...
-
-    def load(self, key: Key) -> View: ...  # raises BadImage
-
-    def name(self, index: int) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -98,8 +90,8 @@ def _shrunk(image: Image.Image, side: int) -> Image.Image:
 
 
 class Data(NamedTuple):
-    train: Source
-    val: Source
+    train: Scenes | Folder
+    val: Scenes | Folder
     truth: Annotations  # of val
     skipped: list[Skipped]
 
