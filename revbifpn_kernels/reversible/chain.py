@@ -74,6 +74,13 @@ class Reversible(nn.Module):
         """Return the inputs of `forward` from its outputs."""
         raise NotImplementedError(f"{type(self).__name__}: inverse must be defined")
 
+    def __prepare_scriptable__(self):
+        """Raise: `torch.jit.script` calls this first, and could not compile `forward`."""
+        raise RuntimeError(
+            f"{type(self).__name__}: torch.jit.script cannot compile it; use torch.compile, or "
+            "torch.export.export of a model in evaluation"
+        )
+
     def members(self) -> Sequence["Reversible"]:
         """Blocks within this one whose `forward` and `backward_step` are parts of its own."""
         return ()
@@ -330,6 +337,8 @@ class ReversibleSequential(nn.Sequential):
         self._check_blocks()
         if lattice is not None:
             self.lattice = lattice
+
+    __prepare_scriptable__ = Reversible.__prepare_scriptable__
 
     @property
     def lattice(self) -> float | None:

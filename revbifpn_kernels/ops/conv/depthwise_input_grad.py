@@ -24,7 +24,7 @@ def depthwise_input_grad_reference(
     return torch.nn.grad.conv2d_input(shape, weight, grad, stride, padding, groups=grad.shape[1])
 
 
-# CPU: csrc/depthwise_input_grad.cpp.
+# CPU: csrc/conv/depthwise_input_grad.cpp.
 library.define(
     "depthwise_input_grad(Tensor grad, Tensor weight, int height, int width, int stride, "
     "int padding) -> Tensor"

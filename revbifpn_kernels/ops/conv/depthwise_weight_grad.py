@@ -23,7 +23,7 @@ def depthwise_weight_grad_reference(
     return torch.nn.grad.conv2d_weight(x, shape, grad, stride, padding, groups=channels)
 
 
-# (C, 1, k, k) in float32 or float64. CPU: csrc/depthwise_weight_grad.cpp.
+# (C, 1, k, k) in float32 or float64. CPU: csrc/conv/depthwise_weight_grad.cpp.
 library.define(
     "depthwise_weight_grad(Tensor x, Tensor grad, int kernel_size, int stride, int padding)"
     " -> Tensor"

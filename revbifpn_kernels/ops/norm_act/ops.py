@@ -130,7 +130,7 @@ def norm_act_grad_reference(
 
 
 # Mean and invstd of a batch; running statistics move as in torch.nn.functional.batch_norm, and
-# `batches` counts up. Key CPU: csrc/norm_act.cpp.
+# `batches` counts up. Key CPU: csrc/norm_act/.
 library.define(
     "batch_statistics(Tensor x, float eps, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     "Tensor(c!)? batches, float momentum) -> (Tensor, Tensor)"

@@ -209,7 +209,7 @@ OPTIONS = "float alpha, str interpolation, float? lattice"
 library.define(f"resample_add(Tensor x, {SOURCES}, {OPTIONS}) -> Tensor")
 library.define(f"resample_add_(Tensor(a!) x, {SOURCES}, {OPTIONS}) -> ()")
 library.define(f"resample_add_out(Tensor x, {SOURCES}, Tensor(a!) out, {OPTIONS}) -> ()")
-# Key CPU is implemented in csrc/resample_add.cpp.
+# Key CPU is implemented in csrc/resample/add.cpp.
 library.impl("resample_add", _resample_add_cuda, "CUDA")
 library.impl("resample_add_", _resample_add_cuda_, "CUDA")
 library.impl("resample_add_out", _resample_add_out_cuda, "CUDA")

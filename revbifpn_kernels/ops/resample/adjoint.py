@@ -179,7 +179,7 @@ library.define(
     "resample_adjoint(Tensor grad, SymInt[] sizes, float alpha, str interpolation, "
     "ScalarType dtype) -> Tensor[]"
 )
-# Key CPU is implemented in csrc/resample_adjoint.cpp.
+# Key CPU is implemented in csrc/resample/adjoint.cpp.
 library.impl("resample_adjoint", _resample_adjoint_cuda, "CUDA")
 
 

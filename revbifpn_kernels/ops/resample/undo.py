@@ -174,7 +174,7 @@ def _resample_undo_cuda(
 
 
 library.define(f"resample_undo(Tensor y, Tensor grad, {SOURCES}, {OPTIONS}) -> (Tensor, Tensor[])")
-# Key CPU is implemented in csrc/resample_undo.cpp.
+# Key CPU is implemented in csrc/resample/undo.cpp.
 library.impl("resample_undo", _resample_undo_cuda, "CUDA")
 
 

@@ -173,7 +173,7 @@ def _dense(*tensors: Tensor) -> list[Tensor]:
     return [tensor.contiguous().view(-1).view(tensor.shape) for tensor in tensors]
 
 
-# Key CPU: csrc/squeeze_excite.cpp.
+# Key CPU: csrc/squeeze_excite/gates.cpp.
 _NETWORK = (
     "Tensor means, Tensor reduce_weight, Tensor reduce_bias, Tensor expand_weight, "
     "Tensor expand_bias, str act"
