@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..ops.conv.depthwise_input_grad import depthwise_input_grad
-from ..ops.conv.depthwise_weight_grad import depthwise_weight_grad
+from ..ops.conv.depthwise import depthwise_input_grad, depthwise_weight_grad
 from ..ops.conv.pointwise_conv import pointwise_conv, pointwise_conv_backward
 from ..ops.layout import Geometry
+from ..ops.norm_act.arguments import ACTIVATIONS, sums_dtype
 from ..ops.norm_act.factors import norm_factors
-from ..ops.norm_act.ops import ACTIVATIONS, norm_act_reference, sums_dtype
-from ..ops.resample.scaled_sources import ScaledSource
-from ..ops.squeeze_excite import ops as squeeze_excite  # noqa: F401  (registers the ops)
+from ..ops.norm_act.forward import norm_act_reference
+from ..ops.resample.folded_norm import ScaledSource
 from ..reversible import recompute as replay
 from .drop_path import kept_samples
 

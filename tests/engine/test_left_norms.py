@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from revbifpn_kernels import MBConv, RevBlock, ReversibleSequential, RevSilo
 from revbifpn_kernels.mbconv import modules as mbconv
-from revbifpn_kernels.ops.resample.scaled_sources import ScaledSource
+from revbifpn_kernels.ops.resample.folded_norm import ScaledSource
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALL = OPTIONS["all"]

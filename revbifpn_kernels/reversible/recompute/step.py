@@ -5,7 +5,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...ops.resample.scaled_sources import Source, maps_of
+from ...ops.resample.folded_norm import Source, maps_of
 from .module_state import parameters_of
 from .trace import Replay, run
 
