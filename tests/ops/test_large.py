@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import random_maps
 from helpers import assert_as_accurate, same_bits
-from norm_act_cases import BACKENDS, EPS, TRITON, Case
+from norm_act_cases import BACKENDS, CPP, EPS, TRITON, Case
 
 from revbifpn_kernels import resample_add, resample_add_, resample_adjoint, resample_undo
 from revbifpn_kernels.ops.norm_act.forward import norm_act_reference
@@ -84,24 +84,24 @@ def test_strides_beyond_2_31(dim):
     assert same_bits(resample_add_(y, sources), expected)
 
 
-NORM_OPS = {"cpp": lambda name: getattr(torch.ops.revbifpn, name), "triton": TRITON.__getitem__}
+NORM_OPS = {"cpp": CPP, "triton": TRITON}
 
 
 @pytest.mark.parametrize("name", NORM_OPS)
 def test_norm_act_with_strides_beyond_2_31(name):
     """Without the guard of the cases, which copies all that lies between the images."""
-    find, device = NORM_OPS[name], BACKENDS[name].device
+    ops, device = NORM_OPS[name], BACKENDS[name].device
     near = Case((2, 16, 8, 12)).inputs("bf16", device)
     norm = far_apart(near.x), *near.norm[1:]
     arguments = far_apart(near.grad), *norm
-    statistics = find("batch_statistics")(norm[0], EPS, None, None, None, 0.1)
+    statistics = ops["batch_statistics"](norm[0], EPS, None, None, None, 0.1)
     assert_as_accurate(statistics, batch_statistics_reference, near.x, eps=EPS)
-    y = find("norm_act")(*norm, near.gate, "silu")
+    y = ops["norm_act"](*norm, near.gate, "silu")
     assert_as_accurate(y, norm_act_reference, *near.norm, near.gate, act="silu")
-    sums = find("norm_act_sums")(*arguments, "silu", True)
+    sums = ops["norm_act_sums"](*arguments, "silu", True)
     options = {"act": "silu", "gated": True}
     assert_as_accurate(sums, norm_act_sums_reference, near.grad, *near.norm, **options)
     gates = near.gate, near.grad_means
-    results = find("norm_act_grad")(*arguments, *gates, sums, "silu", True)
+    results = ops["norm_act_grad"](*arguments, *gates, sums, "silu", True)
     reference = norm_act_grad_reference
     assert_as_accurate(results, reference, near.grad, *near.norm, *gates, act="silu")

@@ -113,7 +113,9 @@ def test_acts_gates_and_factors(name, act, gated, affine, is_batch, case):
     check_grad(backend, inputs, gate, grad_means, act, is_batch)
 
 
-@pytest.mark.parametrize(("name", "gated"), [("odd", True), ("channels-last", False)])
+@pytest.mark.parametrize(
+    ("name", "gated"), [("odd", True), pytest.param("channels-last", False, marks=pytest.mark.slow)]
+)
 @over_backends
 def test_sums_that_are_not_given_are_taken(backend, name, gated):
     inputs = CASES[name].inputs(device=backend.device)

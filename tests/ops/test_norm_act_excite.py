@@ -28,7 +28,10 @@ def arguments(case, device="cpu", dtypes="fp32"):
 
 
 @pytest.mark.parametrize("backend", OPS)
-@pytest.mark.parametrize(("case", "is_batch"), [("odd", True), ("channels-last-slice", False)])
+@pytest.mark.parametrize(
+    ("case", "is_batch"),
+    [("odd", True), pytest.param("channels-last-slice", False, marks=pytest.mark.slow)],
+)
 def test_equals_its_parts(backend, case, is_batch):
     norm, find = NORM_BACKENDS[backend], OPS[backend]
     given = arguments(case, norm.device)

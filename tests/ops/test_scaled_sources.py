@@ -9,7 +9,7 @@ from cases import (
     CASES,
     Case,
     over,
-    over_grid_of_undo,
+    over_grid_of_scaled,
     over_lattices,
     over_modes,
     over_spreads,
@@ -45,14 +45,14 @@ def undo_reference(y, grad, sources, scales, shifts, **options):
     return resample_undo_reference(y, grad, sources, scales=scales, shifts=shifts, **options)
 
 
-@over_grid_of_undo
+@over_grid_of_scaled
 def test_forward(backend, case, dtypes, mode):
     inputs = x, sources, *factors = scaled_inputs(case, dtypes, backend.device)
     y = backend.add(x, sources, -0.7, mode, None, *factors)
     assert_as_accurate(y, add_reference, *inputs, alpha=-0.7, mode=mode)
 
 
-@over_grid_of_undo
+@over_grid_of_scaled
 def test_undo(backend, case, dtypes, mode):
     y, sources, *factors = scaled_inputs(case, dtypes, backend.device)
     grad = random_like(y)

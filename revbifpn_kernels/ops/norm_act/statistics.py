@@ -41,9 +41,7 @@ def _batch_statistics_kernel(
         N, C, pixels, blocks, chunks, images, chunk, UNIT, CHANNELS, PIXELS, CHANNELS_LAST
     )
     mask = tile_mask(c, C, t_first, pixels, UNIT, PIXELS, CHANNELS_LAST)
-    first = load_tile(
-        x_ptr, x_strides, n_first, c, t_first, mask, UNIT, PIXELS, CHANNELS_LAST
-    )  # fmt: skip
+    first = load_tile(x_ptr, x_strides, n_first, c, t_first, mask, UNIT, PIXELS, CHANNELS_LAST)
     in_first = pixels_in_tile(t_first, pixels, UNIT, PIXELS, CHANNELS_LAST)
     shift = tl.sum(first, 1, keep_dims=True) / in_first.to(tl.float32)
     sums = tl.zeros([CHANNELS, PIXELS], tl.float32)

@@ -34,14 +34,7 @@ def round_to_lattice(update: Tensor, lattice: float) -> Tensor:
 
 
 def resample_add_reference(
-    x: Tensor,
-    sources: Sequence[Tensor],
-    *,
-    scales: Sequence[Tensor] | None = None,
-    shifts: Sequence[Tensor] | None = None,
-    alpha: float = 1.0,
-    mode: str = "bilinear",
-    lattice: float | None = None,
+    x, sources, *, scales=None, shifts=None, alpha=1.0, mode="bilinear", lattice=None
 ) -> Tensor:
     """The specification in plain PyTorch, one resampling and one addition per source."""
     size = tuple(x.shape[2:])
@@ -313,17 +306,11 @@ def resample_add_(
 
 
 def resample_add_out(
-    x: Tensor,  # (N, C, H, W)
-    sources: Sequence[Tensor],  # 1 to 8 of (N, C, h_k, w_k)
-    out: Tensor,  # (N, C, H, W)
-    *,
-    scales: Sequence[Tensor] | None = None,  # one (N, C) per source
-    shifts: Sequence[Tensor] | None = None,  # one (N, C) per source
-    alpha: float = 1.0,
-    mode: str = "bilinear",
-    lattice: float | None = None,
+    x, sources, out, *, scales=None, shifts=None, alpha=1.0, mode="bilinear", lattice=None
 ) -> None:
     """Write `resample_add(x, sources, …)` into `out`, such as a channel slice; no autograd.
+
+    Not for users: `fuse_out` in folded_norm.py calls it.
 
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it. Nothing is written.

@@ -25,12 +25,7 @@ from .reference import resample_reference
 
 
 def resample_adjoint_reference(
-    grad: Tensor,
-    sizes: Sequence[tuple[int, int]],
-    *,
-    alpha: float = 1.0,
-    mode: str = "bilinear",
-    dtype: torch.dtype | None = None,
+    grad, sizes, *, alpha=1.0, mode="bilinear", dtype: torch.dtype | None = None
 ) -> list[Tensor]:
     """The specification in plain PyTorch: autograd of each resampling."""
     results = []

@@ -28,13 +28,7 @@ from .plan import CELL_COUNTS, plan_cells
 
 
 def resample_undo_reference(
-    y: Tensor,
-    grad: Tensor,
-    sources: Sequence[Tensor],
-    *,
-    alpha: float = 1.0,
-    mode: str = "bilinear",
-    **factors_and_lattice,
+    y, grad, sources, *, alpha=1.0, mode="bilinear", **factors_and_lattice
 ) -> tuple[Tensor, list[Tensor]]:
     """The specification in plain PyTorch."""
     x = resample_add_reference(y, sources, alpha=-alpha, mode=mode, **factors_and_lattice)

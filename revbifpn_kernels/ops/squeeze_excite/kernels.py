@@ -54,9 +54,7 @@ def store_tile(ptr, i, j, rows, columns, values):
 @triton.jit
 def logits_tile(values_ptr, weight_ptr, bias_ptr, n, c, N, C, hidden, TERMS: tl.constexpr):
     """[n, c]: values · weightᵀ + bias."""
-    logits = product(
-        values_ptr, hidden, 1, weight_ptr, 1, hidden, n, c, N, C, hidden, TERMS
-    )  # fmt: skip
+    logits = product(values_ptr, hidden, 1, weight_ptr, 1, hidden, n, c, N, C, hidden, TERMS)
     return logits + tl.load(bias_ptr + c, mask=c < C, other=0.0)[None, :]
 
 
@@ -104,9 +102,7 @@ def _squeeze_backward_kernel(
 ):  # fmt: skip
     """Gradients of the activation's inputs, (N, hidden)."""
     n, h = tile_of(tl.program_id(0), hidden, ROWS, COLUMNS)
-    grad = product(
-        grad_logits_ptr, C, 1, expand_ptr, hidden, 1, n, h, N, hidden, C, TERMS
-    )  # fmt: skip
+    grad = product(grad_logits_ptr, C, 1, expand_ptr, hidden, 1, n, h, N, hidden, C, TERMS)
     _, slope = activate_with_slope(load_matrix(before_ptr, n, h, hidden, 1, N, hidden), ACT)
     store_tile(grad_before_ptr, n, h, N, hidden, grad * slope)
 
@@ -118,9 +114,7 @@ def weight_gradient(
 ):  # fmt: skip
     """A tile of gradsᵀ (outputs, N) · inputs (N, inputs); a row's first sums the bias's."""
     o, i = tile_of(pid, inputs, ROWS, COLUMNS)
-    grad = product(
-        grads_ptr, 1, outputs, inputs_ptr, inputs, 1, o, i, outputs, inputs, N, TERMS
-    )  # fmt: skip
+    grad = product(grads_ptr, 1, outputs, inputs_ptr, inputs, 1, o, i, outputs, inputs, N, TERMS)
     store_tile(weight_ptr, o, i, outputs, inputs, grad)
     if pid % tl.cdiv(inputs, COLUMNS) == 0:
         sums = tl.zeros([ROWS, TERMS], tl.float32)
@@ -142,9 +136,7 @@ def _squeeze_excite_results_kernel(
     tiles_reduce = tl.cdiv(hidden, ROWS) * tl.cdiv(C, COLUMNS)
     if pid < tiles_means:
         n, c = tile_of(pid, C, ROWS, COLUMNS)
-        grad = product(
-            grad_before_ptr, hidden, 1, reduce_ptr, C, 1, n, c, N, C, hidden, TERMS
-        )  # fmt: skip
+        grad = product(grad_before_ptr, hidden, 1, reduce_ptr, C, 1, n, c, N, C, hidden, TERMS)
         store_tile(grad_means_ptr, n, c, N, C, grad)
     elif pid < tiles_means + tiles_reduce:
         weight_gradient(
