@@ -99,7 +99,7 @@ CASES = {
     "channels-last": Case((2, 19, 8, 12), ((4, 6), (2, 3)), "channels-last", "channels-last"),
     "slice": Case((2, 3, 8, 12), ((4, 6), (3, 5)), "slice", "slice"),
     "channels-last-slice": Case(
-        (2, 5, 8, 12), ((4, 6), (3, 5)), "channels-last-slice", "channels-last-slice"
+        (2, 5, 8, 12), ((4, 6), (2, 3)), "channels-last-slice", "channels-last-slice"
     ),
     "layouts-differ": Case((2, 3, 8, 12), ((4, 6), (16, 12)), "contiguous", "channels-last"),
     "expanded-source": Case((2, 3, 8, 12), ((4, 6), (8, 12)), "contiguous", "expanded"),
@@ -173,7 +173,7 @@ _QUICK_TRITON = (
     ("odd", "bf16", "nearest"),
     ("x2-x4-x8", "fp32", "bilinear"),
     ("channels-last", "fp32-mixed", "bilinear"),
-    ("channels-last-slice", "fp32", "nearest"),
+    ("channels-last-slice", "fp32", "bilinear"),
     ("x2-x4-x8-unaligned", "fp16", "bilinear"),
     ("strided", "fp32", "bilinear"),
     ("mixed-kinds", "fp32-fp16", "bilinear"),

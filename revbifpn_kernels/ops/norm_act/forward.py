@@ -3,8 +3,8 @@
     z = (x − mean) · invstd · weight + bias,  y = act(z) · gate,  means = Σ act(z) / (H·W)
 
 gate (N, C) is computed by squeeze-excite from the means, (N, C), or drawn by stochastic depth. For
-E elements of x `norm_act` reads and writes E, `norm_act_means` reads E; there a second launch adds
-up chunks of planes where too few planes would leave a GPU idle.
+E elements of x `norm_act` reads and writes E, `norm_act_means` reads E. Where too few planes would
+leave a GPU idle, planes are cut into chunks, and a second launch adds up their means.
 """
 
 import torch
@@ -81,7 +81,7 @@ def _norm_act_means_kernel(
 
 def plan_norm_act(y, x, mean, invstd, weight, bias, gate, act) -> tuple[Launch, dict]:
     """The launch that writes y, for maps whose planes are dense in x's format."""
-    launch, _ = plan_tiles(_norm_act_kernel, {"y": y, "x": x}, "pixel", ACT=act)
+    launch = plan_tiles(_norm_act_kernel, {"y": y, "x": x}, "pixel", ACT=act)
     factors = norm_operands(mean, invstd, weight, bias)
     return launch, {"y_ptr": y, "x_ptr": x, **factors, "gate_ptr": contiguous(gate)}
 
@@ -96,8 +96,9 @@ def _norm_act_cuda(x, *arguments) -> Tensor:
 
 def plan_norm_act_means(x, mean, invstd, weight, bias, act) -> tuple[Launch, dict, Tensor]:
     """The launch that writes the means of each chunk of pixels, and these: (chunks, N, C)."""
-    launch, cut = plan_tiles(_norm_act_means_kernel, {"x": x}, "plane", ACT=act)
-    means = torch.empty((cut.chunks, *x.shape[:2]), dtype=torch.float32, device=x.device)
+    launch = plan_tiles(_norm_act_means_kernel, {"x": x}, "plane", ACT=act)
+    shape = (launch.args["chunks"], *x.shape[:2])
+    means = torch.empty(shape, dtype=torch.float32, device=x.device)
     factors = norm_operands(mean, invstd, weight, bias)
     share = 1.0 / (x.shape[2] * x.shape[3])
     return launch, {"means_ptr": means, "x_ptr": x, **factors, "share": share}, means

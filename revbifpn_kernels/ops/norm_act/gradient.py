@@ -210,8 +210,8 @@ def plan_norm_act_sums(
 ) -> tuple[Launch, dict, Tensor]:
     """The launch that writes the sums of each chunk, and these: (chunks, 2 or 5, N, C)."""
     maps, vectors = {"grad": grad, "x": x}, 1 if gated else 2
-    launch, cut = plan_tiles(_norm_act_sums_kernel, maps, "plane", vectors, ACT=act, GATED=gated)
-    shape = (cut.chunks, GATED_SUMS if gated else PLAIN_SUMS, *x.shape[:2])
+    launch = plan_tiles(_norm_act_sums_kernel, maps, "plane", vectors, ACT=act, GATED=gated)
+    shape = (launch.args["chunks"], GATED_SUMS if gated else PLAIN_SUMS, *x.shape[:2])
     sums = torch.empty(shape, dtype=torch.float32, device=x.device)
     factors = norm_operands(mean, invstd, weight, bias)
     return launch, {"sums_ptr": sums, "grad_ptr": grad, "x_ptr": x, **factors}, sums
@@ -229,7 +229,7 @@ def plan_norm_act_grad(
 ) -> list[tuple[Launch, dict]]:
     """The launches that write dweight and dbias, then dx, for dense planes in x's format."""
     maps = {"dx": dx, "grad": grad, "x": x}
-    launch, _ = plan_tiles(_norm_act_grad_kernel, maps, "pixel", ACT=act)
+    launch = plan_tiles(_norm_act_grad_kernel, maps, "pixel", ACT=act)
     N, C, H, W = x.shape
     shared = {
         "gate_ptr": contiguous(gate),

@@ -131,10 +131,11 @@ def plan_batch_statistics(
     mean, invstd, x, eps, running_mean, running_var, batches, momentum
 ) -> list[tuple[Launch, dict]]:
     """The launches that write mean and invstd, for an x whose planes are dense and not empty."""
-    launch, cut = plan_tiles(_batch_statistics_kernel, {"x": x}, "channel")
+    launch = plan_tiles(_batch_statistics_kernel, {"x": x}, "channel")
     count, C = x.numel() // x.shape[1], x.shape[1]
-    parts = torch.empty((4, cut.parts, C), dtype=torch.float32, device=x.device)
-    combine = plan_channels(_batch_statistics_combine_kernel, C, {"parts": cut.parts}, "PARTS")
+    programs = launch.grid[0] // launch.args["blocks"]  # that share a channel
+    parts = torch.empty((4, programs, C), dtype=torch.float32, device=x.device)
+    combine = plan_channels(_batch_statistics_combine_kernel, C, {"parts": programs}, "PARTS")
     operands = {
         "mean_ptr": mean,
         "invstd_ptr": invstd,
@@ -149,7 +150,7 @@ def plan_batch_statistics(
         "unbiased": count / (count - 1) if count > 1 else math.inf,
     }
     return [
-        (launch, {"parts_ptr": parts, "x_ptr": x, "parts": cut.parts}),
+        (launch, {"parts_ptr": parts, "x_ptr": x, "parts": programs}),
         (combine, operands),
     ]
 

@@ -1,7 +1,7 @@
 """How maps are cut among the programs of the family's Triton kernels, and the launches of that."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -23,13 +23,6 @@ SHORTEST_RUN = 16
 # Lanes that a tile with longer runs may take, over those of the tile with the fewest.
 IDLE_ALLOWED = 1.08
 CHANNELS_OF_TOTALS = 8
-
-
-class Cut(NamedTuple):
-    """How a launch cuts maps: `chunks` of each plane's pixels, `parts` that share a channel."""
-
-    chunks: int
-    parts: int
 
 
 def _plane_strides(maps: Geometry) -> tuple[int, int, int]:
@@ -120,7 +113,7 @@ def _plan(
     results: str,
     vectors: int,
     constants: tuple[tuple[str, Any], ...],
-) -> tuple[Launch, Cut]:
+) -> Launch:
     channels_last = dict(maps)["x"].channels_last
     geometries = tuple(geometry for _, geometry in maps)
     N, C, H, W = geometries[0].shape
@@ -133,7 +126,6 @@ def _plan(
     images = max(1, min(N, depth // tiles))
     chunk = triton.cdiv(tiles, triton.cdiv(tiles, min(depth, tiles)))
     chunks = triton.cdiv(tiles, chunk)
-    cut = Cut(chunks, triton.cdiv(N, images) * chunks)
     args = {
         "N": N,
         "C": C // unit if channels_last else C,
@@ -151,14 +143,14 @@ def _plan(
         "PIXELS": tile_pixels,
         "CHANNELS_LAST": channels_last,
     }
-    grid = (blocks * cut.parts,)
-    return Launch(kernel, grid, args, {**dict(constants), **tile}, threads=BLOCK), cut
+    grid = (blocks * triton.cdiv(N, images) * chunks,)
+    return Launch(kernel, grid, args, {**dict(constants), **tile}, threads=BLOCK)
 
 
 def plan_tiles(
     kernel: Any, maps: dict[str, Tensor], results: str, vectors: int = 2, **constants: Any
-) -> tuple[Launch, Cut]:
-    """The launch of a kernel that walks through maps with dense planes in x's format, and its cut.
+) -> Launch:
+    """The launch of a kernel that walks through maps with dense planes in x's format.
 
     `results` are per "pixel", "plane" or "channel". A thread holds `vectors` of 16 bytes of each
     map's tile, or less where less is aligned.
