@@ -175,7 +175,7 @@ _QUICK_TRITON = (
     ("channels-last", "fp32-mixed", "bilinear"),
     ("channels-last-slice", "fp32", "bilinear"),
     ("x2-x4-x8-unaligned", "fp16", "bilinear"),
-    ("strided", "fp32", "bilinear"),
+    ("transposed", "fp32", "bilinear"),
     ("mixed-kinds", "fp32-fp16", "bilinear"),
     ("area-channels-last", "bf16", "bilinear"),
     ("one-pixel-source", "fp32", "nearest"),

@@ -82,10 +82,9 @@ def print_corners():
     modes, lattices = ("bilinear", "nearest"), (None, 2.0**-10)
     formats = (torch.contiguous_format, torch.channels_last)
     for k, (name, corner) in enumerate(CORNERS.items()):
-        # Each corner in both modes and formats, which take turns with the lattice.
-        for j in range(2):
-            variant = modes[j], formats[(j + k) % 2], lattices[(j + k // 2) % 2]
-            compile_all(name, variant, corner_launches(*corner, *variant))
+        # Modes, formats and lattices take turns.
+        variant = modes[k % 2], formats[k // 2 % 2], lattices[k // 3]
+        compile_all(name, variant, corner_launches(*corner, *variant))
         layout = ("nchw", "channels_last")[k % 2]
         compile_all(name, layout, norm_launches(corner[0], layout))
     for name in ("all sizes 1", "S6"):

@@ -150,7 +150,7 @@ BACKENDS = {"cpp": Backend("cpu", CPP), "triton": Backend("cuda" if HAS_GPU else
 _QUICK_TRITON = [
     ("odd", "fp32"),
     ("channels-last-aligned", "fp16"),
-    ("strided", "fp32"),
+    ("cropped", "fp32"),
     ("apart", "fp32"),
     ("channels-last-slice", "fp32"),
     ("layouts-differ", "bf16"),

@@ -56,28 +56,37 @@ def compile_rows(target, dtype, *options):
 
 @pytest.mark.parametrize(
     ("target", "dtype", "fusion"),
-    [
-        ("sm_90", "fp32", "2"),
-        pytest.param("sm_90", "fp32", "2+4+8", marks=pytest.mark.slow),
-        pytest.param("sm_80", "bf16", "2+4+8", marks=pytest.mark.slow),
-        pytest.param("sm_100", "fp32", "2+4+8", marks=pytest.mark.slow),
-        pytest.param("gfx942", "bf16", "2+4+8", marks=pytest.mark.slow),
-    ],
+    [("sm_90", "fp32", "2"), pytest.param("gfx942", "bf16", "2+4+8", marks=pytest.mark.slow)],
 )
 def test_every_kernel_compiles_without_spills(target, dtype, fusion):
     rows = compile_rows(target, dtype, "--layouts", "nchw", "--scales", fusion, "any", "57x57")
     assert {row["kernel"] for row in rows} == KERNELS
-    for row in rows:
-        if (row["scales"], target) == ("2+4+8", "sm_90"):
-            assert row["load_bytes"] == "16", row
-            assert float(row["instructions_per_element"]) <= 1.25 * float(row["budget"]), row
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "layout"), [("bf16", "nchw"), ("fp32", "channels_last")])
-def test_dense_maps_move_16_bytes_within_the_instruction_budget(dtype, layout):
-    options = ["--ops", *NORM_OPS, "--scales", "56x56", "--layouts", layout]
-    rows = compile_rows("sm_90", dtype, *options)
+@pytest.mark.parametrize(("target", "dtype"), [("sm_80", "bf16"), ("sm_100", "fp32")])
+def test_the_largest_kernels_compile_without_spills(target, dtype):
+    """Undo holds what add and adjoint are made of."""
+    ops = ["--ops", "resample_undo", "resample_undo+scales", "norm_act_sums", "norm_act_grad"]
+    assert (
+        len(compile_rows(target, dtype, "--layouts", "nchw", *ops, "--scales", "2+4+8", "57x57"))
+        == 5
+    )
+
+
+@pytest.mark.slow
+def test_aligned_rows_move_16_bytes_within_the_instruction_budget():
+    rows = compile_rows("sm_90", "fp32", "--layouts", "nchw", "--scales", "2+4+8")
+    assert len(rows) == 5
+    for row in rows:
+        assert row["load_bytes"] == "16", row
+        assert float(row["instructions_per_element"]) <= 1.25 * float(row["budget"]), row
+
+
+@pytest.mark.slow
+def test_dense_maps_move_16_bytes_within_the_instruction_budget():
+    options = ["--ops", *NORM_OPS, "--scales", "56x56", "--layouts", "channels_last"]
+    rows = compile_rows("sm_90", "bf16", *options)
     assert len(rows) == 7
     for row in rows:
         if "combine" not in row["kernel"] and "totals" not in row["kernel"]:

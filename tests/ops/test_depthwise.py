@@ -126,50 +126,35 @@ def test_opcheck():
     torch.library.opcheck(ops.depthwise_input_grad.default, (grad, weight, *sides, *sizes[1:]))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x": torch.zeros(2, 3, 4)}, r"x must have shape \(N, C, H, W\)"),
-        ({"grad": torch.zeros(2, 3, 8, 8)}, r"grad must have shape \(2, 16, 9, 9\)"),
-        ({"grad": torch.zeros(2, 16, 9, 9).double()}, ".* dtype torch.float32, got .*float64"),
-        ({"kernel_size": 0}, "kernel_size must be at least 1, got 0"),
-        ({"stride": 0}, "stride must be at least 1, got 0"),
-        ({"padding": -1}, "padding must be at least 0, got -1"),
-    ],
-)
-def test_weight_grad_errors(change, message):
-    arguments = {
-        "x": torch.zeros(2, 16, 9, 9),
-        "grad": torch.zeros(2, 16, 9, 9),
-        "kernel_size": 5,
-        "stride": 1,
-        "padding": 2,
-    } | change
-    with pytest.raises((ValueError, TypeError), match=f"depthwise_weight_grad: {message}"):
-        depthwise_weight_grad(arguments.pop("x"), arguments.pop("grad"), **arguments)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"grad": torch.zeros(2, 3, 4)}, r"grad must have shape \(N, C, H, W\)"),
-        ({"grad": torch.zeros(2, 16, 8, 8)}, r"grad must have sides \(9, 9\)"),
-        ({"weight": torch.zeros(16, 2, 5, 5)}, r"weight must have \(\(16, 1, 5, 5\)"),
-        ({"weight": torch.zeros(16, 1, 5, 5).double()}, ".*got .*torch.float64"),
-        ({"stride": 0}, "stride must be at least 1, got 0"),
-        ({"padding": -1}, "padding must be at least 0, got -1"),
-    ],
-)
-def test_input_grad_errors(change, message):
-    arguments = {
-        "grad": torch.zeros(2, 16, 9, 9),
-        "weight": torch.zeros(16, 1, 5, 5),
+GRAD, WEIGHT = torch.zeros(2, 16, 9, 9), torch.zeros(16, 1, 5, 5)
+OPS = {
+    depthwise_weight_grad: {"x": GRAD, "grad": GRAD, "kernel_size": 5, "stride": 1, "padding": 2},
+    depthwise_input_grad: {
+        "grad": GRAD,
+        "weight": WEIGHT,
         "size": (9, 9),
         "stride": 1,
         "padding": 2,
-    } | change
-    with pytest.raises((ValueError, TypeError), match=f"depthwise_input_grad: {message}"):
-        depthwise_input_grad(**arguments)
+    },
+}
+BAD = [
+    *((op, {"stride": 0}, "stride must be at least 1, got 0") for op in OPS),
+    *((op, {"padding": -1}, "padding must be at least 0, got -1") for op in OPS),
+    (depthwise_weight_grad, {"x": GRAD[0]}, r"x must have shape \(N, C, H, W\)"),
+    (depthwise_weight_grad, {"grad": GRAD[:, :3]}, r"grad must have shape \(2, 16, 9, 9\)"),
+    (depthwise_weight_grad, {"grad": GRAD.double()}, ".* dtype torch.float32, got .*float64"),
+    (depthwise_weight_grad, {"kernel_size": 0}, "kernel_size must be at least 1, got 0"),
+    (depthwise_input_grad, {"grad": GRAD[0]}, r"grad must have shape \(N, C, H, W\)"),
+    (depthwise_input_grad, {"grad": GRAD[..., 1:, 1:]}, r"grad must have sides \(9, 9\)"),
+    (depthwise_input_grad, {"weight": WEIGHT[:5]}, r"weight must have \(\(16, 1, 5, 5\)"),
+    (depthwise_input_grad, {"weight": WEIGHT.double()}, ".*got .*float64"),
+]
+
+
+@pytest.mark.parametrize(("op", "change", "message"), BAD)
+def test_errors(op, change, message):
+    with pytest.raises((ValueError, TypeError), match=f"{op.__name__}: {message}"):
+        op(**OPS[op] | change)
 
 
 @pytest.mark.parametrize(

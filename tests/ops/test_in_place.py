@@ -97,6 +97,14 @@ def test_refuses_a_source_that_overlaps_x(part):
     assert torch.equal(whole, before)
 
 
+def test_one_shared_element_is_refused_and_none_accepted():
+    whole = torch.randn(720)
+    x, beside, over = (whole[i:j] for i, j in ((0, 576), (576, 720), (575, 719)))
+    resample_add_(x.view(X), [beside.view(2, 3, 4, 6)])
+    with pytest.raises(ValueError, match=r"^resample_add_: sources\[0\] must not share memory"):
+        resample_add_(x.view(X), [over.view(2, 3, 4, 6)])
+
+
 def test_accepts_x_itself_as_a_source():
     x = torch.randn(2, 3, 8, 12)
     doubled = 2 * x

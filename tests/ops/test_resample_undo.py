@@ -7,6 +7,7 @@ from cases import (
     CASES,
     INTERPRETED,
     LAYOUTS,
+    Case,
     over,
     over_backends,
     over_cpp_spreads,
@@ -19,6 +20,8 @@ from cases import (
 )
 from helpers import assert_as_accurate, on_lattice, same_bits
 
+from revbifpn_kernels.ops import tiling
+from revbifpn_kernels.ops.resample import add, undo
 from revbifpn_kernels.ops.resample.undo import resample_undo_reference
 
 
@@ -93,6 +96,31 @@ def test_lattice_undo_restores_every_bit(backend, case, dtypes, lattice):
     y = backend.add(x, sources, 0.7, "bilinear", lattice)
     restored, _ = backend.undo(y, random_like(y), sources, 0.7, "bilinear", lattice)
     assert same_bits(restored, x)
+
+
+@pytest.fixture
+def small_gpu(monkeypatch):
+    """A GPU that few lanes fill, so that each lane walks down a chain of cells."""
+    monkeypatch.setattr(tiling, "LANES_TO_FILL", 1)
+    for op in (add, undo):
+        op._plan.cache_clear()
+    yield
+    for op in (add, undo):
+        op._plan.cache_clear()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", pytest.param("channels-last", marks=INTERPRETED)])
+def test_chains_of_cells_triton(small_gpu, layout):
+    backend = BACKENDS["triton"]
+    case = Case((1, 2, 24, 12), ((12, 6), (24, 12), (6, 3)), layout, layout)
+    y, sources = case.tensors("fp32-mixed", backend.device)
+    grad = random_like(y)
+    arguments = sources, [], [], 0.7, "bilinear", None
+    (launch, _), *_ = undo.plan_resample_undo(y, sources, y, grad, *arguments)
+    assert launch.args["chain"] == add.plan_resample_add(y, y, *arguments)[0].args["chain"] == 3
+    results = backend.undo(y, grad, sources, 0.7, "bilinear", None)
+    assert_as_accurate(results, resample_undo_reference, y, grad, sources, alpha=0.7)
+    assert same_bits(results[0], backend.add(y, sources, -0.7, "bilinear", None))
 
 
 def coupling(fine, coarse, step):
