@@ -78,6 +78,16 @@ def test_random_numbers_are_repeated(function):
     assert_same_bits(*results)
 
 
+def test_hooks_that_draw():
+    def make():
+        convolution = nn.Conv2d(4, 4, 3, padding=1)
+        convolution.register_forward_hook(lambda module, args, y: F.dropout(y, 0.3))
+        return convolution
+
+    xs = [torch.randn(2, 8, 6, 6)]
+    assert_same_bits(*(gradients_of(net, xs) for net in pair_of(make)))
+
+
 def test_every_drawing_operator_is_known():
     """PyTorch tags them; functions in Python around them are listed by hand."""
     tag = torch.Tag.nondeterministic_seeded
