@@ -102,6 +102,17 @@ def gradients_of_second(net) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in net[1].named_parameters()}
 
 
+def test_functional_call_reaches_the_block_that_is_run_again():
+    net, grads = chain(Widening, Following), []
+    for reversible in (True, False):
+        net.reversible = reversible
+        torch.manual_seed(2)
+        other = {name: (1.5 * p).detach().requires_grad_() for name, p in net.named_parameters()}
+        (y,) = torch.func.functional_call(net, other, image())
+        grads.append(torch.autograd.grad(y.sin().sum(), list(other.values())))
+    assert same_bits(*grads)
+
+
 def test_a_change_before_the_backward_is_noticed():
     net = chain(Widening, Following)
     y = net(image().requires_grad_())[0]
