@@ -48,6 +48,7 @@ DRAWS = {
     "gumbel": lambda x: F.gumbel_softmax(x, dim=1),
     "bernoulli_ per sample": lambda x: x * x.new_empty(len(x), 1, 1, 1).bernoulli_(0.5),
     "bernoulli_ per element": lambda x: x * torch.empty_like(x).bernoulli_(0.5),
+    "then changed in place": lambda x: x * x.new_empty(len(x), 1, 1, 1).bernoulli_(0.5).div_(0.5),
     "large bernoulli_": lambda x: x * torch.empty(200, 200).bernoulli_(0.5).mean(),
     "bernoulli": lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)),
     "rand": lambda x: x * torch.rand(x.shape[0], 1, 1, 1),
