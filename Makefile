@@ -5,10 +5,10 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 SOURCES := pyproject.toml setup.py $(shell find csrc -name "*.h" -o -name "*.cpp")
-PYTEST_ARGS ?= -n auto
+PYTEST_ARGS ?= -n auto --dist worksteal
 ASAN := build/asan
 
-.PHONY: $(VENV) bench bench-norms bench-stack bench-step bench-memory report train detect test test-asan lint wheel kernels clean
+.PHONY: $(VENV) bench bench-norms bench-stack bench-step bench-memory report train detect test test-all test-asan lint wheel kernels clean
 
 $(VENV): $(INSTALLED)
 
@@ -54,8 +54,12 @@ train: $(INSTALLED)
 detect: $(INSTALLED)
 	$(RUN) -m revbifpn_kernels.detect $(DETECT_ARGS)
 
+# The fast tests; `make test-all` runs the slow ones after them.
 test: $(INSTALLED)
 	$(RUN) -m pytest $(PYTEST_ARGS)
+
+test-all: test
+	$(RUN) -m pytest -m slow $(PYTEST_ARGS)
 
 # Every CPU op under the address and undefined-behaviour sanitizers. A copy, so that the instrumented
 # extension never lies beside the sources.

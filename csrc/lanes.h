@@ -31,7 +31,7 @@ REVBIFPN_INLINE void store_lanes_whole(const lane_vector<float> &vector, BFloat1
   __builtin_memcpy(values, &halves, sizeof(halves));
 }
 
-/// The first `lanes` values; zeros in the lanes behind them.
+/// The first `lanes` values; the other lanes are zeros.
 template <class T>
 REVBIFPN_INLINE lane_vector<accumulator_t<T>> load_lanes(const T *values, int64_t lanes = LANES) {
   using Acc = accumulator_t<T>;

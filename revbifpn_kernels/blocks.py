@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops.checks import check_lattice, check_maps, check_precision
-from .ops.resample.folded_norm import fuse, fuse_out
-from .ops.resample.scaled_sources import maps_of
+from .ops.resample.folded_norm import fuse, fuse_out, maps_of
 from .reversible import Reversible, Step
 from .reversible.recompute import run_transform
 from .reversible.streams import finest_lattice

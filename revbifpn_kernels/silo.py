@@ -24,8 +24,7 @@ from .ops.checks import (
     check_precision,
     check_size,
 )
-from .ops.resample.folded_norm import fuse, undo
-from .ops.resample.scaled_sources import maps_of
+from .ops.resample.folded_norm import fuse, maps_of, undo
 from .reversible import Reversible, Step
 from .reversible.recompute import run_transform
 

@@ -1,4 +1,4 @@
-// What the gradients of depthwise convolutions check alike.
+// The checks that both gradients of a depthwise convolution share.
 
 #pragma once
 

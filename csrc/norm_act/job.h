@@ -16,10 +16,10 @@ template <class Acc> struct NormJob {
   using Workspace = double;
   static constexpr int64_t MOST_SUMS = 5;
 
-  Maps x, grad, y;             // y: what is written
+  Maps x, grad, y;             // y: the result
   const Acc *mean, *invstd;    // (C)
   const Acc *weight, *bias;    // (C) or null
-  const Acc *gate, *grad_mean; // (N, C) or null: the gate; what each pixel adds to its gradient
+  const Acc *gate, *grad_mean; // (N, C) or null; grad_mean is added to each pixel's gradient
   const Acc *offset, *tilt;    // (C) or null: dx = invstd * weight * (dz - offset - tilt * xc)
   double *sums;                // (sums, units, channels of a unit)
   Act act;

@@ -1,5 +1,5 @@
 // What the operators of batch norm, activation and gate share: maps that the kernels can walk over,
-// the job of a norm, and what is left of its sums when the units are done.
+// the job of a norm, and the reduction of its sums over the units.
 
 #pragma once
 
@@ -9,8 +9,8 @@
 
 namespace revbifpn {
 
-// Elements of a chunk: it stays in a core's second-level cache with its gradient and result. Its
-// pixels are added up one after the other, those of chunks in long doubles.
+// Elements of a chunk: it stays in a core's second-level cache together with its gradient and
+// result.
 constexpr int64_t CHUNK_SIZE = 32768;
 constexpr int64_t SHORTEST_CHUNK = 64, LONGEST_CHUNK = 1024;
 
@@ -25,7 +25,7 @@ inline Act act_of(const char *op, const std::string &act) {
   return Act::silu;
 }
 
-/// Room for sums over maps of x's dtype.
+/// An unwritten tensor for sums over maps of x's dtype.
 inline Tensor new_sums(const char *op, const Tensor &x, const std::vector<int64_t> &shape) {
   return new_tensor(x, shape, sums_type(dtype_of(op, x.scalar_type())));
 }
@@ -34,7 +34,8 @@ template <class Acc> Acc *data_of(const Tensor &tensor) {
   return static_cast<Acc *>(tensor.data_ptr());
 }
 
-/// Whether the pixels of a plane lie at one distance, channels or pixels side by side.
+/// Whether all pixels of a plane lie at the same distance, with channels (or else pixels) side by
+/// side, so that the kernels can walk over them.
 inline bool can_be_walked(const Tensor &tensor, bool lanes_are_channels) {
   const int64_t height = tensor.size(2), width = tensor.size(3);
   const int64_t pitch = width > 1 ? tensor.stride(3) : tensor.stride(2);
@@ -96,7 +97,7 @@ template <class Acc> NormJob<Acc> job_of(const char *op, const Tensor &x) {
   return job;
 }
 
-/// The norm of each channel and the activation behind it.
+/// The norm of each channel and the activation after it.
 struct NormArguments {
   const Tensor &mean, &invstd;
   const OptionalTensor &weight, &bias;

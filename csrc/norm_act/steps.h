@@ -1,17 +1,17 @@
-// Batch norm, activation and gate: what each kernel does with a vector of lanes. A step either adds
-// to its sums or returns what is written.
+// Batch norm, activation and gate: the computation of each kernel on one vector of lanes. A step
+// either adds to its sums or returns the vector that is stored.
 
-/// What is constant over a unit, for 16 lanes.
+/// The values that are constant over a unit of work, for one vector of lanes.
 template <class Vector> struct Factors {
   Act act;
   Vector mean, invstd, weight, bias, gate, grad_mean, offset, tilt;
 
-  /// Not by the product of invstd and weight: its rounding would add up in sums.
+  /// Multiplies by invstd and weight in turn: the rounding of their product would add up in sums.
   REVBIFPN_INLINE Vector normalised(Vector xc) const { return xc * invstd * weight + bias; }
 };
 
-/// `mean` is that of the unit's first pixels, near enough that the squares lose no digits. The
-/// values themselves are added up too: a mean of differences would keep their rounding.
+/// `mean` is the mean of the unit's first pixels, near enough that the squares lose no digits. The
+/// values themselves are summed too: a mean of differences would keep their rounding.
 struct Statistics {
   static constexpr int SUMS = 3;
   static constexpr bool READS_GRAD = false;

@@ -1,5 +1,5 @@
 // The two walks of batch norm, activation and gate over an image: pixel by pixel of channels_last,
-// or plane by plane. `Step` is what is done with a vector of lanes: see steps.h.
+// or plane by plane. `Step` is the computation on one vector of lanes: see steps.h.
 
 // Pixels, or vectors of a plane, whose sums are added up in float32 before they join those in
 // float64; a group of pixels stays in the first-level cache.

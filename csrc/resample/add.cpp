@@ -13,7 +13,7 @@ namespace {
 
 // Elements of a row of a strip. Three sources keep 8 rows in use: 64 KiB of float32.
 constexpr int64_t STRIP_SIZE = 1024;
-// Elements of a step between which pages are mapped: what the second-level cache holds.
+// Elements of a step between which pages are mapped: they fit the second-level cache.
 constexpr int64_t STEP_SIZE = int64_t{1} << 17;
 
 template <class Acc> Acc snap_of(const char *op, std::optional<double> lattice) {

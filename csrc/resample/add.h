@@ -69,7 +69,8 @@ public:
     }
   }
 
-  /// A run of rows goes through each step together: what a step wrote just now is slow to read.
+  /// A run of rows goes through each step together: values that were written just now are slow to
+  /// read.
   void add(const Tile &tile) {
     for (int k = 0; k < sources; ++k)
       next_row[k] = job.sources[k].rows.first[tile.row_begin];

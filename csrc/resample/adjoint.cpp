@@ -52,7 +52,7 @@ template <class Acc> void size_workspace(AdjointJob<Acc> &job) {
   }
   const uint64_t run_rows = std::clamp<int64_t>(RUN_SIZE / size, 1, job.grad.height);
   job.run_rows = std::bit_floor(run_rows);
-  // A run is loaded while the rows before it are still wanted, all but the oldest.
+  // When a run is loaded, all rows before it but the oldest are still in use.
   job.ring_rows = std::bit_ceil<uint64_t>(most_terms + job.run_rows - 1);
   job.ring_size = job.ring_rows * size + PADDING;
   job.run_size = job.run_rows * size + PADDING;

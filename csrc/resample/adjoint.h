@@ -75,7 +75,7 @@ public:
   }
 
   /// Does rows [chunk, chunk + 1) / row_chunks of every result, for the planes of `tile`. A run of
-  /// rows goes through each step together: what a step wrote just now is slow to read.
+  /// rows goes through each step together: values that were written just now are slow to read.
   void gather(Tile tile, int64_t chunk) {
     int64_t row_end = 0;
     first_row = job.grad.height;
@@ -136,7 +136,7 @@ private:
     }
   }
 
-  /// Rows [begin, end) of a result, one behind the other.
+  /// Rows [begin, end) of a result, one after the other.
   void gather_rows(const Result<Acc> &result, const Tile &tile, int64_t begin, int64_t end,
                    Acc *out) {
     const int64_t size = job.grad.width * tile.lanes;

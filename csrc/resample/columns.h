@@ -31,7 +31,7 @@ void enlarge_between(const Taps<Acc> &taps, const Acc *row, int64_t pixels, Acc 
 }
 
 /// One plane enlarged by a power of two: constant weights, and the table before the centre of the
-/// first pixel and behind that of the last.
+/// first pixel and after that of the last.
 template <int FACTOR, class Acc>
 void enlarge_plane(const Source<Acc> &source, const Acc *row, int64_t origin, int64_t begin,
                    int64_t end, Acc *out) {

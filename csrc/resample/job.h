@@ -11,8 +11,8 @@ namespace revbifpn {
 
 constexpr int MAX_SOURCES = 8;
 
-// Elements behind a row of the workspace that a loop over whole vectors may touch: enlarging by 8
-// writes 8 rows of them.
+// Elements after a row of the workspace that a loop over whole vectors may touch: enlarging by 8
+// writes 8 vectors at once.
 constexpr int64_t PADDING = LANES * 8;
 
 // Elements of a run: narrow rows go through the steps of a kernel together.

@@ -1,4 +1,4 @@
-// What the operators of resampling share: checks, and the two halves of `resample_undo`.
+// The checks and steps that the operators of resampling share.
 
 #pragma once
 
@@ -45,7 +45,7 @@ inline PlaneGroups groups_of(const Maps &maps, int64_t channels, int64_t most) {
   return {channels, are_side_by_side ? std::clamp<int64_t>(channels, 1, most) : 1};
 }
 
-/// What is added to x: alpha * sum of the resampled sources.
+/// The term that is added to x: alpha * sum of the resampled sources.
 struct Addends {
   const TensorList &sources, &scales, &shifts;
   double alpha;

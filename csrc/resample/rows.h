@@ -1,8 +1,8 @@
 // Rows of pixels: reading and writing them in any layout, and the weighted sums of rows.
 //
-// A row in the workspace is dense: `lanes` values for each pixel, pixel after pixel. Behind it lies
-// room (PADDING), so that loops may run on to a whole vector instead of finishing one by one, which
-// matters for narrow maps; what they write there is overwritten or never read.
+// A row in the workspace is dense: `lanes` values for each pixel, pixel after pixel. After it
+// comes PADDING, so that loops may run on to a whole vector instead of finishing one by one, which
+// matters for narrow maps; the values that they write there are overwritten or never read.
 
 constexpr int64_t whole_vectors(int64_t count) { return (count + LANES - 1) & ~(LANES - 1); }
 
@@ -35,8 +35,8 @@ inline bool has_dense_planes(const Maps &maps, const Tile &tile, int64_t count) 
   return has_dense_rows(maps, tile) && maps.stride_h == count * tile.lanes;
 }
 
-/// Asks for the `count` pixels of row `row`, which are used next. It may lie behind the last row:
-/// in a contiguous tensor the next plane does.
+/// Prefetches the `count` pixels of row `row`, which are used next. The row may lie after the last
+/// one, where the next plane of a contiguous tensor begins.
 template <class T>
 void prefetch_row(const Maps &maps, const Tile &tile, int64_t row, int64_t column, int64_t count) {
   if (!has_dense_rows(maps, tile))
@@ -115,7 +115,8 @@ void move_row(const Maps &maps, const Tile &tile, int64_t row, int64_t column, i
       Move::one(pixels[pixel * stride_w + lane * stride_c], values[pixel * lanes + lane]);
 }
 
-/// Moves rows [begin, end), one behind the other. Narrow rows gain by being one run.
+/// Moves rows [begin, end), one after the other; in one run where they are dense, which is faster
+/// for narrow rows.
 template <class Move, class T, class Acc>
 void move_rows(const Maps &maps, const Tile &tile, int64_t begin, int64_t end, int64_t column,
                int64_t count, Acc *values) {

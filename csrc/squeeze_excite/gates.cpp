@@ -80,7 +80,7 @@ template <class Acc> struct Network {
   int64_t images, channels, hidden;
   Act act;
 
-  /// (images, hidden) before the activation, and behind it.
+  /// (images, hidden) before and after the activation.
   void squeeze(Acc *before, Acc *values) const {
     dots(means, reduce, reduce_bias, before, images, hidden, channels);
     REVBIFPN_BEST_KERNEL(act_units, Acc)

@@ -10,8 +10,8 @@ namespace revbifpn {
 constexpr int64_t COLUMNS_OF_DOTS = 4;
 
 /// A product of small matrices, out (rows, columns). A unit of work is a block of columns, for all
-/// rows: LANES columns in `product_units`, COLUMNS_OF_DOTS in `dots_units`. So what `right` holds
-/// of the block is read from memory once.
+/// rows: LANES columns in `product_units`, COLUMNS_OF_DOTS in `dots_units`. So the block's
+/// part of `right` is read from memory once.
 template <class Acc> struct ProductJob {
   using Workspace = Acc;
 

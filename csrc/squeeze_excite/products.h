@@ -28,7 +28,7 @@ template <class Acc> REVBIFPN_INLINE Block<Acc> load_block(const Acc *values) {
   return block;
 }
 
-/// The first `lanes` of 16 values, zeros behind them.
+/// The first `lanes` of 16 values, and zeros.
 template <class Acc> REVBIFPN_INLINE Block<Acc> keep_first(Block<Acc> block, int64_t lanes) {
   register_of<Acc> numbers;
   REVBIFPN_UNROLLED(lane, LANES_OF_PART<Acc>) numbers[lane] = static_cast<Acc>(lane);
@@ -39,7 +39,8 @@ template <class Acc> REVBIFPN_INLINE Block<Acc> keep_first(Block<Acc> block, int
   return block;
 }
 
-/// The same, of a row behind which less than 16 values may be read. Slow: for the last of them.
+/// The same, read one by one: for rows at the end of their memory, where a whole load would leave
+/// it.
 template <class Acc> REVBIFPN_INLINE Block<Acc> load_last(const Acc *values, int64_t lanes) {
   Acc copied[LANES] = {};
   for (int64_t lane = 0; lane < lanes; ++lane)
@@ -88,8 +89,8 @@ REVBIFPN_INLINE void store_sums(const Block<Acc> *sums, const Acc *bias, Acc *ou
   }
 }
 
-/// COLUMNS dots of one row. IS_LAST: the rows of `left` or `right` end less than 16 values before
-/// what may be read does.
+/// COLUMNS dots of one row. IS_LAST: a row of `left` or `right` ends so near the end of its memory
+/// that a load of 16 values from its last part would leave it.
 template <int COLUMNS, bool IS_LAST, class Acc>
 REVBIFPN_INLINE void dots_of_row(const ProductJob<Acc> &job, const Acc *left, const Acc *right,
                                  const Acc *bias, Acc *out) {
@@ -115,7 +116,7 @@ REVBIFPN_INLINE void dots_of_row(const ProductJob<Acc> &job, const Acc *left, co
 template <int COLUMNS, class Acc>
 REVBIFPN_INLINE void dots_of_columns(const ProductJob<Acc> &job, int64_t column) {
   const int64_t rest = job.terms % LANES;
-  // How many values behind its row the last load of 16 reaches.
+  // By how many values the last load of 16 exceeds its row.
   const int64_t reach = rest == 0 ? 0 : LANES - rest;
   const bool is_last = (job.columns - column - COLUMNS) * job.terms < reach;
   const Acc *right = job.right + column * job.terms, *bias = job.bias + column;
@@ -147,7 +148,7 @@ template <int ROWS, class Acc>
 REVBIFPN_INLINE void product_of_rows(const ProductJob<Acc> &job, int64_t row, int64_t column,
                                      int64_t lanes) {
   const Acc *left = job.left + row * job.left_row, *right = job.right + column;
-  // Terms whose 16 values may be read; what is behind the lanes is dropped in the end.
+  // Terms whose 16 values may be read; the lanes that are not wanted are dropped at the end.
   const int64_t readable = job.terms * job.columns - column - LANES;
   const int64_t whole = readable < 0 ? 0 : std::min(job.terms, readable / job.columns + 1);
   Block<Acc> sums[ROWS] = {};

@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.conv.depthwise_input_grad import depthwise_input_grad
-from ..ops.conv.depthwise_weight_grad import depthwise_weight_grad
+from ..ops.conv.depthwise import depthwise_input_grad, depthwise_weight_grad
 from ..ops.conv.pointwise_conv import pointwise_conv, pointwise_conv_backward
 from ..ops.layout import Geometry
+from ..ops.norm_act.arguments import ACTIVATIONS
 from ..ops.norm_act.factors import norm_factors
-from ..ops.norm_act.ops import ACTIVATIONS, norm_act_reference
-from ..ops.resample.scaled_sources import ScaledSource, Source
-from ..ops.squeeze_excite import ops as squeeze_excite  # noqa: F401  (registers the ops)
+from ..ops.norm_act.forward import norm_act_reference
+from ..ops.resample.folded_norm import ScaledSource, Source
 from ..reversible import recompute
 from .drop_path import sample_factors
 from .stages import Stage, is_autocast

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..ops.norm_act.ops import sums_dtype
+from ..ops.norm_act.arguments import sums_dtype
 from .drop_path import DropPath
 from .modules import BatchNorm2d, ConvNorm, SqueezeExcite
 

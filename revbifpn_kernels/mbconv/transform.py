@@ -5,7 +5,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from ..ops.resample.scaled_sources import Source
+from ..ops.resample.folded_norm import Source
 from ..reversible import recompute
 from .drop_path import DropPath
 from .fused import run_stages

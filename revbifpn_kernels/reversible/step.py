@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops.resample.scaled_sources import Source, maps_of
+from ..ops.resample.folded_norm import Source, maps_of
 from .recompute import BlockTrace, run_transform
 from .recompute.module_state import parameters_of
 

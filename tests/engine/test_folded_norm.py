@@ -12,7 +12,7 @@ from torch import nn
 
 from revbifpn_kernels import MBConv, RevBlock, ReversibleSequential, RevSilo
 from revbifpn_kernels.mbconv import transform
-from revbifpn_kernels.ops.resample.scaled_sources import ScaledSource
+from revbifpn_kernels.ops.resample.folded_norm import ScaledSource
 
 ALL = OPTIONS["all"]
 

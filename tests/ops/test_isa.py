@@ -24,6 +24,7 @@ def hash_of_results(isa, check=True):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_AVX512, reason="this processor has no AVX-512, so nothing can differ")
 def test_every_instruction_set_computes_the_same_bits():
     hashes = {isa: hash_of_results(isa).stdout for isa in ("baseline", "avx2", "avx512")}

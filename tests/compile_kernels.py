@@ -1,12 +1,15 @@
-"""Compiles the kernels for sizes of 1, which Triton makes constants. Run in its own process.
+"""Compiles kernels. Run in a process of its own, because interpreted kernels cannot be compiled.
 
-Those of squeeze-excite for every target: `benchmarks.kernels` has them not, they move no maps.
+python tests/compile_kernels.py rows OPTIONS  # those of benchmarks.kernels: prints its CSV rows
+python tests/compile_kernels.py corners       # sizes of 1, which Triton makes constants
 """
 
-import itertools
+import csv
+import sys
 
 import torch
 
+from benchmarks import kernels
 from benchmarks.kernels import (
     NORM_PASSES,
     TARGETS,
@@ -50,7 +53,7 @@ def norm_launches(shape, layout):
 
 
 # N, C, hidden.
-SQUEEZES = {"all sizes 1": (1, 1, 1), "odd": (3, 35, 9), "S0": (64, 320, 20), "S6": (64, 2112, 132)}
+SQUEEZES = {"all sizes 1": (1, 1, 1), "odd": (3, 35, 9), "S6": (64, 2112, 132)}
 
 
 def compile_all(name, variant, launches, target="sm_90"):
@@ -68,18 +71,28 @@ def compile_squeeze_excite(name, target):
         assert resources["spill_bytes"] == 0, (name, target, kernel.name, resources)
 
 
-def main():
+def print_rows(arguments):
+    writer = csv.DictWriter(sys.stdout, kernels.COLUMNS)
+    writer.writeheader()
+    for case in kernels.cases(kernels.parse_arguments(arguments)):
+        writer.writerows(kernels.measure(case))
+
+
+def print_corners():
+    modes, lattices = ("bilinear", "nearest"), (None, 2.0**-10)
     formats = (torch.contiguous_format, torch.channels_last)
-    variants = itertools.product(("bilinear", "nearest"), formats, (None, 2.0**-10))
-    for (name, corner), variant in itertools.product(CORNERS.items(), list(variants)):
-        compile_all(name, variant, corner_launches(*corner, *variant))
-    for (name, (shape, _)), layout in itertools.product(CORNERS.items(), ("nchw", "channels_last")):
-        compile_all(name, layout, norm_launches(shape, layout))
-    for name in SQUEEZES:
+    for k, (name, corner) in enumerate(CORNERS.items()):
+        # Each corner in both modes and formats, which take turns with the lattice.
+        for j in range(2):
+            variant = modes[j], formats[(j + k) % 2], lattices[(j + k // 2) % 2]
+            compile_all(name, variant, corner_launches(*corner, *variant))
+        layout = ("nchw", "channels_last")[k % 2]
+        compile_all(name, layout, norm_launches(corner[0], layout))
+    for name in ("all sizes 1", "S6"):
         compile_squeeze_excite(name, "sm_90")
     for target in TARGETS:
-        compile_squeeze_excite("S0", target)
+        compile_squeeze_excite("odd", target)
 
 
 if __name__ == "__main__":
-    main()
+    print_rows(sys.argv[2:]) if sys.argv[1] == "rows" else print_corners()
