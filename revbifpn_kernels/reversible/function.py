@@ -113,7 +113,7 @@ def _call_with_tape(block, compute: Callable, tape: Tape, index: int, xs: Stream
     trace = BlockTrace(block, tape.check)
     parameters = [p for p in trace.state.unique_parameters if p.requires_grad]
     if not parameters and not any(x.requires_grad for x in xs):
-        tape.previous = None
+        tape.previous = tape.returned = None
         with torch.no_grad():
             return compute(block, *xs)
     if tape.first is None:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import same_bits
 from mbconvs import OPTIONS, make
 from operators import Operators
@@ -151,13 +152,17 @@ def test_alone_it_returns_maps():
     assert not isinstance(net(torch.randn(2, 8, 6, 6)), ScaledSource)
 
 
-def test_a_hook_that_comes_after_the_forward_changes_nothing():
+@pytest.mark.parametrize("is_folded", [True, False])
+def test_hooks_that_come_after_the_forward_change_nothing(is_folded):
     net, xs = block(OPTIONS["plain"]), streams(block)
+    if not is_folded:
+        net.f.register_forward_hook(lambda module, x, y: None)
     expected = results(net, xs)
     ys = net(*xs)
-    handle = net.f.register_forward_hook(lambda module, x, y: None)
+    handles = [m.register_forward_hook(lambda module, x, y: None) for m in (net.f, net.f.project)]
     sum((y * (y.detach() + 1).cos()).sum() for y in ys).backward()
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     assert all(torch.equal(p.grad, expected[name]) for name, p in net.named_parameters())
 
 
@@ -169,14 +174,14 @@ def test_stored_activations_differentiate_twice():
     assert torch.autograd.gradgradcheck(net, x, fast_mode=True)
 
 
-class LayerScaled(MBConv):
+class Dropping(MBConv):
     def forward(self, x):
-        return super().forward(x) * 0.5
+        return F.dropout(super().forward(x), 0.3)
 
 
 @over_modes
 def test_subclasses_see_maps(monkeypatch, reversible):
-    net = RevBlock(LayerScaled(8, 8), make(OPTIONS["plain"], torch.float32, (8, 8))).double()
+    net = RevBlock(Dropping(8, 8), make(OPTIONS["plain"], torch.float32, (8, 8))).double()
     xs = streams(block)
     ours = results(net, xs, reversible)
     assert error(ours, as_modules(monkeypatch, net, xs, reversible=False)) < 1e-7

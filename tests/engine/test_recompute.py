@@ -48,6 +48,7 @@ DRAWS = {
     "gumbel": lambda x: F.gumbel_softmax(x, dim=1),
     "bernoulli_ per sample": lambda x: x * x.new_empty(len(x), 1, 1, 1).bernoulli_(0.5),
     "bernoulli_ per element": lambda x: x * torch.empty_like(x).bernoulli_(0.5),
+    "then changed in place": lambda x: x * x.new_empty(len(x), 1, 1, 1).bernoulli_(0.5).div_(0.5),
     "large bernoulli_": lambda x: x * torch.empty(200, 200).bernoulli_(0.5).mean(),
     "bernoulli": lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)),
     "rand": lambda x: x * torch.rand(x.shape[0], 1, 1, 1),
@@ -76,6 +77,16 @@ def test_random_numbers_are_repeated(function):
         results.append({name: p.grad for name, p in net.named_parameters()})
         results[-1]["generator"] = torch.get_rng_state()
     assert_same_bits(*results)
+
+
+def test_hooks_that_draw():
+    def make():
+        convolution = nn.Conv2d(4, 4, 3, padding=1)
+        convolution.register_forward_hook(lambda module, args, y: F.dropout(y, 0.3))
+        return convolution
+
+    xs = [torch.randn(2, 8, 6, 6)]
+    assert_same_bits(*(gradients_of(net, xs) for net in pair_of(make)))
 
 
 def test_every_drawing_operator_is_known():

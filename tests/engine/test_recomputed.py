@@ -93,13 +93,24 @@ def test_saves_inputs_where_nothing_else_can_compute_them():
     net[0].requires_grad_(False)
     stored = copy.deepcopy(net)
     stored.reversible = False
-    assert_same_bits(*(gradients_of_second(net) for net in (net, stored)))
+    assert_same_bits(*(gradients_of_last(net) for net in (net, stored)))
 
 
-def gradients_of_second(net) -> dict[str, torch.Tensor]:
+def gradients_of_last(net) -> dict[str, torch.Tensor]:
     torch.manual_seed(2)
     net(image())[0].sin().sum().backward()
-    return {name: p.grad for name, p in net[1].named_parameters()}
+    return {name: p.grad for name, p in net[-1].named_parameters()}
+
+
+def test_functional_call_reaches_the_block_that_is_run_again():
+    net, grads = chain(Widening, Following), []
+    for reversible in (True, False):
+        net.reversible = reversible
+        torch.manual_seed(2)
+        other = {name: (1.5 * p).detach().requires_grad_() for name, p in net.named_parameters()}
+        (y,) = torch.func.functional_call(net, other, image())
+        grads.append(torch.autograd.grad(y.sin().sum(), list(other.values())))
+    assert same_bits(*grads)
 
 
 def test_a_change_before_the_backward_is_noticed():
@@ -142,10 +153,13 @@ def test_under_a_checkpoint_and_once_unpacked():
     torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_detached_block_before_it_is_run_again():
-    net = chain(Widening, Following)
+@pytest.mark.parametrize("between", [0, 1])
+def test_a_detached_block_before_it_is_run_again(between):
+    """The inputs come from the block before, also if that has no graph."""
+    net = chain(Widening, *[Following] * between, Following)
+    net[1 : 1 + between].requires_grad_(False)
     stored = copy.deepcopy(net)
     stored.reversible = False
     for each in (net, stored):
         each[0].register_forward_hook(lambda module, xs, ys: tuple(y.detach() for y in ys))
-    assert_same_bits(*(gradients_of_second(each) for each in (net, stored)))
+    assert_same_bits(*(gradients_of_last(each) for each in (net, stored)))

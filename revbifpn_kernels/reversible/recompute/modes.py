@@ -94,12 +94,11 @@ def _records_itself(part: nn.Module) -> bool:
 class RecordMode(TorchFunctionMode):
     """Runs calls as they are and writes to `record` what the recompute needs."""
 
-    is_recording = True
+    is_recording, is_watching = True, False
 
     def __init__(self, record: CallRecord, counters: set[int]) -> None:
         super().__init__()
         self.record, self.counters = record, counters
-        self.is_watching = False
 
     def decide(self, func: Callable, *args):
         decision = func(*args)
@@ -137,13 +136,12 @@ class ReplayMode(TorchFunctionMode):
     `stand_ins` take the place of parameters, by id, whose hooks must not see the inner gradient.
     """
 
-    is_recording = False
+    is_recording, is_watching = False, False
 
     def __init__(self, record: CallRecord, stand_ins: Mapping[int, Tensor]) -> None:
         super().__init__()
         self.record, self.stand_ins = record, stand_ins
         self.events, self.decisions = iter(record.events), iter(record.decisions)
-        self.is_watching = False
 
     def decide(self, func: Callable, *args):
         try:
