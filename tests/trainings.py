@@ -33,6 +33,7 @@ STEPS = 8
 # Of a folder with few images: 4 steps per epoch of two classes of 20.
 FEW = [*TINY, "--batch-size=8", "--set=in_chans=3"]
 EVERY_STEP = "--checkpoint-minutes=0"
+TIMEOUT = 1800  # seconds, against tests that hang
 
 
 class Killed(BaseException):
@@ -124,7 +125,7 @@ def pair(*arguments: str, signalled: tuple[int, int] | None = None) -> list:
 
 def ended(*processes: multiprocessing.Process) -> list[int]:
     for process in processes:
-        process.join(300)
+        process.join(TIMEOUT)
     return [process.exitcode for process in processes]
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from trainings import (
     EVERY_STEP,
     ROOT,
+    TIMEOUT,
     TINY,
     assert_same_run,
     checkpoint,
@@ -96,7 +97,7 @@ def test_a_killed_process_restarts_all_from_the_last_checkpoint(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=TIMEOUT,
     )
     assert done.returncode == 0, done.stdout
     starts = [line.split("from step ")[1] for line in done.stdout.splitlines() if "from st" in line]

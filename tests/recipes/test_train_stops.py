@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from trainings import FEW, ROOT, TINY, checkpoint, rows, terminate, train, write_images
+from trainings import FEW, ROOT, TIMEOUT, TINY, checkpoint, rows, terminate, train, write_images
 
 from revbifpn_kernels.recipes.classify import evaluate
 from revbifpn_kernels.recipes.run import session
@@ -55,7 +55,7 @@ def test_an_error_ends_the_processes_that_load_images(images, tmp_path):
     process = launched(
         OUT_OF_MEMORY, f"--data={images}", f"--out={tmp_path / 'run'}", "--workers=2"
     )
-    _, said = process.communicate(timeout=300)  # they used to be waited for, for ever
+    _, said = process.communicate(timeout=TIMEOUT)  # they used to be waited for, for ever
     assert process.returncode == 1
     assert said.rstrip().endswith("OutOfMemoryError: of the test")
 
@@ -68,7 +68,7 @@ def test_a_signal_to_all_processes_ends_a_validation_with_a_checkpoint(images, t
     while process.stdout.readline() != "validating\n":
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGTERM)
-    said, _ = process.communicate("go on\n", timeout=300)
+    said, _ = process.communicate("go on\n", timeout=TIMEOUT)
     assert process.returncode == 128 + signal.SIGTERM
     assert "stopped by SIGTERM after step 4 of 8" in said and checkpoint(out)["step"] == 4
     assert rows(out / "epochs.csv") == []

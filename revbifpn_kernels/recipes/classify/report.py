@@ -8,6 +8,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..run.checkpoint import write_atomically
 from ..run.console import Console
+from ..run.samples import Skipped
 from ..run.tables import Table, peak_mib
 from .evaluate import Score
 from .state import ClassifierState
@@ -34,6 +35,9 @@ class Report(Console):
         from torch.utils.tensorboard import SummaryWriter
 
         self.events = SummaryWriter(str(self.out), purge_step=self.run.step + 1)
+
+    def key_of(self, entry: Skipped) -> str:
+        return entry[0]  # a file may fail for one reason here and for another there
 
     def columns_of(self, means: dict[str, float]) -> dict[str, str]:
         return {"loss": f"{means['loss']:.9g}", "gradient": f"{means['gradient']:.6g}"}

@@ -63,10 +63,10 @@ class Report(Console):
 
     def tell_skipped(self) -> None:
         if self.skipped:
-            used = sum(coco.is_used(reason) for _, reason in self.skipped)
+            used = sum(coco.is_used(reason) for _, reason in self.skipped.values())
             counts = [(len(self.skipped) - used, "skipped"), (used, "changed")]
             listed = ", ".join(f"{count} {what}" for count, what in counts if count)
-            self.warn(f"{listed}, see {SKIPPED}: {coco.summary(self.skipped)}")
+            self.warn(f"{listed}, see {SKIPPED}: {coco.summary(self.skipped.values())}")
 
     def finish(self, result: Result) -> None:
         """The skipped entries, and the last line."""

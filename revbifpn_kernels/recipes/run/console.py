@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,7 +24,7 @@ class Console:
 
     def __init__(self, run: RunState, out: Path) -> None:
         self.run, self.out, self.is_on = run, out, run.world.is_first
-        self.skipped: dict[Skipped, None] = {}  # in the order in which they were found
+        self.skipped: dict[Hashable, Skipped] = {}
         self.waited = self.stepped = 0.0  # seconds, since this process began
         self.has_failed = False
         self.bar = tqdm(
@@ -83,20 +83,27 @@ class Console:
             self.write(lambda: self.steps.add(row))
         return row
 
+    def key_of(self, entry: Skipped) -> Hashable:
+        """Entries of the same key are named once."""
+        return entry
+
     def told(self, entry: Skipped) -> str:
         return f"skipped {': '.join(entry)}"
 
     def skip(self, found: Iterable[Skipped]) -> None:
         """Names each entry that was left out or changed, once, here and in the file."""
-        new = dict.fromkeys(e for e in map(_in_a_line, found) if e not in self.skipped)
-        for entry in new:
-            self.skipped[entry] = None
+        new = {}
+        for entry in map(_in_a_line, found):
+            key = self.key_of(entry)
+            if key in self.skipped:
+                continue
+            self.skipped[key] = new[key] = entry
             if len(self.skipped) <= SHOWN:
                 self.warn(self.told(entry))
             elif len(self.skipped) == SHOWN + 1:
                 self.warn(f"skipped more; {SKIPPED} names them")
         if new and self.is_on:
-            self.write(lambda: self._note(new))
+            self.write(lambda: self._note(new.values()))
 
     def _note(self, entries: Iterable[Skipped]) -> None:
         with open(self.out / SKIPPED, "a", encoding="utf-8", errors="surrogateescape") as file:
@@ -111,11 +118,12 @@ class Console:
             whole, end, _ = path.read_bytes().rpartition(b"\n")
             write_atomically(path, whole + end)
             lines = whole.decode(errors="surrogateescape").split("\n") if end else []
-            self.skipped |= {line.partition("\t")[::2]: None for line in lines}
+            entries = (line.partition("\t")[::2] for line in lines)
+            self.skipped |= {self.key_of(entry): entry for entry in entries}
 
     def gather_skipped(self) -> None:
         """Lets the first process write what the others have skipped; each process must call it."""
-        for found in self.run.world.gathered(list(self.skipped)):
+        for found in self.run.world.gathered(list(self.skipped.values())):
             if self.is_on:
                 self.skip(found)
 
