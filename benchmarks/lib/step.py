@@ -1,14 +1,12 @@
-"""A training step that can be timed by its phases, and the memory that it takes."""
+"""A training step that can be timed by its phases."""
 
 import time
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .harness import Timing
-from .memory import held_and_peak
+from .timing import Timing
 
 PHASES = ("fwd", "bwd", "update")
 
@@ -74,33 +72,3 @@ class Step:
 
 def _elapsed_ms(start, end) -> float:
     return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
-
-
-class Split(NamedTuple):
-    """Bytes of a training step.
-
-    Attributes:
-        parameters, gradients, optimizer: Of the state that stays; the gradients until they are
-            zeroed.
-        held: Between forward and backward.
-        peak: The most on top of parameters, gradients and optimizer; held is part of it.
-    """
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    held: int
-    peak: int
-
-    @property
-    def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.peak
-
-
-def memory_of(step: Step) -> Split:
-    """Measure a step that has run before: gradients and the optimizer's state are there."""
-    parameters = list(step.net.parameters())
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    state = (t for t in tree_leaves(step.optimizer.state_dict()) if isinstance(t, Tensor))
-    sizes = (sum(t.nbytes for t in tensors) for tensors in (parameters, gradients, state))
-    return Split(*sizes, *held_and_peak(step.forward, step.image.device.type))
