@@ -32,7 +32,7 @@ EXTRA_SILOS = (2, 4, 8, 16)
 # The engine saves a batch norm's statistics, bytes per channel, where its map is large; from this
 # batch on all are, so that none becomes so between a batch and twice that.
 MANY = 128
-SIDES = (256, 512, 1024)
+SIDES = (256, 1024)
 LARGE = (  # whose memory is counted against the side
     ("revbifpn_s6", "reversible"),
     ("revbifpn_s6", "stored"),

@@ -222,7 +222,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="bf16 is autocast")
     parser.add_argument("--memory", type=float, metavar="GIB",
                         help="time the largest batches in it; default: a GPU's own")  # fmt: skip
-    parser.add_argument("--seconds", type=float, help="of timing, in all (default: 100, quick: 10)")
+    parser.add_argument("--seconds", type=float, help="of timing, in all (default: 80, quick: 10)")
     run = record.parse(parser, arguments)
     _fill_defaults(run)
     return run
@@ -241,7 +241,7 @@ def _fill_defaults(run: argparse.Namespace) -> None:
     run.dtype = run.dtype or ("bf16" if is_gpu else "fp32")
     if run.memory is None and is_gpu and not run.quick:
         run.memory = FILLED * torch.cuda.get_device_properties(0).total_memory / 2**30
-    run.seconds = run.seconds or (10 if run.quick else 100)
+    run.seconds = run.seconds or (10 if run.quick else 80)
     run.clock = timing.clock_for(run.device)
 
 

@@ -85,7 +85,7 @@ def foreign_commits(rows: Rows) -> list[str]:
 def section(title: str, *parts: str) -> str:
     """Nothing without content."""
     body = "\n".join(part for part in parts if part)
-    return f"## {title}\n\n{body}\n" if body else ""
+    return f"## {title}\n\n{body}" if body else ""
 
 
 def page(rows: Rows) -> str:
@@ -106,7 +106,8 @@ def page(rows: Rows) -> str:
     ]
     timed = [r for name in ("steps", "profile", "ops", "mbconv") for r in rows[name]]
     for device in dict.fromkeys(row["device"] for row in timed):
-        own = {name: [r for r in found if r["device"] == device] for name, found in rows.items()}
+        own = {name: [r for r in found if r.get("device") == device]
+               for name, found in rows.items()}  # fmt: skip
         sections += timed_sections(own, device)
     kernels = tables.kernels_table(rows["kernels"])
     sections.append(section("What the compiler made of the GPU kernels", kernels))
@@ -230,7 +231,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, only compare")
     parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR",
-                        help="holds benchmarks/results and docs (default: the checkout)")  # fmt: skip
+                        help="of benchmarks/results and docs (default: the checkout)")  # fmt: skip
     parser.add_argument("--allow-dirty", action="store_true",
                         help="take rows of uncommitted code too")  # fmt: skip
     run = parser.parse_args(arguments)

@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 import revbifpn_kernels as ours
@@ -16,7 +17,7 @@ from .record import Row
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
-from matplotlib.ticker import LogFormatter, NullFormatter  # noqa: E402
+from matplotlib.ticker import LogFormatter  # noqa: E402
 
 plt.rcParams["font.size"] = 12
 # Colour, marker, name: dark to light, so that the order survives in grey.
@@ -107,11 +108,12 @@ def pareto(steps: Sequence[Row]) -> plt.Figure | None:
                        fontsize=11)  # fmt: skip
         axes.set(yscale="log", xlabel="images per second, a training step")
         axes.yaxis.set_major_formatter(LogFormatter())
-        axes.yaxis.set_minor_formatter(LogFormatter() if len(cases) else NullFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter())
         axes.grid(lw=0.3)
     grid[0][0].set_ylabel("peak MiB of a step")
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=11)
+    figure.legend(handles, labels, loc="outside upper center", ncols=1 + len(cases), frameon=False,
+                  fontsize=10)  # fmt: skip
     return figure
 
 
@@ -153,11 +155,11 @@ def round_trip() -> plt.Figure:
         errors[name] = (restored - x).abs().amax(1)[0]
     figure, axes = plt.subplots(1, 4, figsize=(9.6, 2.0), layout="constrained")
     for panel, image, title in ((axes[0], x, "stream"), (axes[1], fused / 1.6, "fused")):
-        panel.imshow(image[0].movedim(0, -1).clamp(0, 1)[::2, ::2])
+        panel.imshow(image[0].movedim(0, -1).clamp(0, 1)[::2, ::2].numpy())
         panel.set_title(title, fontsize=10)
     for panel, (name, error) in zip(axes[2:], errors.items(), strict=True):
-        panel.imshow(F.max_pool2d(error[None], 8)[0], cmap="gray_r", vmin=0, vmax=2.0**-22)
-        panel.set_title(f"error, {name}: {error.max().item():.0e}", fontsize=10)
+        panel.imshow(F.max_pool2d(error[None], 8)[0].numpy(), cmap="gray_r", vmin=0, vmax=2.0**-22)
+        panel.set_title(f"error, {name}: {error.max().item():.1g}", fontsize=10)
     for panel in axes:
         panel.set(xticks=[], yticks=[])
     return figure
@@ -176,5 +178,6 @@ def draw(folder: Path, memory: Sequence[Row], steps: Sequence[Row]) -> None:
         if figure is not None:
             path = folder / f"{name}.png"
             figure.savefig(path, dpi=70 if name == "round_trip" else 120)
+            Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
             plt.close(figure)
             print(f"figure: {path}")

@@ -66,10 +66,19 @@ def ops_table(rows: Sequence[Row], only: str = "") -> str:
         shares = (percent(number(ours, f"share_of_{copy}")) for copy in ("copy", "clone"))
         rivals = [times_faster(found.get(name), ours) for name in ("torch", "compile")]
         peaks = [cell(number(found.get(name), "peak_mib"), 0) for name in ("ours", "torch")]
-        lines.append((*where, cell(number(ours, "gbps"), 1), *shares, *rivals, " / ".join(peaks)))
+        lines.append(
+            (
+                *where,
+                cell(number(ours, "gbps"), 1),
+                *shares,
+                *rivals,
+                " / ".join(filter(None, peaks)),
+            )
+        )
     header = ("op", "dtype", "layout", *(() if only else ("shape", "threads")), "GB/s", "of copy",
               "of clone", "× eager", "× compile", "peak MiB, ours / eager")  # fmt: skip
-    lines.sort(key=lambda line: line[0])
+    order = list(dict.fromkeys(line[0] for line in lines))
+    lines.sort(key=lambda line: order.index(line[0]))
     return with_conditions(table(header, lines), used, "sources at 1/2, 1/4 and 1/8 of the side")
 
 
@@ -280,10 +289,10 @@ def digits_table(rows: Sequence[Row]) -> str:
     rows = of_mode(rows, "training")
     lines = [
         (_exact(r["provider"]), f"{r['right']} of {r['images']}", f"{r['accuracy']} %",
-         f"{r['seconds']} s", f"{r['cpu_seconds']} s", f"{float(r['waiting_share']):.1%}")
+         f"{r['seconds']} s", f"{r['cpu_seconds']} s", f"{100 * float(r['waiting_share']):.1f} %")
         for r in rows
     ]  # fmt: skip
     header = ("activations", "correct test images", "test accuracy", "training time",
               "CPU time of the command", "waiting for images")  # fmt: skip
-    epochs = "".join(dict.fromkeys(f"{r['epochs']} epochs, one thread per run" for r in rows))
+    epochs = "".join(dict.fromkeys(f"epochs: {r['epochs']}; one thread per run" for r in rows))
     return with_conditions(table(header, lines), rows, epochs)
