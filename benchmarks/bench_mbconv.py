@@ -6,7 +6,6 @@ ops/squeeze_excite). On CPUs also the gradients of depthwise convolutions (ops/c
 """
 
 import argparse
-import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -42,7 +41,7 @@ DEPTHWISE = (  # channels, side, kernel, stride
 )
 BATCH = 4
 _ops = torch.ops.revbifpn
-Calls = dict[tuple[str, str], Callable[[], object]]  # by provider and mode
+Calls = dict[str, Callable[[], object]]  # by provider
 
 
 @dataclass
@@ -78,12 +77,10 @@ class Stage:
     def leaves(self) -> list[Tensor]:
         return [t.detach().requires_grad_() for t in (self.u, *self.norm, *self.network)]
 
-    def bytes_moved(self, mode: str) -> int:
-        """Statistics, means and y; sums and dx: passes over the maps."""
-        passes = {"fwd": 4 if self.network else 3, "bwd": 5}
-        return self.u.nbytes * (
-            passes["fwd"] + passes["bwd"] if mode == "fwd+bwd" else passes[mode]
-        )
+    @property
+    def bytes_moved(self) -> int:
+        """Statistics, gated means, and y; sums and dx: passes over the maps."""
+        return self.u.nbytes * (9 if self.network else 8)
 
 
 def modules(u: Tensor, weight: Tensor, bias: Tensor, *network: Tensor) -> Tensor:
@@ -122,21 +119,16 @@ def gradients(function: Callable, stage: Stage) -> tuple[Tensor, ...]:
 
 
 def stage_calls(stage: Stage, with_compiler: bool) -> Calls:
-    saved, leaves = ours_forward(stage), stage.leaves
-    graph = modules(*leaves)
+    """Forward and backward, by provider."""
     calls = {
-        ("ours", "fwd"): lambda: ours_forward(stage),
-        ("ours", "bwd"): lambda: ours_backward(stage, saved),
-        ("ours", "fwd+bwd"): lambda: ours_backward(stage, ours_forward(stage)),
-        ("torch", "fwd"): lambda: modules(*leaves).detach(),
-        ("torch", "bwd"): lambda: torch.autograd.grad(graph, leaves, stage.grad, retain_graph=True),
-        ("torch", "fwd+bwd"): lambda: gradients(modules, stage),
+        "ours": lambda: ours_backward(stage, ours_forward(stage)),
+        "torch": lambda: gradients(modules, stage),
     }
     if with_compiler:
         torch._dynamo.reset()
         compiled = torch.compile(modules, fullgraph=True, dynamic=False)
         gradients(compiled, stage)  # compiles both
-        calls["compile", "fwd+bwd"] = lambda: gradients(compiled, stage)
+        calls["compile"] = lambda: gradients(compiled, stage)
     return calls
 
 
@@ -161,63 +153,59 @@ class Depthwise:
     x: Tensor
     weight: Tensor
     grad: Tensor
-    stride: int
-    padding: int
+    sizes: dict[str, int]  # stride and padding
 
     @classmethod
     def make(cls, case: tuple[int, ...], dtype: str) -> "Depthwise":
         channels, side, kernel, stride = case
+        sizes = {"stride": stride, "padding": kernel // 2}
         x = torch.randn(BATCH, channels, side, side, dtype=DTYPES[dtype])
         x = x.to(memory_format=torch.channels_last)
         weight = torch.randn(channels, 1, kernel, kernel, dtype=DTYPES[dtype])
-        y = F.conv2d(x, weight, None, stride, kernel // 2, groups=channels)
-        return cls(x, weight, torch.randn_like(y), stride, kernel // 2)
-
-    def torch_grad(self, is_input: bool) -> Tensor:
-        wanted = [is_input, not is_input, False]
-        stride, padding = [self.stride] * 2, [self.padding] * 2
-        results = torch.ops.aten.convolution_backward(
-            self.grad, self.x, self.weight, None, stride, padding, [1, 1], False, [0, 0],
-            self.x.shape[1], wanted,
-        )  # fmt: skip
-        return results[0 if is_input else 1]
-
-    def ours_grad(self, is_input: bool) -> Tensor:
-        sizes = {"stride": self.stride, "padding": self.padding}
-        if is_input:
-            return depthwise_input_grad(self.grad, self.weight, self.x.shape[2:], **sizes)
-        return depthwise_weight_grad(self.x, self.grad, kernel_size=self.weight.shape[2], **sizes)
+        y = F.conv2d(x, weight, None, **sizes, groups=channels)
+        return cls(x, weight, torch.randn_like(y), sizes)
 
     def calls(self, is_input: bool) -> Calls:
-        return {
-            ("ours", "bwd"): functools.partial(self.ours_grad, is_input),
-            ("torch", "bwd"): functools.partial(self.torch_grad, is_input),
+        kernel, pairs = self.weight.shape[2], [[size] * 2 for size in self.sizes.values()]
+        wanted = [is_input, not is_input, False]
+        ours = {
+            True: lambda: depthwise_input_grad(
+                self.grad, self.weight, self.x.shape[2:], **self.sizes
+            ),
+            False: lambda: depthwise_weight_grad(
+                self.x, self.grad, kernel_size=kernel, **self.sizes
+            ),
         }
+        theirs = lambda: torch.ops.aten.convolution_backward(  # noqa: E731
+            self.grad, self.x, self.weight, None, *pairs, [1, 1], False, [0, 0],
+            self.x.shape[1], wanted,
+        )[wanted.index(True)]  # fmt: skip
+        return {"ours": ours[is_input], "torch": theirs}
 
-    def fault(self, is_input: bool) -> str:
-        ours, theirs = self.ours_grad(is_input), self.torch_grad(is_input)
-        # PyTorch's own sums of bfloat16 are the coarser ones.
-        allowed = 1e-3 if ours.dtype == torch.float32 else 3e-2
-        error = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
-        return "" if error <= allowed else f"off by {error:.1e}, allowed {allowed:.0e}"
-
-    def bytes_moved(self, mode: str) -> int:
+    @property
+    def bytes_moved(self) -> int:
         return self.x.nbytes + self.grad.nbytes
 
 
-def timed(
-    row: Row, calls: Calls, maps: Tensor, bytes_moved: Callable[[str], int], run
-) -> list[Row]:
-    """A row per call; its speed beside that of a copy of the maps in the same turns."""
+def depthwise_fault(calls: Calls) -> str:
+    ours, theirs = (calls[provider]() for provider in ("ours", "torch"))
+    # PyTorch's own sums of bfloat16 are the coarser ones.
+    allowed = 1e-3 if ours.dtype == torch.float32 else 3e-2
+    error = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+    return "" if error <= allowed else f"off by {error:.1e}, allowed {allowed:.0e}"
+
+
+def timed(row: Row, calls: Calls, maps: Tensor, bytes_moved: int, run) -> list[Row]:
+    """A row per provider; its speed beside that of a copy of the maps in the same turns."""
     buffer = torch.empty_like(maps)
-    calls = calls | {("copy", "copy"): lambda: buffer.copy_(maps)}
+    calls = calls | {"copy": lambda: buffer.copy_(maps)}
     times = timing.measure_interleaved(calls, run.clock, seconds=run.seconds, rounds=(5, 60))
-    copied = 2 * maps.nbytes / times.pop(("copy", "copy")).p50
+    copied = 2 * maps.nbytes / times.pop("copy").p50
     rows = []
-    for (provider, mode), found in times.items():
-        rate = bytes_moved(mode) / found.p50
+    for provider, found in times.items():
+        rate = bytes_moved / found.p50
         speed = {"gbps": f"{rate / 1e6:.4g}", "share_of_copy": f"{rate / copied:.3g}"}
-        rows.append(row | {"provider": provider, "mode": mode} | found.columns() | speed)
+        rows.append(row | {"provider": provider} | found.columns() | speed)
     return rows
 
 
@@ -226,9 +214,9 @@ def stages(run: argparse.Namespace) -> Iterator[list[Row]]:
     for shape, dtype, layout, gated in itertools.product(shapes, DTYPES, LAYOUTS, (True, False)):
         stage = Stage.make(shape, DTYPES[dtype], layout, gated, run.device)
         op = "norm_act, squeeze_excite" if gated else "norm_act"
-        row = row_of(op, dtype, shape, layout)
+        row = row_of(op, "fwd+bwd", dtype, shape, layout)
         if fault := stage_fault(stage):
-            yield [row | {"provider": "ours", "mode": "fwd+bwd", "note": f"WRONG: {fault}"}]
+            yield [row | {"provider": "ours", "note": f"WRONG: {fault}"}]
         else:
             yield timed(row, stage_calls(stage, run.compile), stage.u, stage.bytes_moved, run)
 
@@ -238,18 +226,19 @@ def convolutions(run: argparse.Namespace) -> Iterator[list[Row]]:
     for case, dtype, is_input in itertools.product(cases, DTYPES, (True, False)):
         convolution = Depthwise.make(case, dtype)
         op = "depthwise_input_grad" if is_input else "depthwise_weight_grad"
-        row = row_of(op, dtype, convolution.x.shape, "channels_last")
+        row = row_of(op, "bwd", dtype, convolution.x.shape, "channels_last")
         row["kernel"] = f"{case[2]}x{case[2]}, stride {case[3]}"
-        if fault := convolution.fault(is_input):
-            yield [row | {"provider": "ours", "mode": "bwd", "note": f"WRONG: {fault}"}]
+        calls = convolution.calls(is_input)
+        if fault := depthwise_fault(calls):
+            yield [row | {"provider": "ours", "note": f"WRONG: {fault}"}]
         else:
-            calls = convolution.calls(is_input)
             yield timed(row, calls, convolution.x, convolution.bytes_moved, run)
 
 
-def row_of(op: str, dtype: str, shape, layout: str) -> Row:
+def row_of(op: str, mode: str, dtype: str, shape, layout: str) -> Row:
     return {
         "op": op,
+        "mode": mode,
         "dtype": dtype,
         "shape": "x".join(map(str, shape)),
         "layout": layout,

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .lib import networks, record, tables, timing
+from .lib import networks, record, tables
 from .lib.operators import launches
 from .lib.record import DTYPES, Row
 from .lib.step import Step
@@ -53,24 +53,26 @@ class OperatorTimes(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.is_view:
             return func(*args, **kwargs)
-        result, ms = self._timed(func, args, kwargs)
+        result, ms = timed(lambda: func(*args, **kwargs), self.device)
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
         kind = kind_of(func._overloadpacket.__name__, args, tensors, self.batch)
         self.kinds[kind].append(ms)
         return result
 
-    def _timed(self, func, args, kwargs):
-        if self.device == "cpu":
-            start = time.thread_time()  # other jobs on this machine do not count
-            result = func(*args, **kwargs)
-            return result, (time.thread_time() - start) * 1e3
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(SPIN_CYCLES)  # the host gets ahead
-        start.record()
-        result = func(*args, **kwargs)
-        end.record()
-        end.synchronize()
-        return result, start.elapsed_time(end)
+
+def timed(call: Callable[[], object], device: str) -> tuple[object, float]:
+    """What a call returns, and its milliseconds."""
+    if device == "cpu":
+        start = time.thread_time()  # other jobs on this machine do not count
+        result = call()
+        return result, (time.thread_time() - start) * 1e3
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(SPIN_CYCLES)  # the host gets ahead
+    start.record()
+    result = call()
+    end.record()
+    end.synchronize()
+    return result, start.elapsed_time(end)
 
 
 def kind_of(name: str, args: tuple, tensors: list[Tensor], batch: int) -> str:
@@ -112,23 +114,18 @@ class Profile:
     """Times of one provider's step, watched and unwatched in turns."""
 
     def __init__(self, step: Step, run: argparse.Namespace) -> None:
-        self.call = backward_of(step)
-        self.run, self.clock = run, timing.clock_for(run.device)
+        self.call = lambda: step.forward().backward()  # no update
+        self.run = run
         self.watched: list[OperatorTimes] = []
         self.whole_ms: list[float] = []
+        step()  # gradients come into being
+        self.call()
 
     def sample(self) -> None:
-        self.whole_ms.append(self._unwatched_ms())
+        self.whole_ms.append(timed(self.call, self.run.device)[1])
         with OperatorTimes(self.run.batch, self.run.device) as times:
             self.call()
         self.watched.append(times)
-
-    def _unwatched_ms(self) -> float:
-        if self.run.device == "cuda":
-            return self.clock.sample_ms(self.call, timing.SLOW_MS)
-        start = time.thread_time()
-        self.call()
-        return (time.thread_time() - start) * 1e3
 
     def rows(self) -> list[Row]:
         """All of the step, each kind of operator, and the rest."""
@@ -144,17 +141,6 @@ class Profile:
             {"mode": name, "ms_p50": f"{ms:.3f}", "operators": str(calls)}
             for name, (ms, calls) in parts.items()
         ]
-
-
-def backward_of(step: Step) -> Callable[[], None]:
-    """Forward and backward into gradients that are there; no update."""
-    step()
-
-    def call() -> None:
-        step.forward().backward()
-
-    call()
-    return call
 
 
 def bench(name: str, run: argparse.Namespace) -> list[Row]:

@@ -17,15 +17,13 @@ import torch
 from torch import nn
 
 from .lib import memory, networks, record, tables, timing
-from .lib.networks import NETWORKS, fake_network
+from .lib.networks import NETWORKS
 from .lib.operators import launches
 from .lib.record import DTYPES, Row
 from .lib.step import Step
 from .lib.timing import Timing
 
-FILLED = 0.85  # of a GPU, by the largest batch: fragments and workspaces need the rest
 SIZES = ("held_mib", "peak_mib")
-MOST_IMAGES = 2048  # of a batch: images per second have levelled off long before
 # Network of ours → batch, and the rivals that are timed in its turns.
 ON_CPU = {
     "revbifpn_s0": (4, ("efficientnet_b0", "hrnet_w18", "bifpn_b0")),
@@ -136,8 +134,8 @@ def measure(contender: Contender, device: str) -> None:
     step()  # the step that warms up, see Step.phases
 
 
-def rows_of(contender: Contender, mode: str, run) -> list[Row]:
-    """A row per phase; one of `mode` with the note of what kept the contender out."""
+def rows_of(contender: Contender, run) -> list[Row]:
+    """A row per phase; one with the note of what kept the contender out."""
     base = {
         "op": contender.network,
         "provider": contender.provider,
@@ -148,13 +146,13 @@ def rows_of(contender: Contender, mode: str, run) -> list[Row]:
         "note": contender.note,
     }
     if contender.note:
-        return [base | {"mode": mode}]
+        return [base | {"mode": "step"}]
     rows = []
     for mode, found in contender.times.items():
         rows.append(base | {"mode": mode} | found.columns())
-        if mode in ("step", "eval", "largest"):
+        if mode in ("step", "eval"):
             rows[-1]["images_per_s"] = f"{contender.batch / found.p50 * 1e3:.2f}"
-        if mode in ("step", "largest"):
+        if mode == "step":
             rows[-1] |= contender.memory | {"operators": str(contender.launches or "")}
     return rows
 
@@ -163,24 +161,6 @@ def memory_columns(step: Step) -> Row:
     """Of a step that has run before: gradients and the optimizer's state are not in it."""
     sizes = memory.held_and_peak(step.forward, step.image.device.type)
     return {name: f"{size / memory.MIB:.2f}" for name, size in zip(SIZES, sizes, strict=True)}
-
-
-def bench_largest(name: str, provider: str, run) -> list[Contender]:
-    """Steps of the largest batch that this mode is counted to hold, without rivals beside it."""
-    side = run.side or NETWORKS[name].side
-    counted = memory.per_image(fake_network(name, provider), side, DTYPES[run.dtype])
-    batch = counted.batch_in(run.memory * 2**30)
-    (contender,) = contenders_of(name, run, (provider,), min(batch, MOST_IMAGES), None)
-    contender.note = "" if batch else "out of memory"
-    contender.attempt(lambda: prepare(contender, run))
-    contender.attempt(lambda: time_alone(contender, run))
-    return [contender]
-
-
-def time_alone(contender: Contender, run) -> None:
-    contender.memory = memory_columns(contender.step)
-    only = {"largest": contender.step}
-    contender.times = timing.measure_interleaved(only, run.clock, seconds=1.0, rounds=(3, 10))
 
 
 def bench_group(name: str, run, providers, rivals, seconds: float) -> list[Contender]:
@@ -193,20 +173,17 @@ def bench_group(name: str, run, providers, rivals, seconds: float) -> list[Conte
     return contenders
 
 
-def groups(run: argparse.Namespace) -> Iterator[tuple[str, list[Contender]]]:
-    """What ran, by its mode; the compiler takes minutes, so what it makes comes last."""
+def groups(run: argparse.Namespace) -> Iterator[list[Contender]]:
+    """What ran; the compiler takes minutes, so what it makes comes last."""
     table = ON_GPU if run.device == "cuda" else ON_CPU
     share = run.seconds / max(len(run.models) + len(run.compile), 1)
     for name in run.models:
         rivals = table.get(name, (4, ()))[1] if run.rivals is None else run.rivals
-        yield "step", bench_group(name, run, run.providers, rivals, share)
-    for name in run.models if run.memory else ():
-        for provider in ("reversible", "stored"):
-            yield "largest", bench_largest(name, provider, run)
+        yield bench_group(name, run, run.providers, rivals, share)
     run.official = None
     for name in run.compile:
         providers = ("reversible", "stored", *networks.COMPILED)
-        yield "step", bench_group(name, run, providers, (), share)
+        yield bench_group(name, run, providers, (), share)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -220,8 +197,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--side", type=int, help="default: 224 on a CPU, each network's own on GPU")
     parser.add_argument("--dtype", choices=DTYPES, help="bf16 is autocast")
-    parser.add_argument("--memory", type=float, metavar="GIB",
-                        help="time the largest batches in it; default: a GPU's own")  # fmt: skip
     parser.add_argument("--seconds", type=float, help="of timing, in all (default: 80, quick: 10)")
     run = record.parse(parser, arguments)
     _fill_defaults(run)
@@ -239,8 +214,6 @@ def _fill_defaults(run: argparse.Namespace) -> None:
         run.compile = ["revbifpn_s0"] if is_gpu and not run.quick else []
     run.side = run.side or (None if is_gpu else 224)
     run.dtype = run.dtype or ("bf16" if is_gpu else "fp32")
-    if run.memory is None and is_gpu and not run.quick:
-        run.memory = FILLED * torch.cuda.get_device_properties(0).total_memory / 2**30
     run.seconds = run.seconds or (10 if run.quick else 80)
     run.clock = timing.clock_for(run.device)
 
@@ -248,8 +221,8 @@ def _fill_defaults(run: argparse.Namespace) -> None:
 def main(arguments: list[str]) -> int:
     run = parse(arguments)
     rows = record.recorder(run, "steps")
-    for mode, contenders in groups(run):
-        rows.add(row for c in contenders for row in rows_of(c, mode, run))
+    for contenders in groups(run):
+        rows.add(row for c in contenders for row in rows_of(c, run))
         del contenders
         _release()
     return rows.finish(tables.phase_table(rows.rows))

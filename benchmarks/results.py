@@ -124,7 +124,6 @@ def timed_sections(rows: Rows, device: str) -> list[str]:
     return [
         section(f"Training steps: {device}", figure, tables.phase_table(steps)),
         section("Where reversible is slower", tables.losses_table(steps)),
-        section("At the largest batch", tables.largest_steps_table(steps)),
         section(
             "Where the time of a step goes: ms (share; calls)",
             tables.profile_table(rows["profile"]),

@@ -102,7 +102,11 @@ def pareto(steps: Sequence[Row]) -> plt.Figure | None:
         1, len(cases), figsize=(4.2 * len(cases), 4.4), squeeze=False, layout="constrained"
     )
     for axes, case in zip(grid[0], cases, strict=True):
-        _front(axes, [row for row in steps if (row["op"], row["shape"]) == case])
+        for row in steps:
+            if (row["op"], row["shape"]) == case:
+                color, marker, label = MODES[row["provider"]]
+                point = number(row, "images_per_s"), number(row, "peak_mib")
+                axes.plot(*point, marker, color=color, mec="black", mew=0.5, ms=11, label=label)
         batch = case[1].split("x")[0]
         axes.set_title(f"{network(case[0])}, {batch} images of {side_of({'shape': case[1]})} px",
                        fontsize=11)  # fmt: skip
@@ -115,22 +119,6 @@ def pareto(steps: Sequence[Row]) -> plt.Figure | None:
     figure.legend(handles, labels, loc="outside upper center", ncols=1 + len(cases), frameon=False,
                   fontsize=10)  # fmt: skip
     return figure
-
-
-def _front(axes: plt.Axes, rows: list[Row]) -> None:
-    """A point per mode, and the dotted line of those that none beats in both."""
-    points = []
-    for row in rows:
-        color, marker, label = MODES[row["provider"]]
-        point = number(row, "images_per_s"), number(row, "peak_mib")
-        axes.plot(*point, marker, color=color, mec="black", mew=0.5, ms=11, label=label)
-        points.append(point)
-    front = sorted(p for p in points if not any(_beats(q, p) for q in points))
-    axes.plot(*zip(*front, strict=True), color="black", ls=":", lw=1.5, zorder=0)
-
-
-def _beats(q: tuple[float, float], p: tuple[float, float]) -> bool:
-    return q != p and q[0] >= p[0] and q[1] <= p[1]
 
 
 def _photographs(levels: int) -> tuple[Tensor, list[Tensor]]:

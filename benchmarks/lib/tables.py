@@ -2,19 +2,7 @@
 
 from collections.abc import Sequence
 
-from .markdown import (
-    DTYPE_NAMES,
-    by,
-    cell,
-    mode,
-    network,
-    number,
-    of_mode,
-    percent,
-    ratio,
-    table,
-    with_conditions,
-)
+from . import markdown as md
 from .memory_tables import memory_tables as memory_tables  # noqa: PLC0414  (for bench_memory)
 from .record import Row
 
@@ -34,14 +22,14 @@ def by_case(rows: Sequence[Row], *columns: str) -> dict[tuple[str, ...], Provide
 
 
 def ms(row: Row | None) -> float | None:
-    return number(row, "ms_p50")
+    return md.number(row, "ms_p50")
 
 
 def times_faster(rival: Row | None, ours: Row) -> str:
     """How many times our time the rival takes, or why there is no such number."""
     if rival is None:
         return ""
-    known = ratio(ms(rival), ms(ours))
+    known = md.ratio(ms(rival), ms(ours))
     return rival.get("note", "") if known is None else f"{known:.1f}"
 
 
@@ -61,15 +49,15 @@ def ops_table(rows: Sequence[Row], only: str = "") -> str:
         name = f"`{op}`{MODES_OF_OPS.get(kind, '')}"
         where = (name, DTYPES_OF_OPS[dtype], layout, *(() if only else (shape, threads)))
         if ms(ours) is None:
-            lines.append((*where, ours["note"], *[""] * 6))
+            lines.append((*where, ours["note"], *[""] * 5))
             continue
-        shares = (percent(number(ours, f"share_of_{copy}")) for copy in ("copy", "clone"))
+        shares = (md.percent(md.number(ours, f"share_of_{copy}")) for copy in ("copy", "clone"))
         rivals = [times_faster(found.get(name), ours) for name in ("torch", "compile")]
-        peaks = [cell(number(found.get(name), "peak_mib"), 0) for name in ("ours", "torch")]
+        peaks = [md.cell(md.number(found.get(name), "peak_mib"), 0) for name in ("ours", "torch")]
         lines.append(
             (
                 *where,
-                cell(number(ours, "gbps"), 1),
+                md.cell(md.number(ours, "gbps"), 1),
                 *shares,
                 *rivals,
                 " / ".join(filter(None, peaks)),
@@ -79,13 +67,15 @@ def ops_table(rows: Sequence[Row], only: str = "") -> str:
               "of clone", "× eager", "× compile", "peak MiB, ours / eager")  # fmt: skip
     order = list(dict.fromkeys(line[0] for line in lines))
     lines.sort(key=lambda line: order.index(line[0]))
-    return with_conditions(table(header, lines), used, "sources at 1/2, 1/4 and 1/8 of the side")
+    return md.with_conditions(
+        md.table(header, lines), used, "sources at 1/2, 1/4 and 1/8 of the side"
+    )
 
 
 def host_table(rows: Sequence[Row]) -> str:
-    rows = of_mode(rows, "host")
+    rows = md.of_mode(rows, "host")
     lines = [(f"`{r['op']}`", r["provider"], f"{1e3 * ms(r):.1f}") for r in rows]
-    return with_conditions(table(("op", "provider", "host time per call, µs"), lines), rows)
+    return md.with_conditions(md.table(("op", "provider", "host time per call, µs"), lines), rows)
 
 
 # What MBConv does besides 1×1 convolutions
@@ -94,7 +84,7 @@ def host_table(rows: Sequence[Row]) -> str:
 def norms_table(rows: Sequence[Row]) -> str:
     """How many times as fast as PyTorch, at each shape, forward and backward together."""
     rows = [r for r in rows if r["op"].startswith("norm_act")]
-    cases = by_case(of_mode(rows, "fwd+bwd"), "op", "dtype", "layout", "shape")
+    cases = by_case(md.of_mode(rows, "fwd+bwd"), "op", "dtype", "layout", "shape")
     shapes = list(dict.fromkeys(shape for *_, shape in cases))
     columns = list(dict.fromkeys((dtype, layout) for _, dtype, layout, _ in cases))
     lines = []
@@ -110,7 +100,7 @@ def norms_table(rows: Sequence[Row]) -> str:
                 ops = " and ".join(f"`{part}`" for part in op.split(", "))
                 lines.append((f"{ops}: × {name}", *cells))
     header = (" / ".join(shapes).replace("x", "×"), *(", ".join(column) for column in columns))
-    return with_conditions(table(header, lines), rows)
+    return md.with_conditions(md.table(header, lines), rows)
 
 
 def depthwise_table(rows: Sequence[Row]) -> str:
@@ -120,12 +110,12 @@ def depthwise_table(rows: Sequence[Row]) -> str:
     for key, found in by_case(rows, "op", "kernel", "shape", "dtype").items():
         op, kernel, shape, dtype = key
         ours = found.get("ours", {})
-        floors = [cell(ratio(1, number(found.get(name), "share_of_copy")), 1)
+        floors = [md.cell(md.ratio(1, md.number(found.get(name), "share_of_copy")), 1)
                   for name in ("ours", "torch")]  # fmt: skip
         faster = times_faster(found.get("torch"), ours) or ours.get("note", "")
         lines.append((f"`{op}`", kernel, shape.replace("x", "×"), dtype, *floors, faster))
     header = ("op", "kernel", "shape", "dtype", "ours, times of a copy", "PyTorch", "× PyTorch")
-    return with_conditions(table(header, lines), rows, "channels_last")
+    return md.with_conditions(md.table(header, lines), rows, "channels_last")
 
 
 # GPU kernels
@@ -135,14 +125,14 @@ def kernels_table(rows: Sequence[Row], only: str = "") -> str:
     """Instructions beside the budget, registers; bold where arithmetic is the limit."""
     chosen = [r for r in rows if r["target"] == "sm_90" and r["instructions_per_element"]]
     chosen = [r for r in chosen if only in r["scales"]]
-    found = by(chosen, "kernel", "layout", "scales", "dtype")
+    found = md.by(chosen, "kernel", "layout", "scales", "dtype")
     dtypes = [dtype for dtype in DTYPES_OF_OPS if any(key[3] == dtype for key in found)]
     lines = []
     for kernel, layout, scales in dict.fromkeys(key[:3] for key in found):
         cells = []
         for dtype in dtypes:
             row = found.get((kernel, layout, scales, dtype))
-            taken, budget = number(row, "instructions_per_element"), number(row, "budget")
+            taken, budget = md.number(row, "instructions_per_element"), md.number(row, "budget")
             text = f"{taken} ({budget}); {row['registers']}" if row else ""
             cells.append(f"**{text}**" if row and taken > budget else text)
         name = kernel.strip("_").removesuffix("_kernel").replace("_kernel+", " with ")
@@ -152,14 +142,14 @@ def kernels_table(rows: Sequence[Row], only: str = "") -> str:
               *(DTYPES_OF_OPS[dtype] for dtype in dtypes))  # fmt: skip
     note = f"{spilling or 'none'} of {len(rows)} compiled kernels spills registers"
     triton = "".join(dict.fromkeys(f"Triton {row['triton']}" for row in rows))
-    return with_conditions(table(header, lines), rows, triton, note)
+    return md.with_conditions(md.table(header, lines), rows, triton, note)
 
 
 # Training steps
 
 
 def timed_networks(rows: Sequence[Row]) -> list[Row]:
-    return of_mode(rows, "step")
+    return md.of_mode(rows, "step")
 
 
 def step_table(rows: Sequence[Row]) -> str:
@@ -168,39 +158,42 @@ def step_table(rows: Sequence[Row]) -> str:
     stored = {key: found.get("stored") for key, found in by_case(steps, "op", "shape").items()}
     for row in steps:
         own = stored[row["op"], row["shape"]] if row["op"].startswith("revbifpn") else None
-        times = cell(ratio(ms(row), ms(own)))
-        name = "" if row["op"] == previous else network(row["op"])
-        sizes = (cell(number(row, column), 1) for column in ("held_mib", "peak_mib"))
-        time = cell(ms(row), 0) or row["note"]
-        lines.append((name, mode(row["provider"]), time, times, *sizes))
+        times = md.cell(md.ratio(ms(row), ms(own)))
+        name = "" if row["op"] == previous else md.network(row["op"])
+        sizes = (md.cell(md.number(row, column), 1) for column in ("held_mib", "peak_mib"))
+        time = md.cell(ms(row), 0) or row["note"]
+        lines.append((name, md.mode(row["provider"]), time, times, *sizes))
         previous = row["op"]
     header = ("network", "activations", "step ms", "× ours stored", "held MiB", "peak MiB")
-    return with_conditions(table(header, lines), steps)
+    return md.with_conditions(md.table(header, lines), steps)
 
 
 def phase_table(rows: Sequence[Row]) -> str:
     """All that was measured of a step."""
-    found = by([r for r in rows if r["mode"] != "peak"], "op", "shape", "dtype", "provider", "mode")
+    found = md.by(
+        [r for r in rows if r["mode"] != "peak"], "op", "shape", "dtype", "provider", "mode"
+    )
     lines = []
     for *case, kind in found:
         row = found[(*case, kind)]
         if kind != "step":
             continue
         op, shape, dtype, provider = case
-        names = (network(op), shape.replace("x", "×"), DTYPE_NAMES[dtype], mode(provider))
+        names = (md.network(op), shape.replace("x", "×"), md.DTYPE_NAMES[dtype], md.mode(provider))
         if ms(row) is None:
             lines.append((*names, row["note"], *[""] * 8))
             continue
         times = [ms(found.get((*case, phase))) for phase in ("fwd", "bwd", "update", "eval")]
-        held, peak = number(row, "held_mib"), number(row, "peak_mib")
-        sizes = (cell(held, 1), cell(peak - held, 1))
-        lines.append((*names, cell(ms(row), 0), *(cell(time, 0) for time in times),
-                      cell(number(row, "images_per_s"), 1), *sizes, row["operators"]))  # fmt: skip
+        held, peak = md.number(row, "held_mib"), md.number(row, "peak_mib")
+        sizes = (md.cell(held, 1), md.cell(peak - held, 1))
+        cells = [md.cell(time, 0) for time in (ms(row), *times)]
+        speed = md.cell(md.number(row, "images_per_s"), 1)
+        lines.append((*names, *cells, speed, *sizes, row["operators"]))
     header = (
         "network,shape,dtype,mode,step ms,forward,backward,update,eval,images/s,held MiB,"
         "transient,launches"
     ).split(",")
-    return with_conditions(table(header, lines), of_mode(rows, "step"))
+    return md.with_conditions(md.table(header, lines), md.of_mode(rows, "step"))
 
 
 def losses_table(rows: Sequence[Row]) -> str:
@@ -211,24 +204,13 @@ def losses_table(rows: Sequence[Row]) -> str:
         for provider, rival in found.items():
             if ours is None or ms(rival) >= ms(ours):
                 continue
-            times = ratio(ms(ours), ms(rival))
-            memory = ratio(number(rival, "peak_mib"), number(ours, "peak_mib"))
-            lines.append((network(key[0]), key[1].replace("x", "×"), mode(provider),
+            times = md.ratio(ms(ours), ms(rival))
+            memory = md.ratio(md.number(rival, "peak_mib"), md.number(ours, "peak_mib"))
+            lines.append((md.network(key[0]), key[1].replace("x", "×"), md.mode(provider),
                           f"{times:.2f}×", f"{memory:.1f}×"))  # fmt: skip
     header = ("network", "shape", "faster than reversible", "our time over its",
               "its peak memory over ours")  # fmt: skip
-    return with_conditions(table(header, lines), steps)
-
-
-def largest_steps_table(rows: Sequence[Row]) -> str:
-    rows = of_mode(rows, "largest")
-    lines = [
-        (network(r["op"]), mode(r["provider"]), DTYPE_NAMES[r["dtype"]], r["shape"],
-         r.get("images_per_s") or r["note"], cell(number(r, "peak_mib"), 0))
-        for r in rows
-    ]  # fmt: skip
-    header = ("network", "mode", "dtype", "largest batch", "images/s", "peak MiB")
-    return with_conditions(table(header, lines), rows)
+    return md.with_conditions(md.table(header, lines), steps)
 
 
 def profile_table(rows: Sequence[Row]) -> str:
@@ -236,18 +218,18 @@ def profile_table(rows: Sequence[Row]) -> str:
     texts = []
     for name in dict.fromkeys(row["op"] for row in rows):
         mine = [row for row in rows if row["op"] == name]
-        found = by(mine, "mode", "provider")
+        found = md.by(mine, "mode", "provider")
         providers = list(dict.fromkeys(row["provider"] for row in mine))
         lines = []
         for part in dict.fromkeys(row["mode"] for row in mine):
             cells = []
             for provider in providers:
                 row, whole = found.get((part, provider)), found["all", provider]
-                share = percent(ratio(ms(row), ms(whole)))
+                share = md.percent(md.ratio(ms(row), ms(whole)))
                 cells.append(f"{ms(row):.0f} ({share}; {row['operators']})" if row else "")
             lines.append((part, *cells))
-        header = (network(name), *(mode(provider) for provider in providers))
-        texts.append(with_conditions(table(header, lines), mine))
+        header = (md.network(name), *(md.mode(provider) for provider in providers))
+        texts.append(md.with_conditions(md.table(header, lines), mine))
     return "\n".join(texts)
 
 
@@ -259,19 +241,19 @@ def _exact(name: str) -> str:
     head, power, rest = name.partition("2^-")
     digits, comma, tail = rest.partition(",")
     raised = digits.translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"{head}2⁻{raised}{comma}{tail}" if power else mode(name)
+    return f"{head}2⁻{raised}{comma}{tail}" if power else md.mode(name)
 
 
 def precision_table(rows: Sequence[Row]) -> str:
-    gradients = of_mode(rows, "gradient")
-    accuracy = {r["provider"]: r["accuracy"] for r in of_mode(rows, "training")}
+    gradients = md.of_mode(rows, "gradient")
+    accuracy = {r["provider"]: r["accuracy"] for r in md.of_mode(rows, "training")}
     lines = []
     for row in gradients:
-        lattice = number(row, "lattice")
+        lattice = md.number(row, "lattice")
         reach = "" if lattice is None else f"{2**24 * lattice:.0f}"
-        if lattice and 2**24 * lattice < number(row, "largest_stream"):
+        if lattice and 2**24 * lattice < md.number(row, "largest_stream"):
             reach += " (streams go beyond)"
-        errors = [f"{number(row, f'error_{dtype}'):.1e}" for dtype in ("fp32", "bf16")]
+        errors = [f"{md.number(row, f'error_{dtype}'):.1e}" for dtype in ("fp32", "bf16")]
         differences = [row[f"to_stored_{dtype}"] for dtype in ("fp32", "bf16")]
         same = "; ".join(differences) if any(float(d) for d in differences) else "0"
         reached = accuracy.get(row["provider"])
@@ -282,11 +264,11 @@ def precision_table(rows: Sequence[Row]) -> str:
               "difference from the same mode with stored activations (fp32; bf16)",
               "test accuracy on digits")  # fmt: skip
     largest = "".join(dict.fromkeys(f"streams up to {r['largest_stream']}" for r in gradients))
-    return with_conditions(table(header, lines), gradients, largest)
+    return md.with_conditions(md.table(header, lines), gradients, largest)
 
 
 def digits_table(rows: Sequence[Row]) -> str:
-    rows = of_mode(rows, "training")
+    rows = md.of_mode(rows, "training")
     lines = [
         (_exact(r["provider"]), f"{r['right']} of {r['images']}", f"{r['accuracy']} %",
          f"{r['seconds']} s", f"{r['cpu_seconds']} s", f"{100 * float(r['waiting_share']):.1f} %")
@@ -295,4 +277,4 @@ def digits_table(rows: Sequence[Row]) -> str:
     header = ("activations", "correct test images", "test accuracy", "training time",
               "CPU time of the command", "waiting for images")  # fmt: skip
     epochs = "".join(dict.fromkeys(f"epochs: {r['epochs']}; one thread per run" for r in rows))
-    return with_conditions(table(header, lines), rows, epochs)
+    return md.with_conditions(md.table(header, lines), rows, epochs)

@@ -22,7 +22,7 @@ def bench(monkeypatch, tmp_path):
 
 def test_rows(bench):
     status, rows = bench()
-    assert status == 0 and len(rows) == 2 * 2 * 6 + 2 * 2 * 2
+    assert status == 0 and len(rows) == 2 * 2 * 2 + 2 * 2 * 2
     assert {row["provider"] for row in rows} == {"ours", "torch"}
     assert all(float(row["ms_p50"]) > 0 and float(row["share_of_copy"]) > 0 for row in rows)
 

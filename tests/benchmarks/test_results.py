@@ -75,7 +75,7 @@ def test_pages_and_figures_are_written_from_the_rows(root):
     assert "Some CPU AVX512 2 cores; 2 threads; torch 2.12.0; 4×3×224×224; fp32" in readme
     page = (root / "docs" / "results.md").read_text()
     assert "WRONG: gradients differ by 2" in page and "no row here is from a GPU" in page
-    assert "EfficientNet-B7 over RevBiFPN-S6, per image, fp32 | 44.0×" in page
+    assert "EfficientNet-B7 over RevBiFPN-S6, memory per image, fp32 | 44.0" in page
     figures = {path.name for path in (root / "benchmarks" / "figures").iterdir()}
     assert figures == {"depth.png", "memory-macs.png", "pareto.png", "round_trip.png"}
     assert run(root, "--check") == 0  # and again: the pages are a fixed point
