@@ -214,9 +214,9 @@ def stages(run: argparse.Namespace) -> Iterator[list[Row]]:
     for shape, dtype, layout, gated in itertools.product(shapes, DTYPES, LAYOUTS, (True, False)):
         stage = Stage.make(shape, DTYPES[dtype], layout, gated, run.device)
         op = "norm_act, squeeze_excite" if gated else "norm_act"
-        row = row_of(op, "fwd+bwd", dtype, shape, layout)
+        row = record.row_of(op, "ours", "fwd+bwd", dtype, shape, layout)
         if fault := stage_fault(stage):
-            yield [row | {"provider": "ours", "note": f"WRONG: {fault}"}]
+            yield [row | {"note": f"WRONG: {fault}"}]
         else:
             yield timed(row, stage_calls(stage, run.compile), stage.u, stage.bytes_moved, run)
 
@@ -226,24 +226,13 @@ def convolutions(run: argparse.Namespace) -> Iterator[list[Row]]:
     for case, dtype, is_input in itertools.product(cases, DTYPES, (True, False)):
         convolution = Depthwise.make(case, dtype)
         op = "depthwise_input_grad" if is_input else "depthwise_weight_grad"
-        row = row_of(op, "bwd", dtype, convolution.x.shape, "channels_last")
+        row = record.row_of(op, "ours", "bwd", dtype, convolution.x.shape, "channels_last")
         row["kernel"] = f"{case[2]}x{case[2]}, stride {case[3]}"
         calls = convolution.calls(is_input)
         if fault := depthwise_fault(calls):
-            yield [row | {"provider": "ours", "note": f"WRONG: {fault}"}]
+            yield [row | {"note": f"WRONG: {fault}"}]
         else:
             yield timed(row, calls, convolution.x, convolution.bytes_moved, run)
-
-
-def row_of(op: str, mode: str, dtype: str, shape, layout: str) -> Row:
-    return {
-        "op": op,
-        "mode": mode,
-        "dtype": dtype,
-        "shape": "x".join(map(str, shape)),
-        "layout": layout,
-        "threads": str(torch.get_num_threads()),
-    }
 
 
 def main(arguments: list[str]) -> int:

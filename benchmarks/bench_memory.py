@@ -49,14 +49,8 @@ def providers_of(name: str) -> tuple[str, ...]:
 
 
 def row_of(name: str, provider: str, mode: str, side: int, dtype: str = "fp32") -> Row:
-    return {
-        "op": name,
-        "provider": provider,
-        "mode": mode,
-        "dtype": dtype_name(dtype),
-        "shape": f"1x3x{side}x{side}",
-        "layout": "nchw",
-    }
+    row = record.row_of(name, provider, mode, dtype_name(dtype), (1, 3, side, side))
+    return {column: text for column, text in row.items() if column != "threads"}
 
 
 def image_row(name: str, provider: str, dtype: str) -> Row:

@@ -111,16 +111,8 @@ def _first_calls(
 
 
 def _row(case: Case, op: str, provider: str, mode: str, note: str = "") -> Row:
-    return {
-        "op": op,
-        "provider": provider,
-        "mode": mode,
-        "dtype": case.dtype,
-        "shape": case.shape_text,
-        "layout": case.layout,
-        "threads": str(case.threads),
-        "note": note or case.name,
-    }
+    row = record.row_of(op, provider, mode, case.dtype, case.shape, case.layout)
+    return row | {"note": note or case.name}
 
 
 def bench_op(op: Op, case: Case, inputs: Inputs, run: argparse.Namespace) -> list[Row]:

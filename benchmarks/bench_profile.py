@@ -152,15 +152,9 @@ def bench(name: str, run: argparse.Namespace) -> list[Row]:
     for _ in range(1 if run.quick else run.repeats):
         for profile in profiles.values():
             profile.sample()
-    base = {
-        "op": name,
-        "dtype": record.dtype_name(run.dtype),
-        "shape": f"{run.batch}x3x{run.side}x{run.side}",
-        "layout": "nchw",
-        "threads": str(torch.get_num_threads()),
-    }
+    shape, dtype = (run.batch, 3, run.side, run.side), record.dtype_name(run.dtype)
     return [
-        base | {"provider": provider} | row
+        record.row_of(name, provider, "", dtype, shape) | row
         for provider, profile in profiles.items()
         for row in profile.rows()
     ]

@@ -115,7 +115,7 @@ def bench(contenders: list[Contender], run, seconds: float) -> None:
     time_in_turns = functools.partial(timing.measure_interleaved, clock=run.clock)
     times = time_in_turns(steps, seconds=0.8 * seconds, rounds=(5, 40))
     for key, contender in running.items():
-        contender.times = contender.step.phases() | {"step": times[key]}
+        contender.times = {"step": times[key]}
         contender.step.net.eval()
     evaluations = {key: step.evaluate for key, step in steps.items()}
     for call in evaluations.values():
@@ -130,28 +130,20 @@ def measure(contender: Contender, device: str) -> None:
     step = contender.step
     contender.memory = memory_columns(step)
     contender.launches = launches(lambda: step.forward().backward(), device)
-    step.marks.clear()
-    step()  # the step that warms up, see Step.phases
 
 
 def rows_of(contender: Contender, run) -> list[Row]:
-    """A row per phase; one with the note of what kept the contender out."""
-    base = {
-        "op": contender.network,
-        "provider": contender.provider,
-        "dtype": record.dtype_name(run.dtype),
-        "shape": f"{contender.batch}x3x{contender.side}x{contender.side}",
-        "layout": "nchw",
-        "threads": str(torch.get_num_threads()),
-        "note": contender.note,
-    }
+    """Of steps and evaluations; one with the note of what kept the contender out."""
+    shape = contender.batch, 3, contender.side, contender.side
+    dtype = record.dtype_name(run.dtype)
+    base = record.row_of(contender.network, contender.provider, "step", dtype, shape)
+    base["note"] = contender.note
     if contender.note:
-        return [base | {"mode": "step"}]
+        return [base]
     rows = []
     for mode, found in contender.times.items():
         rows.append(base | {"mode": mode} | found.columns())
-        if mode in ("step", "eval"):
-            rows[-1]["images_per_s"] = f"{contender.batch / found.p50 * 1e3:.2f}"
+        rows[-1]["images_per_s"] = f"{contender.batch / found.p50 * 1e3:.2f}"
         if mode == "step":
             rows[-1] |= contender.memory | {"operators": str(contender.launches or "")}
     return rows
@@ -225,7 +217,7 @@ def main(arguments: list[str]) -> int:
         rows.add(row for c in contenders for row in rows_of(c, run))
         del contenders
         _release()
-    return rows.finish(tables.phase_table(rows.rows))
+    return rows.finish(tables.all_steps_table(rows.rows))
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def timed_sections(rows: Rows, device: str) -> list[str]:
     steps, ops, mbconv = rows["steps"], rows["ops"], rows["mbconv"]
     figure = _figure("pareto", steps)
     return [
-        section(f"Training steps: {device}", figure, tables.phase_table(steps)),
+        section(f"Training steps: {device}", figure, tables.all_steps_table(steps)),
         section("Where reversible is slower", tables.losses_table(steps)),
         section(
             "Where the time of a step goes: ms (share; calls)",

@@ -65,12 +65,7 @@ def _changes(call: Callable[[], object]) -> list[int]:
 def peak_mib(call: Callable[[], object], device: str) -> float | None:
     """The most memory that `call` takes on top of what was there; None where it cannot be known."""
     if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / MIB
+        return _on_cuda(call, gradients=False)[1] / MIB
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what malloc keeps for reuse would hide an allocation
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak VmHWM back to VmRSS

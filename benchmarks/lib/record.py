@@ -88,6 +88,15 @@ def dtype_name(dtype: str) -> str:
     return "fp32" if dtype == "fp32" else "fp32+bf16"
 
 
+def row_of(
+    op: str, provider: str, mode: str, dtype: str, shape: Sequence[int], layout: str = "nchw"
+) -> Row:
+    """The columns that say what was measured; `threads` are those of this moment."""
+    sides = "x".join(map(str, shape))
+    row = {"op": op, "provider": provider, "mode": mode, "dtype": dtype, "shape": sides}
+    return row | {"layout": layout, "threads": str(torch.get_num_threads())}
+
+
 def read_rows(path: Path) -> list[Row]:
     """The rows of a CSV; none if there is no such file."""
     if not path.exists():

@@ -168,7 +168,7 @@ def step_table(rows: Sequence[Row]) -> str:
     return md.with_conditions(md.table(header, lines), steps)
 
 
-def phase_table(rows: Sequence[Row]) -> str:
+def all_steps_table(rows: Sequence[Row]) -> str:
     """All that was measured of a step."""
     found = md.by(
         [r for r in rows if r["mode"] != "peak"], "op", "shape", "dtype", "provider", "mode"
@@ -181,17 +181,16 @@ def phase_table(rows: Sequence[Row]) -> str:
         op, shape, dtype, provider = case
         names = (md.network(op), shape.replace("x", "×"), md.DTYPE_NAMES[dtype], md.mode(provider))
         if ms(row) is None:
-            lines.append((*names, row["note"], *[""] * 8))
+            lines.append((*names, row["note"], *[""] * 5))
             continue
-        times = [ms(found.get((*case, phase))) for phase in ("fwd", "bwd", "update", "eval")]
+        times = [ms(row), ms(found.get((*case, "eval")))]
         held, peak = md.number(row, "held_mib"), md.number(row, "peak_mib")
         sizes = (md.cell(held, 1), md.cell(peak - held, 1))
-        cells = [md.cell(time, 0) for time in (ms(row), *times)]
+        cells = [md.cell(time, 0) for time in times]
         speed = md.cell(md.number(row, "images_per_s"), 1)
         lines.append((*names, *cells, speed, *sizes, row["operators"]))
     header = (
-        "network,shape,dtype,mode,step ms,forward,backward,update,eval,images/s,held MiB,"
-        "transient,launches"
+        "network,shape,dtype,mode,step ms,eval ms,images/s,held MiB,transient,launches"
     ).split(",")
     return md.with_conditions(md.table(header, lines), md.of_mode(rows, "step"))
 
