@@ -111,7 +111,8 @@ def page(rows: Rows) -> str:
         sections += timed_sections(own, device)
     kernels = tables.kernels_table(rows["kernels"])
     sections.append(section("What the compiler made of the GPU kernels", kernels))
-    sections.append(section("Exact mode", tables.precision_table(rows["precision"])))
+    exact = _figure("round_trip", rows["precision"]), tables.precision_table(rows["precision"])
+    sections.append(section("Exact mode", *exact))
     sections.append(section("Training on digits", tables.digits_table(rows["precision"])))
     if not any(row.get("cuda") for row in timed):
         sections.append(NO_GPU)
@@ -193,9 +194,7 @@ def _step_ratio(steps: list[Row], name: str, above: str, below: str) -> str:
 def filled(text: str, path: Path, writers: dict[str, Callable[[], str]]) -> str:
     """A page with its marked parts written anew."""
     if len(re.findall("<!-- (?:begin|end) ", text)) != 2 * len(MARKER.findall(text)):
-        raise Problem(
-            f"{path}: a `<!-- begin NAME -->` without its end, or an end without its begin"
-        )
+        raise Problem(f"{path}: a `<!-- begin NAME -->` without its end, or the other way round")
 
     def write(match: re.Match) -> str:
         begin, name, _, end = match.groups()
@@ -218,12 +217,8 @@ def texts(root: Path, rows: Rows) -> dict[Path, str]:
     return wanted | {PAGE: page(rows)}
 
 
-def outdated(root: Path, wanted: dict[Path, str]) -> list[Path]:
-    return [
-        path
-        for path, text in wanted.items()
-        if not (root / path).exists() or (root / path).read_text() != text
-    ]
+def is_outdated(path: Path, text: str) -> bool:
+    return not path.exists() or path.read_text() != text
 
 
 def main(arguments: list[str]) -> int:
@@ -242,7 +237,7 @@ def main(arguments: list[str]) -> int:
     except Problem as problem:
         print(problem, file=sys.stderr)
         return 1
-    changed = outdated(run.root, wanted)
+    changed = [path for path, text in wanted.items() if is_outdated(run.root / path, text)]
     if run.check:
         for line in foreign_commits(rows):
             print(line)

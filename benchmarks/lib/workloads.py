@@ -33,12 +33,10 @@ class Case:
     threads: int
     rivals: tuple[str, ...] = ("torch",)
 
-    @property
-    def shape_text(self) -> str:
-        return "x".join(map(str, self.shape))
-
     def __str__(self) -> str:
-        return f"{self.dtype} {self.layout} {self.shape_text} {self.threads} thread(s)"
+        return (
+            f"{self.dtype} {self.layout} {'x'.join(map(str, self.shape))} {self.threads} thread(s)"
+        )
 
 
 @dataclass
