@@ -41,10 +41,7 @@ typed. The line below each table states its conditions. Losses stand beside wins
   is `benchmarks/lib/bifpn.py`, of EfficientDet-D0's shape. *The authors' code* is their repository.
 - The paper measured a GPU's allocator, and another EfficientNet; here both are counted alike.
 """
-NO_GPU = """## GPU
-
-Not measured yet: no row here is from a GPU.
-"""
+NO_GPU = "## GPU\n\nNot measured yet: no row here is from a GPU.\n"
 
 
 class Problem(Exception):

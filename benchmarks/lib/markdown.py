@@ -54,7 +54,7 @@ def conditions(rows: Sequence[Row], *more: str) -> str:
     dtype = [DTYPE_NAMES.get(name, name) for name in single("dtype")]
     parts = [
         *(NUMBERS_OF_NO_DEVICE.get(device, device) for device in values("device")),
-        *(f"{threads} threads" for threads in single("threads")),
+        *(f"{n} thread" + "s" * (n != "1") for n in single("threads")),
         *(f"torch {version}" for version in values("torch")),
         *(f"CUDA {version}" for version in values("cuda")),
         *shape, *dtype, *more,
