@@ -4,12 +4,12 @@ TORCH ?= torch==2.12.0
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
-SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
-PYTEST_ARGS ?= -n auto
+SOURCES := pyproject.toml setup.py $(shell find csrc -name "*.h" -o -name "*.cpp")
+PYTEST_ARGS ?= -n auto --dist worksteal
 ASAN := build/asan
 QUICK := build/bench
 
-.PHONY: $(VENV) bench bench-all report train detect test test-asan lint wheel kernels clean
+.PHONY: $(VENV) bench bench-all report train detect test test-all test-asan lint wheel kernels clean
 
 $(VENV): $(INSTALLED)
 
@@ -56,18 +56,23 @@ train: $(INSTALLED)
 detect: $(INSTALLED)
 	$(RUN) -m revbifpn_kernels.detect $(DETECT_ARGS)
 
+# The fast tests; `make test-all` runs the slow ones after them.
 test: $(INSTALLED)
 	$(RUN) -m pytest $(PYTEST_ARGS)
 
-# A copy, so that the instrumented extension never lies beside the sources.
+test-all: test
+	$(RUN) -m pytest -m slow $(PYTEST_ARGS)
+
+# Every CPU op under the address and undefined-behaviour sanitizers. A copy, so that the instrumented
+# extension never lies beside the sources.
 test-asan: $(INSTALLED)
 	rm -rf $(ASAN) && mkdir -p $(ASAN)
-	cp -r setup.py pyproject.toml LICENSE csrc revbifpn_kernels benchmarks tests $(ASAN)
+	cp -r setup.py pyproject.toml LICENSE csrc revbifpn_kernels tests/cpu_sweep.py $(ASAN)
 	rm -f $(ASAN)/revbifpn_kernels/*.so
 	cd $(ASAN) && SANITIZE=address,undefined $(abspath $(RUN)) setup.py --quiet build_ext --inplace
 	cd $(ASAN) && env ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-		$(abspath $(RUN)) -m pytest -k "not triton" $(PYTEST_ARGS) $(wildcard tests/ops/test_resample*.py) $(wildcard tests/ops/test_depthwise*.py) $(addprefix tests/ops/test_,norm_act.py norm_factors.py squeeze_excite.py scaled_sources.py)
+		$(abspath $(RUN)) cpu_sweep.py
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from revbifpn_kernels.ops.conv.depthwise_input_grad import depthwise_input_grad
-from revbifpn_kernels.ops.conv.depthwise_weight_grad import depthwise_weight_grad
+from revbifpn_kernels.ops.conv.depthwise import depthwise_input_grad, depthwise_weight_grad
 
 from .lib import record, tables, timing
 from .lib.record import Row

@@ -18,11 +18,12 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
 from revbifpn_kernels.ops.launch import Launch
-from revbifpn_kernels.ops.norm_act import launchers as norm
+from revbifpn_kernels.ops.norm_act import forward, gradient
+from revbifpn_kernels.ops.norm_act.statistics import plan_batch_statistics
 from revbifpn_kernels.ops.resample.add import plan_resample_add
 from revbifpn_kernels.ops.resample.adjoint import plan_resample_adjoint
 from revbifpn_kernels.ops.resample.undo import plan_resample_undo
-from revbifpn_kernels.ops.squeeze_excite.ops import (
+from revbifpn_kernels.ops.squeeze_excite.gates import (
     plan_squeeze_excite_gates,
     plan_squeeze_excite_gates_backward,
 )
@@ -117,16 +118,16 @@ def plan_norm_launches(
     if op == "batch_statistics":
         batches = torch.empty((), dtype=torch.int64, device="meta")
         running = channel, channel, batches
-        return norm.plan_batch_statistics(channel, channel, x, 1e-5, *running, 0.1)
+        return plan_batch_statistics(channel, channel, x, 1e-5, *running, 0.1)
     if op == "norm_act":
-        return [norm.plan_norm_act(x, *factors, plane, act)]
+        return [forward.plan_norm_act(x, *factors, plane, act)]
     if op == "norm_act_means":
-        return [norm.plan_norm_act_means(*factors, act)[:2]]
+        return [forward.plan_norm_act_means(*factors, act)[:2]]
     if op == "norm_act_sums":
-        return [norm.plan_norm_act_sums(x, *factors, act, True)[:2]]
+        return [gradient.plan_norm_act_sums(x, *factors, act, True)[:2]]
     sums = torch.empty((5, *shape[:2]), device="meta")
     results = x, channel, channel
-    return norm.plan_norm_act_grad(*results, x, *factors, plane, plane, sums, act, True)
+    return gradient.plan_norm_act_grad(*results, x, *factors, plane, plane, sums, act, True)
 
 
 def plan_squeeze_excite_launches(sizes: tuple[int, int, int]) -> list[tuple[Launch, dict]]:

@@ -1,33 +1,22 @@
-// What the operators share: checks that protect memory, tensors as plain maps, the choice of dtype
-// and instruction set, and the loop over units of work.
+// What the operators share: tensors as maps, checks that protect memory, and the choice of dtype.
 
 #pragma once
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <algorithm>
-#include <cstdint>
-#include <cstdlib>
-#include <memory>
 #include <optional>
 #include <string>
-#include <string_view>
-#include <vector>
 
-#include "resample.h"
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "run.h"
 
 namespace revbifpn {
 
+using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using TensorList = std::vector<Tensor>;
+using OptionalTensor = std::optional<Tensor>;
 
 inline Dtype dtype_of(const char *op, ScalarType type) {
   switch (type) {
@@ -66,7 +55,7 @@ inline void check_same_planes(const char *op, const Tensor &x, const Tensor &oth
                   other.size(0), ", ", other.size(1), ")");
 }
 
-/// Raises unless `other`, the argument `name`, is what x is in shape and dtype.
+/// Raises unless `other`, the argument `name`, has the shape and dtype of x, the argument `x_name`.
 inline void check_like(const char *op, const char *name, const Tensor &other, const char *x_name,
                        const Tensor &x) {
   const Maps maps = maps_of(op, other), x_maps = maps_of(op, x);
@@ -76,148 +65,48 @@ inline void check_like(const char *op, const char *name, const Tensor &other, co
                   op, ": ", name, " must have ", x_name, "'s shape and dtype");
 }
 
-/// Raises unless maps of `dtype` may stand beside an x of `x_dtype`.
-inline void check_precision(const char *op, Dtype dtype, Dtype x_dtype) {
-  const bool is_half = dtype == Dtype::bfloat16 || dtype == Dtype::float16;
-  STD_TORCH_CHECK(dtype == x_dtype || (is_half && x_dtype == Dtype::float32), op,
-                  ": sources must have x's dtype, or bfloat16 or float16 beside a float32 x");
+/// The type in which sums over maps of `dtype` are returned.
+inline ScalarType sums_type(Dtype dtype) {
+  return dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
 }
 
-inline void check_count(const char *op, size_t count) {
-  STD_TORCH_CHECK(count >= 1 && count <= MAX_SOURCES, op, ": takes 1 to ", MAX_SOURCES,
-                  " sources, got ", count);
+/// The values of a contiguous tensor of sums or factors; null for none.
+template <class Acc>
+const Acc *values_of(const char *op, const char *name, const OptionalTensor &tensor,
+                     int64_t elements) {
+  if (!tensor)
+    return nullptr;
+  const ScalarType type = std::is_same_v<Acc, double> ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(tensor->is_cpu() && tensor->scalar_type() == type &&
+                      tensor->numel() == elements && tensor->is_contiguous(),
+                  op, ": ", name, " must be contiguous, of ", elements,
+                  " elements, on the CPU, in float32 or beside float64 maps in float64; got ",
+                  tensor->numel(), " elements");
+  return static_cast<const Acc *>(tensor->data_ptr());
 }
 
-/// How maps of h x w are resampled to height x width; raises where they cannot be.
-inline Kind kind_of(const char *op, int64_t h, int64_t w, int64_t height, int64_t width,
-                    std::string_view mode) {
-  STD_TORCH_CHECK(mode == "bilinear" || mode == "nearest", op,
-                  ": mode must be 'bilinear' or 'nearest', got '", mode, "'");
-  STD_TORCH_CHECK(h > 0 && w > 0, op, ": sources must have sides of at least 1, got ", h, " x ", w);
-  if (h == height && w == width)
-    return Kind::identity;
-  if (h > height || w > width) {
-    STD_TORCH_CHECK(h % height == 0 && w % width == 0, op, ": sources must be no larger than ",
-                    height, " x ", width, " or larger by whole factors in both sides, got ", h,
-                    " x ", w);
-    return Kind::area;
-  }
-  return mode == "bilinear" ? Kind::bilinear : Kind::nearest;
+/// An unwritten tensor on the device of `like`.
+inline Tensor new_tensor(const Tensor &like, const std::vector<int64_t> &shape, ScalarType dtype,
+                         MemoryFormat format = MemoryFormat::Contiguous) {
+  return torch::stable::empty(shape, dtype, std::nullopt, like.device(), std::nullopt, format);
 }
 
 inline bool is_channels_last(const Tensor &tensor) {
   return tensor.stride(1) == 1 && tensor.stride(3) != 1;
 }
 
-/// Calls `function` with a value of the C++ type of `dtype`.
+/// Calls `function` with the C++ type of `dtype` as its template argument.
 template <class Function> void dispatch_dtype(Dtype dtype, Function &&function) {
   switch (dtype) {
   case Dtype::float64:
-    return function(double{});
+    return function.template operator()<double>();
   case Dtype::float32:
-    return function(float{});
+    return function.template operator()<float>();
   case Dtype::bfloat16:
-    return function(BFloat16{});
+    return function.template operator()<BFloat16>();
   case Dtype::float16:
-    return function(Half{});
+    return function.template operator()<Half>();
   }
 }
-
-inline int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
-
-enum class Isa { baseline, avx2, avx512 };
-
-/// The best instruction set of this machine; the environment variable REVBIFPN_ISA = baseline, avx2
-/// or avx512 lowers it (read once), so that tests can compare them: the results have the same bits.
-inline Isa best_isa() {
-  static const Isa isa = [] {
-    Isa best = Isa::baseline;
-#ifdef __x86_64__
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"))
-      best = Isa::avx2;
-    if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-      best = Isa::avx512;
-#endif
-    const char *wanted = std::getenv("REVBIFPN_ISA");
-    const std::string_view name = wanted == nullptr ? "avx512" : wanted;
-    STD_TORCH_CHECK(name == "baseline" || name == "avx2" || name == "avx512",
-                    "REVBIFPN_ISA must be baseline, avx2 or avx512, got ", name);
-    return std::min(best, name == "baseline" ? Isa::baseline
-                          : name == "avx2"   ? Isa::avx2
-                                             : Isa::avx512);
-  }();
-  return isa;
-}
-
-#ifdef __x86_64__
-#define REVBIFPN_BEST_KERNEL(name, T)                                                              \
-  (best_isa() == Isa::avx512 ? avx512::name<T>                                                     \
-   : best_isa() == Isa::avx2 ? avx2::name<T>                                                       \
-                             : baseline::name<T>)
-#else
-#define REVBIFPN_BEST_KERNEL(name, T) (baseline::name<T>)
-#endif
-
-/// The memory of a new tensor that the units of work fill from begin to end.
-struct FreshMemory {
-  uintptr_t begin = 0, bytes = 0;
-
-  FreshMemory(const Maps &maps, int64_t elements, int64_t element_size)
-      : begin(reinterpret_cast<uintptr_t>(maps.data)), bytes(elements * element_size) {}
-
-  /// Maps the pages of the part [from, to) / whole at once, just before it is written. One call for
-  /// 64 pages takes two thirds of the time of 64 page faults (Xeon, Linux 6.18, 2026), which are
-  /// most of the time of an operator with large new results. Blocks below 32 MiB are left alone:
-  /// glibc may reuse them, pages and all. It is a hint, so errors do not matter.
-  void map_pages(int64_t from, int64_t to, int64_t whole) const {
-#ifdef MADV_POPULATE_WRITE
-    constexpr uintptr_t PAGE = 4096, LARGE = uintptr_t{32} << 20;
-    if (bytes < LARGE)
-      return;
-    const double bytes_per_unit = static_cast<double>(bytes) / static_cast<double>(whole);
-    const uintptr_t first =
-        begin + static_cast<uintptr_t>(bytes_per_unit * static_cast<double>(from));
-    const uintptr_t last = begin + static_cast<uintptr_t>(bytes_per_unit * static_cast<double>(to));
-    const uintptr_t first_page = (first + PAGE - 1) / PAGE * PAGE, end = last / PAGE * PAGE;
-    if (end > first_page)
-      madvise(reinterpret_cast<void *>(first_page), end - first_page, MADV_POPULATE_WRITE);
-#endif
-  }
-};
-
-/// Runs `kernel` over the job's units on all threads, each with a workspace of its own, `step`
-/// units at a time between which pages of fresh memory are mapped. Ranges of less than 2^15
-/// elements are not worth a thread.
-template <class Job, class Acc>
-void run_units(const Job &job, int64_t units, int64_t step, int64_t elements,
-               const std::vector<FreshMemory> &fresh,
-               void (*kernel)(const Job &, int64_t, int64_t, Acc *)) {
-  if (units == 0)
-    return;
-  const int64_t elements_per_unit = std::max<int64_t>(1, elements / units);
-  const int64_t grain = ceil_div(int64_t{1} << 15, elements_per_unit);
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    // Zeros, because what lies in the padding takes part in arithmetic.
-    const auto workspace = std::make_unique<Acc[]>(workspace_size(job));
-    for (int64_t unit = begin; unit < end; unit += step) {
-      const int64_t unit_end = std::min(unit + step, end);
-      for (const FreshMemory &memory : fresh)
-        memory.map_pages(unit, unit_end, units);
-      kernel(job, unit, unit_end, workspace.get());
-    }
-  });
-}
-
-/// Checks the arguments and computes y = x + alpha * sum of the resampled sources; y may be x.
-void resample_add_into(const char *op, const Tensor &x, const Tensor &y,
-                       const std::vector<Tensor> &sources, const std::vector<Tensor> &scales,
-                       const std::vector<Tensor> &shifts, double alpha, const std::string &mode,
-                       std::optional<double> lattice);
-
-/// Checks the arguments and fills every result with alpha * transpose(R)(grad).
-void resample_adjoint_into(const char *op, const Tensor &grad, const std::vector<Tensor> &results,
-                           double alpha, const std::string &mode);
 
 } // namespace revbifpn

@@ -1,4 +1,4 @@
-"""What networks hold besides RevSilos: RevBlock, RevLevels, and Recomputed for the rest.
+"""The other parts of a chain: RevBlock, RevLevels, and Recomputed for what is not reversible.
 
 RevBlock is the residual coupling of channel halves x = (a, b):
 
@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from .ops.checks import check_lattice, check_maps, check_precision
-from .ops.resample.folded_norm import fuse, fuse_out
-from .ops.resample.scaled_sources import maps_of
-from .reversible import Reversible
-from .reversible.chain import compute_of
-from .reversible.recompute import Step, run
+from .ops.resample.folded_norm import fuse, fuse_out, maps_of
+from .reversible import Reversible, Step
+from .reversible.recompute import run_transform
 from .reversible.streams import finest_lattice
+from .reversible.tape import compute_of
 
 
 class RevBlock(Reversible):
-    """Adds to each half of the channels what a transform makes of the other; one stream.
+    """Adds to each half of a stream's channels a transform of the other half.
 
     `(y,) = block(x)` and `(x,) = block.inverse(y)`, x and y of shape (N, C, H, W). The halves are
     channel slices of whole maps: without a graph nothing is chunked, joined or copied.
@@ -66,12 +65,12 @@ class RevBlock(Reversible):
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         (y,), (grad_y,) = ys, grad_ys
         if grad_y is None:
-            with step.replay.second():
+            with step.recomputing():
                 return list(self.inverse(y)), [None]
         x, grad_x = torch.empty_like(y), torch.empty_like(grad_y)
         (a_out, b_out), (a, b) = _halves(y), _halves(x)
         (grad_a_out, grad_b_out), (grad_a, grad_b) = _halves(grad_y), _halves(grad_x)
-        with step.replay.second():
+        with step.recomputing():
             self._undo("g", a_out, b_out, a, grad_a_out, grad_b_out, grad_b, step)
             self._undo("f", b_out, a, b, grad_b, grad_a_out, grad_a, step)
         return [x], [grad_x if step.needs_grad[0] else None]
@@ -80,7 +79,7 @@ class RevBlock(Reversible):
         """x = y − T(source); total = grad_source + the gradient through T."""
         needs_grad = name == "g" or step.needs_grad[0]
         module = getattr(self, name)
-        rerun = step.rerun(name, module, source, name, needs_grad, leaves_norm=True)
+        rerun = step.rerun(name, module, source, needs_grad, folds_norm=True)
         fuse_out(y, [rerun.output], x, alpha=-1.0, lattice=self.lattice)
         result = maps_of(rerun.output)
         if not getattr(module, "reads_slices", False) or result.dtype != y.dtype:
@@ -94,7 +93,8 @@ class RevBlock(Reversible):
 
     def _added(self, x: Tensor, name: str, source: Tensor, out: Tensor | None, alpha=1.0) -> Tensor:
         """x + α·T(source), in `out` if there is one."""
-        output = run(self, name, getattr(self, name), source, key=name, leaves_norm=True)
+        module = getattr(self, name)
+        output = run_transform(self, name, module, source, folds_norm=True)
         result = maps_of(output)
         check_maps("RevBlock", f"the result of {name}", result)
         if result.shape != x.shape:
@@ -116,7 +116,7 @@ class RevLevels(Reversible):
         blocks: One for each level, each of one stream, such as `RevBlock`.
 
     Raises:
-        TypeError, ValueError: A block is not a `Reversible`, or stands there twice.
+        TypeError, ValueError: A block is not a `Reversible`, or is given twice.
     """
 
     def __init__(self, *blocks: Reversible, reversible: bool = True) -> None:
@@ -169,11 +169,11 @@ class RevLevels(Reversible):
 
 
 class Recomputed(Reversible):
-    """A computation that cannot be taken back: keeps its inputs, and runs again in the backward.
+    """A computation that cannot be taken back: saves its inputs, and runs again in the backward.
 
     Subclass it and define `forward(*xs)`, which returns a tuple; submodules may hold batch norms,
-    dropout, anything. Unlike `torch.utils.checkpoint`, running statistics move once a step. In a
-    `ReversibleSequential` the block before it need not keep its outputs.
+    dropout, anything. Unlike `torch.utils.checkpoint`, running statistics move once per step. In a
+    `ReversibleSequential` the block before it need not save its outputs.
 
     Attributes:
         reversible: False trains under plain autograd, which stores activations.
@@ -193,7 +193,7 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _halves_and_room(x: Tensor):
-    """The halves of x, and memory for the result and its halves where no graph is kept."""
+    """The halves of x, and memory for the result and its halves where no graph is made."""
     # What the compiler traces it fuses itself, and exported programs write to no slices.
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if torch.is_grad_enabled() or is_traced:

@@ -1,23 +1,21 @@
 """`python -m revbifpn_kernels.detect`: see docs/detection.md."""
 
+import importlib
 import sys
 from collections.abc import Sequence
 
-EXTRA = 'pip install "revbifpn_kernels[detect]"'
+from .recipes.run.command import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        from .recipes.detect import options, session
-    except ModuleNotFoundError as error:
-        print(f"detect: needs {error.name}: {EXTRA}", file=sys.stderr)
-        return 1
-    try:
-        return session.main(options.parse(arguments))
-    except options.TrainError as error:
-        text = str(error).removeprefix("detect: ").removeprefix("train: ")
-        print(f"detect: {text}", file=sys.stderr)
-        return 1
+    return run_command("detect", "revbifpn_kernels.recipes.detect.session", arguments)
+
+
+def __getattr__(name: str):
+    """`networks` and `options`, for detectors from Python; they need the extra `detect`."""
+    if name in ("networks", "options"):
+        return importlib.import_module(f"revbifpn_kernels.recipes.detect.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 if __name__ == "__main__":

@@ -24,10 +24,9 @@ from .ops.checks import (
     check_precision,
     check_size,
 )
-from .ops.resample.folded_norm import fuse, undo
-from .ops.resample.scaled_sources import maps_of
-from .reversible import Reversible
-from .reversible.recompute import Step, run
+from .ops.resample.folded_norm import fuse, maps_of, undo
+from .reversible import Reversible, Step
+from .reversible.recompute import run_transform
 
 Edge = tuple[int, int]
 
@@ -40,7 +39,7 @@ class Fusion(NamedTuple):
 
 
 class RevSilo(Reversible):
-    """Adds to each level what edges bring from the others; invertible, whatever the edges are.
+    """Adds to each level transforms of the others; invertible, whatever the transforms are.
 
     `silo(x_0, …)` returns the streams z_0, …, `silo.inverse(z_0, …)` takes them back. Streams are
     (N, C_l, H_l, W_l), any sizes, level 0 the finest. Fewer streams than levels may go in: the last
@@ -111,7 +110,7 @@ class RevSilo(Reversible):
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         inputs = len(step.needs_grad)
         streams, grads = ys, _Gradients(grad_ys)
-        with step.replay.second():
+        with step.recomputing():
             for fusion in self.up_fusions[::-1]:
                 self._undo(fusion, streams, grads, step, [True] * self.levels, self.levels)
             for fusion in self.down_fusions[::-1]:
@@ -123,8 +122,8 @@ class RevSilo(Reversible):
         """x + α·Σ R(transformed streams); without x, a new level."""
         outputs = []
         for edge in fusion.edges:
-            module, name = self._edge(edge)
-            output = run(self, name, module, streams[edge[0]], key=edge, leaves_norm=True)
+            name, module, x_i = f"edge {edge}", self._module(edge), streams[edge[0]]
+            output = run_transform(self, name, module, x_i, folds_norm=True)
             like = maps_of(outputs[0]) if outputs and x is None else x
             self._check_output(edge, maps_of(output), like)
             outputs.append(output)
@@ -134,15 +133,13 @@ class RevSilo(Reversible):
         return fuse(x, outputs, **options)
 
     def _undo(self, fusion: Fusion, streams, grads: "_Gradients", step, needs_grad, inputs) -> None:
-        """Take a fusion back: restore the target, add the gradients of the edges' sources."""
+        """Undo a fusion: restore its target, add the gradients of its edges' sources."""
         target = fusion.target
         y, grad = streams[target], grads.totals[target]
         reruns = []
         for edge in fusion.edges:
-            module, name = self._edge(edge)
-            needed = needs_grad[edge[0]]
-            x = streams[edge[0]]
-            reruns.append(step.rerun(name, module, x, edge, needed, leaves_norm=True))
+            name, module, x = f"edge {edge}", self._module(edge), streams[edge[0]]
+            reruns.append(step.rerun(name, module, x, needs_grad[edge[0]], folds_norm=True))
         outputs = [rerun.output for rerun in reruns]
         options = {"mode": self.mode, "lattice": self.lattice}
         source_grads: Sequence[Tensor | None] = [None] * len(outputs)
@@ -157,9 +154,8 @@ class RevSilo(Reversible):
         for edge in fusion.edges[::-1]:
             grads.add(edge[0], reruns.pop().pull(source_grads[len(reruns)]))
 
-    def _edge(self, edge: Edge) -> tuple[nn.Module, str]:
-        half = self.down if edge[0] < edge[1] else self.up
-        return half[_key(edge)], f"edge {edge}"
+    def _module(self, edge: Edge) -> nn.Module:
+        return (self.down if edge[0] < edge[1] else self.up)[_key(edge)]
 
     def _check_streams(self, streams: Sequence[Tensor], expected: int | None) -> None:
         count = len(streams)

@@ -3,20 +3,11 @@
 import sys
 from collections.abc import Sequence
 
-EXTRA = 'pip install "revbifpn_kernels[train]"'
+from .recipes.run.command import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        from .recipes.classify import options, session
-    except ModuleNotFoundError as error:
-        print(f"train: needs {error.name}: {EXTRA}", file=sys.stderr)
-        return 1
-    try:
-        return session.main(options.parse(arguments))
-    except options.TrainError as error:
-        print(error, file=sys.stderr)
-        return 1
+    return run_command("train", "revbifpn_kernels.recipes.classify.session", arguments)
 
 
 if __name__ == "__main__":

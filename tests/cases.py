@@ -1,13 +1,14 @@
-"""What the ops are tried on: named shapes, layouts, dtypes and the two backends."""
+"""What the resampling ops are tried on: named shapes, layouts, dtypes and the two backends."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, product
 
 import pytest
 import torch
 from helpers import leaves_alone
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from revbifpn_kernels.ops.resample.add import _resample_add_cuda, _resample_add_cuda_
 from revbifpn_kernels.ops.resample.adjoint import _resample_adjoint_cuda
@@ -98,7 +99,7 @@ CASES = {
     "channels-last": Case((2, 19, 8, 12), ((4, 6), (2, 3)), "channels-last", "channels-last"),
     "slice": Case((2, 3, 8, 12), ((4, 6), (3, 5)), "slice", "slice"),
     "channels-last-slice": Case(
-        (2, 5, 8, 12), ((4, 6), (3, 5)), "channels-last-slice", "channels-last-slice"
+        (2, 5, 8, 12), ((4, 6), (2, 3)), "channels-last-slice", "channels-last-slice"
     ),
     "layouts-differ": Case((2, 3, 8, 12), ((4, 6), (16, 12)), "contiguous", "channels-last"),
     "expanded-source": Case((2, 3, 8, 12), ((4, 6), (8, 12)), "contiguous", "expanded"),
@@ -143,107 +144,141 @@ def _scales_last(op: Callable, maps: int = 1) -> Callable:
     return called
 
 
+def _backend(device: str, add: Callable, add_: Callable, adjoint: Callable, undo: Callable):
+    return Backend(
+        device,
+        leaves_alone(_scales_last(add)),
+        leaves_alone(_scales_last(add_), outputs=1),
+        leaves_alone(lambda grad, sizes, *args: adjoint(grad, _flat(sizes), *args)),
+        leaves_alone(_scales_last(undo, maps=2)),
+    )
+
+
 # C++ through the dispatcher; Triton by its launchers, without a GPU interpreted on CPU tensors.
+_OPS = torch.ops.revbifpn
+_CPP = _OPS.resample_add, _OPS.resample_add_, _OPS.resample_adjoint, _OPS.resample_undo
+_TRITON = _resample_add_cuda, _resample_add_cuda_, _resample_adjoint_cuda, _resample_undo_cuda
 BACKENDS = {
-    "cpp": Backend(
-        "cpu",
-        leaves_alone(_scales_last(lambda *args: torch.ops.revbifpn.resample_add(*args))),
-        leaves_alone(
-            _scales_last(lambda *args: torch.ops.revbifpn.resample_add_(*args)), outputs=1
-        ),
-        leaves_alone(
-            lambda grad, sizes, *args: torch.ops.revbifpn.resample_adjoint(
-                grad, _flat(sizes), *args
-            )
-        ),
-        leaves_alone(_scales_last(lambda *args: torch.ops.revbifpn.resample_undo(*args), maps=2)),
-    ),
-    "triton": Backend(
-        "cuda" if HAS_GPU else "cpu",
-        leaves_alone(_scales_last(_resample_add_cuda)),
-        leaves_alone(_scales_last(_resample_add_cuda_), outputs=1),
-        leaves_alone(lambda grad, sizes, *args: _resample_adjoint_cuda(grad, _flat(sizes), *args)),
-        leaves_alone(_scales_last(_resample_undo_cuda, maps=2)),
-    ),
+    "cpp": _backend("cpu", *_CPP),
+    "triton": _backend("cuda" if HAS_GPU else "cpu", *_TRITON),
 }
 
 MODES = ("bilinear", "nearest")
 INTERPRETED = pytest.mark.slow if not HAS_GPU else ()
-# Interpreted Triton is slow: by default it is tried on a selection, in these dtypes.
-_TRITON_DTYPES = ("fp32", "bf16", "fp32-mixed")
-_TRITON_CASES = ("even", "odd", "channels-last", "x2-x4-x8")
-
-
-def _is_quick(case, dtypes, mode, triton_cases) -> bool:
-    if case in _TRITON_CASES:
-        return dtypes in _TRITON_DTYPES and (mode == "bilinear" or dtypes == "fp32")
-    return case in triton_cases and (dtypes, mode) == ("fp32", "bilinear")
-
-
-def _grid(triton_cases):
-    for backend in BACKENDS:
-        for case, dtypes in _cases_and_dtypes():
-            for mode in MODES:
-                if backend == "triton" and dtypes == "fp64":
-                    continue
-                is_quick = backend == "cpp" or _is_quick(case, dtypes, mode, triton_cases)
-                yield pytest.param(
-                    *(BACKENDS[backend], CASES[case], dtypes, mode),
-                    id=f"{backend}-{case}-{dtypes}-{mode}",
-                    marks=() if is_quick else INTERPRETED,
-                )
-
-
-def _cases_and_dtypes():
-    for case in CASES:
-        for dtypes in DTYPES:
-            # The real shape is large, and its dtypes are the ones it has in training.
-            if case != "revbifpn" or dtypes in ("fp32", "fp32-bf16"):
-                yield case, dtypes
-
-
-def _device_grid():
-    """The public functions are tried on every device that has kernels here."""
-    for device in ("cpu", "cuda") if HAS_GPU else ("cpu",):
-        for case, dtypes in _cases_and_dtypes():
-            if device == "cpu" or dtypes != "fp64":
-                yield pytest.param(device, CASES[case], dtypes, id=f"{device}-{case}-{dtypes}")
-
-
-def _over(triton_cases):
-    return pytest.mark.parametrize(("backend", "case", "dtypes", "mode"), list(_grid(triton_cases)))
-
-
-# Triton's undo is put together from the parts of the other two, and is tried on fewer cases.
-over_grid, over_grid_of_undo = _over([name for name in CASES if name != "revbifpn"]), _over([])
-over_device_grid = pytest.mark.parametrize(("device", "case", "dtypes"), list(_device_grid()))
-over_backends = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
-# For products of many cases, which take the interpreter minutes.
-over_backends_in_depth = pytest.mark.parametrize(
-    "backend",
-    [BACKENDS["cpp"], pytest.param(BACKENDS["triton"], marks=INTERPRETED)],
-    ids=BACKENDS,
+# Interpreted Triton takes a third of a second per launch: every kernel path, layout, dtype and mode
+# comes up by default, not their product.
+_QUICK_TRITON = (
+    ("even", "fp32-mixed", "nearest"),
+    ("odd", "fp32", "bilinear"),
+    ("odd", "bf16", "nearest"),
+    ("x2-x4-x8", "fp32", "bilinear"),
+    ("channels-last", "fp32-mixed", "bilinear"),
+    ("channels-last-slice", "fp32", "bilinear"),
+    ("x2-x4-x8-unaligned", "fp16", "bilinear"),
+    ("strided", "fp32", "bilinear"),
+    ("mixed-kinds", "fp32-fp16", "bilinear"),
+    ("area-channels-last", "bf16", "bilinear"),
+    ("one-pixel-source", "fp32", "nearest"),
 )
+
+
+def _triton_pairs():
+    """(case, dtypes, mode, marks): the quick ones, then every case once more."""
+    names = [name for name in DTYPES if name != "fp64"]
+    for pair in _QUICK_TRITON:
+        yield *pair, ()
+    for k, case in enumerate(CASES):
+        pair = case, "fp32-bf16" if case == "revbifpn" else names[k % len(names)], MODES[k % 2]
+        if pair not in _QUICK_TRITON:
+            yield *pair, INTERPRETED
+
+
+def _cpp_pairs():
+    """(case, dtypes, mode, marks): by default three dtypes per case, which take turns."""
+    for (k, case), (j, dtypes), (i, mode) in product(*map(enumerate, (CASES, DTYPES, MODES))):
+        # The real shape is large, and its dtypes are the ones it has in training.
+        if case == "revbifpn" and dtypes not in ("fp32", "fp32-bf16"):
+            continue
+        is_quick = (j - 3 * k) % len(DTYPES) < 3 and (i + j + k) % 2 == 0
+        yield case, dtypes, mode, () if is_quick else pytest.mark.slow
+
+
+def _grid(backend, pairs):
+    for case, dtypes, mode, marks in pairs:
+        name = f"{backend}-{case}-{dtypes}-{mode}"
+        yield pytest.param(BACKENDS[backend], CASES[case], dtypes, mode, id=name, marks=marks)
+
+
+def _over(triton_pairs):
+    grid = [*_grid("cpp", _cpp_pairs()), *_grid("triton", triton_pairs)]
+    return pytest.mark.parametrize(("backend", "case", "dtypes", "mode"), grid)
+
+
+over_grid = _over(_triton_pairs())
+# Triton's undo is put together from the parts of the other two, and is tried on fewer cases.
+over_grid_of_undo = _over([(*pair, ()) for pair in _QUICK_TRITON[:8]])
+over_grid_of_scaled = _over([(*pair, ()) for pair in _QUICK_TRITON[:4]])
+over_backends = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 over_modes = pytest.mark.parametrize("mode", MODES)
 
 # A few cases that hold every kind of resampling, for what needs no grid.
 SPREADS = ("even", "odd", "mixed-kinds", "x2-x4-x8", "eight-sources", "area")
-over_spreads = pytest.mark.parametrize("case", [CASES[name] for name in SPREADS], ids=SPREADS)
+over_cpp_spreads = pytest.mark.parametrize("case", [CASES[name] for name in SPREADS], ids=SPREADS)
+
+
+def over(names, quick=(), slow=()):
+    """Over C++ on the cases `names` and Triton on `quick` ones and, if asked for, `slow` ones."""
+    marked = [("cpp", name, ()) for name in names]
+    marked += [("triton", name, ()) for name in quick]
+    marked += [("triton", name, INTERPRETED) for name in slow]
+    cases = [
+        pytest.param(BACKENDS[backend], CASES[name], id=f"{backend}-{name}", marks=marks)
+        for backend, name, marks in marked
+    ]
+    return pytest.mark.parametrize(("backend", "case"), cases)
+
+
+over_spreads = over(SPREADS, quick=("odd",), slow=("mixed-kinds", "x2-x4-x8", "eight-sources"))
+# Factors 2, 4 and 8 alone: weights and sums of few bits are exact.
+POWERS = ("even", "x2-x4-x8", "x2-x4-x8-unaligned", "mixed-powers", "channels-last")
+over_powers = over(POWERS, quick=("x2-x4-x8", "channels-last"), slow=("mixed-powers",))
 
 # Steps so large that |y| < 2^(bits of the significand)·lattice holds for the values of every case.
 LATTICES = {"fp64": 2.0**-40, "fp32": 2.0**-12, "fp32-mixed": 2.0**-12, "bf16": 0.25, "fp16": 2**-5}
+_LATTICE_TRIALS = [
+    *(("cpp", case, dtypes, ()) for case in SPREADS for dtypes in LATTICES),
+    ("triton", "x2-x4-x8", "fp32-mixed", ()),
+    ("triton", "odd", "fp32", ()),
+    *(("triton", case, "fp32-mixed", INTERPRETED) for case in ("even", "mixed-kinds")),
+    ("triton", "area", "bf16", INTERPRETED),
+    ("triton", "x2-x4-x8", "fp16", INTERPRETED),
+]
 over_lattices = pytest.mark.parametrize(
-    ("backend", "dtypes", "lattice"),
+    ("backend", "case", "dtypes", "lattice"),
     [
         pytest.param(
-            backend,
-            dtypes,
-            lattice,
-            id=f"{name}-{dtypes}",
-            marks=INTERPRETED if name == "triton" and dtypes != "fp32-mixed" else (),
+            *(BACKENDS[backend], CASES[case], dtypes, LATTICES[dtypes]),
+            id=f"{backend}-{case}-{dtypes}",
+            marks=marks,
         )
-        for name, backend in BACKENDS.items()
-        for dtypes, lattice in LATTICES.items()
-        if name == "cpp" or dtypes != "fp64"
+        for backend, case, dtypes, marks in _LATTICE_TRIALS
     ],
 )
+
+
+def with_few_bits(maps, step=1.0):
+    """Multiples of step/4 up to 2·step: with factors 2, 4, 8 all products and sums are exact."""
+    return tree_map(lambda values: (values * 4).round().clamp(-8, 8) * (step / 4), maps)
+
+
+def small_inputs():
+    """x and one source of every kind, in float64 and small enough for finite differences."""
+    shapes = [(4, 6), (2, 3), (4, 6), (8, 12), (3, 5), (1, 1)]
+    return [torch.randn(1, 2, *shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def random_factors(x: Tensor, count: int) -> tuple[list[Tensor], list[Tensor]]:
+    """A scale and a shift for each plane of each source, no two of them alike."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    factors = torch.randn(2, count, *x.shape[:2]).to(x.device, dtype)
+    return list(factors[0] * 0.5 + 1.0), list(factors[1])

@@ -6,6 +6,7 @@ No weights are stored: each tensor is drawn from a generator seeded with its nam
 import json
 import math
 import zlib
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,37 @@ FOLDER = Path(__file__).parent / "golden"
 CASES = ("s0_cls_64", "s0_pyramid_96", "s0_backbone_only_64", "s2_cls_64")
 
 
-def read(name: str) -> dict:
-    return json.loads((FOLDER / f"{name}.json").read_text())
+def arrays(name: str) -> dict[str, np.ndarray]:
+    with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+def official_shapes(size: str) -> dict[str, list[int]]:
+    """The published checkpoint's names and shapes; in the file a shape is padded with zeros."""
+    keys = arrays("official_keys")
+    table = zip(keys[f"{size}.names"], keys[f"{size}.shapes"].tolist(), strict=True)
+    return {name.decode(): [side for side in shape if side] for name, shape in table}
+
+
+def read(case: str) -> dict:
+    """Outputs, and by official name (norm, probe) of gradients and (sum, probe) of statistics."""
+    stored = arrays(case)
+    outputs: dict[str, dict] = defaultdict(dict)
+    for key in stored:
+        if key.startswith("outputs."):
+            _, output, field = key.split(".")
+            outputs[output][field] = stored[key]
+    return {
+        "meta": json.loads(str(stored["meta"])),
+        "outputs": outputs,
+        "grads": _numbers(stored, "grads"),
+        "statistics": _numbers(stored, "running_stats_after_one_step"),
+    }
+
+
+def _numbers(stored: dict, part: str) -> dict[str, list[float]]:
+    table = zip(stored[f"{part}.names"], stored[f"{part}.values"].tolist(), strict=True)
+    return {name.decode(): pair for name, pair in table}
 
 
 def drawn(seed: str, shape) -> Tensor:
@@ -66,14 +96,14 @@ def outputs(net, x: Tensor) -> list[Tensor]:
 
 def error(output: Tensor, expected: dict) -> float:
     """Relative to the norm; of a choice of elements where the output is large."""
-    assert list(output.shape) == expected["shape"]
+    assert list(output.shape) == expected["shape"].tolist()
     values = output.detach().double().flatten()
-    truth = torch.tensor(expected["values"], dtype=torch.float64)
+    truth = torch.from_numpy(expected["values"])
+    norm_error = 0.0
     if "index" in expected:
-        norm_error = abs(values.norm().item() / expected["norm"] - 1)
-        values = values[torch.tensor(expected["index"])]
-        return max(norm_error, ((values - truth).norm() / truth.norm()).item())
-    return ((values - truth).norm() / truth.norm()).item()
+        norm_error = abs(values.norm().item() / expected["norm"].item() - 1)
+        values = values[torch.from_numpy(expected["index"])]
+    return max(norm_error, ((values - truth).norm() / truth.norm()).item())
 
 
 def loss(ys: list[Tensor], meta: dict) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from revbifpn_kernels import MBConv
-from revbifpn_kernels.mbconv import modules as mbconv
+from revbifpn_kernels.mbconv import transform
 
 OPTIONS = {
     "plain": {},
@@ -48,5 +48,5 @@ def results(net, x, context=None) -> dict[str, torch.Tensor]:
 
 def as_modules(monkeypatch, net, x, context=None):
     with monkeypatch.context() as patch:
-        patch.setattr(mbconv, "can_run", lambda x: False)
+        patch.setattr(transform, "can_run", lambda x: False)
         return results(net, x, context)

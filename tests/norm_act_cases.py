@@ -10,8 +10,13 @@ from cases import LAYOUTS as COMMON_LAYOUTS
 from helpers import leaves_alone
 from torch import Tensor
 
-from revbifpn_kernels.ops.norm_act.launchers import LAUNCHERS
-from revbifpn_kernels.ops.norm_act.ops import batch_statistics_reference, sums_dtype
+from revbifpn_kernels.ops.norm_act.arguments import sums_dtype
+from revbifpn_kernels.ops.norm_act.forward import _norm_act_cuda, _norm_act_means_cuda
+from revbifpn_kernels.ops.norm_act.gradient import norm_act_grad_cuda, norm_act_sums_cuda
+from revbifpn_kernels.ops.norm_act.statistics import (
+    _batch_statistics_cuda,
+    batch_statistics_reference,
+)
 
 EPS = 1e-3
 DTYPES = {
@@ -112,63 +117,72 @@ CASES = {
 }
 
 
-@dataclass(frozen=True)
 class Backend:
     """One implementation of the ops, with the arguments of the schemas."""
 
-    device: str
-    batch_statistics: Callable
-    norm_act: Callable
-    norm_act_means: Callable
-    norm_act_sums: Callable
-    norm_act_grad: Callable
+    def __init__(self, device: str, functions: dict[str, Callable]) -> None:
+        self.device, self._functions = device, functions
 
+    def __getattr__(self, op: str) -> Callable:
+        return leaves_alone(self._functions[op])
 
-def _backend(device: str, find: Callable[[str], Callable]) -> Backend:
-    def guarded(name: str) -> Callable:
-        return leaves_alone(lambda *args: find(name)(*args))
+    def batch_statistics(self, x, running=(None, None, None), momentum=0.1):
+        function = self._functions["batch_statistics"]
 
-    def statistics(x, running=(None, None, None), momentum=0.1):
+        def called(running, x):
+            return function(x, EPS, *running, momentum)
+
         # Running statistics are written to: they come first, where the guard does not look.
-        function = leaves_alone(
-            lambda running, x: find("batch_statistics")(x, EPS, *running, momentum), outputs=1
-        )
-        return function(running, x)
-
-    names = "norm_act", "norm_act_means", "norm_act_sums", "norm_act_grad"
-    return Backend(device, statistics, *map(guarded, names))
+        return leaves_alone(called, outputs=1)(running, x)
 
 
 # C++ through the dispatcher; Triton by its launchers, without a GPU interpreted on CPU tensors.
-BACKENDS = {
-    "cpp": _backend("cpu", lambda name: getattr(torch.ops.revbifpn, name)),
-    "triton": _backend("cuda" if HAS_GPU else "cpu", LAUNCHERS.__getitem__),
+TRITON = {
+    "batch_statistics": _batch_statistics_cuda,
+    "norm_act": _norm_act_cuda,
+    "norm_act_means": _norm_act_means_cuda,
+    "norm_act_sums": norm_act_sums_cuda,
+    "norm_act_grad": norm_act_grad_cuda,
 }
+CPP = {op: getattr(torch.ops.revbifpn, op) for op in TRITON}
+BACKENDS = {"cpp": Backend("cpu", CPP), "triton": Backend("cuda" if HAS_GPU else "cpu", TRITON)}
+# Interpreted Triton is slow: every way through the kernels comes up by default, in one dtype.
+_QUICK_TRITON = [
+    ("odd", "fp32"),
+    ("channels-last-aligned", "fp16"),
+    ("strided", "fp32"),
+    ("apart", "fp32"),
+    ("channels-last-slice", "fp32"),
+    ("layouts-differ", "bf16"),
+    ("many-images", "fp32"),
+]
 
 
-# Interpreted Triton is slow: by default it is tried on a selection.
-_TRITON_CASES = (
-    "odd one-pixel channels-last channels-last-aligned strided cropped apart slice "
-    "channels-last-slice layouts-differ many-images"
-).split()
+def _cpp_pairs():
+    """By default two dtypes per case, which take turns."""
+    for k, case in enumerate(CASES):
+        for j, dtypes in enumerate(DTYPES):
+            # The real shape is large, and its dtypes are the ones it has in training.
+            if case != "revbifpn" or dtypes in ("fp32", "bf16"):
+                yield case, dtypes, () if (j + k) % 2 == 0 else pytest.mark.slow
 
 
-def _grid():
-    for backend in BACKENDS:
-        for case in CASES:
-            for dtypes in DTYPES:
-                if backend == "triton" and dtypes == "fp64":
-                    continue
-                # The real shape is large, and its dtypes are the ones it has in training.
-                if case == "revbifpn" and dtypes not in ("fp32", "bf16"):
-                    continue
-                is_quick = backend == "cpp" or (dtypes == "fp32" and case in _TRITON_CASES)
-                yield pytest.param(
-                    *(BACKENDS[backend], CASES[case], dtypes),
-                    id=f"{backend}-{case}-{dtypes}",
-                    marks=() if is_quick or (case, dtypes) == ("odd", "bf16") else INTERPRETED,
-                )
+def _triton_pairs():
+    yield from ((*pair, ()) for pair in _QUICK_TRITON)
+    for k, case in enumerate(CASES):
+        pair = case, ("fp32", "bf16", "fp16")[k % 3]
+        if pair not in _QUICK_TRITON and case != "revbifpn":
+            yield *pair, INTERPRETED
 
 
-over_grid = pytest.mark.parametrize(("backend", "case", "dtypes"), list(_grid()))
+over_grid = pytest.mark.parametrize(
+    ("backend", "case", "dtypes"),
+    [
+        pytest.param(
+            *(BACKENDS[backend], CASES[case], dtypes), id=f"{backend}-{case}-{dtypes}", marks=marks
+        )
+        for backend, pairs in (("cpp", _cpp_pairs()), ("triton", _triton_pairs()))
+        for case, dtypes, marks in pairs
+    ],
+)
 over_backends = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)

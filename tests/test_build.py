@@ -1,4 +1,4 @@
-"""The package as it is installed: imports, messages of a broken installation, the README's code."""
+"""The package as it is installed: imports, public names, messages of a broken installation."""
 
 import os
 import re
@@ -13,17 +13,15 @@ import revbifpn_kernels
 from revbifpn_kernels._extension import OLDEST_TORCH, require_supported_torch
 
 PACKAGE = Path(revbifpn_kernels.__file__).parent
-ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
 
 
-def run_python(code, path=PACKAGE.parent, cwd=None, check=True):
+def run_python(code, path=PACKAGE.parent, check=True):
     """The finished process of `python -c code`, which sees the package in `path`."""
     environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, "-c", code],
         env=environment | {"PYTHONPATH": str(path)},
-        cwd=cwd or path,
+        cwd=path,
         check=check,
         capture_output=True,
         text=True,
@@ -32,22 +30,20 @@ def run_python(code, path=PACKAGE.parent, cwd=None, check=True):
 
 def test_import_has_no_side_effects():
     code = """
-import os, threading, time, warnings
+import os, sys, threading, warnings
 import torch
 before = dict(os.environ), torch.get_num_threads(), torch.get_rng_state(), threading.active_count()
 warnings.simplefilter("error")
-start = time.process_time()
 import revbifpn_kernels
-print(time.process_time() - start)
+slow = {"timm", "torchvision", "safetensors", "torch._dynamo", "torch._inductor"}
+assert not slow & set(sys.modules), "importing takes seconds"
 assert dict(os.environ) == before[0], "the environment changed"
 assert torch.get_num_threads() == before[1]
 assert torch.equal(torch.get_rng_state(), before[2])
 assert threading.active_count() == before[3]
 assert not torch.cuda.is_initialized()
 """
-    result = run_python(code)
-    assert result.stderr == ""
-    assert float(result.stdout) < 1, "importing takes more than a second of processor time"
+    assert run_python(code).stderr == ""
 
 
 def test_missing_extension_gives_the_command(tmp_path):
@@ -93,15 +89,3 @@ def test_public_names():
 
 def test_type_hints_are_announced():
     assert (PACKAGE / "py.typed").is_file()
-
-
-def readme_blocks():
-    text = README.read_text() if README.exists() else ""
-    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-
-
-@pytest.mark.skipif(not README.exists(), reason="there is no README.md yet")
-def test_readme_code_runs(tmp_path):
-    """The blocks run in order in one process, as a reader would paste them."""
-    assert readme_blocks(), "the README shows no Python"
-    run_python("\n".join(readme_blocks()), cwd=tmp_path)

@@ -1,31 +1,47 @@
-"""Runs of `python -m revbifpn_kernels.train` that are over in a second or two, and their files."""
+"""Runs of `python -m revbifpn_kernels.train` that take a second, and what runs leave behind."""
 
 import csv
 import errno
 import multiprocessing
 import os
+import signal
 import socket
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+import sklearn.datasets
 import torch
 from PIL import Image
 from tiny import TWO_LEVELS
 
+from revbifpn_kernels.recipes.classify import data
+from revbifpn_kernels.recipes.run import clock
 from revbifpn_kernels.train import main
 
+ROOT = Path(__file__).resolve().parents[1]
 NUMBERS = TWO_LEVELS | {"in_chans": 1, "features": 24, "extra_silos": 0}
 MODEL = ["--model=revbifpn_s0", *(f"--set={name}={value}" for name, value in NUMBERS.items())]
-# 4 steps an epoch of the digits' 1259 training images.
+# 4 steps per epoch of the 140 training images that `few_digits` leaves.
 TINY = [
     *MODEL,
-    *("--image-size=32", "--batch-size=256", "--epochs=2", "--warmup-epochs=0.5"),
+    *("--image-size=32", "--batch-size=32", "--epochs=2", "--warmup-epochs=0.5"),
     *("--augment=none", "--workers=0", "--no-progress", "--no-tensorboard", "--threads=1"),
 ]
 STEPS = 8
-# Of a folder with few pictures.
+# Of a folder with few images: 4 steps per epoch of two classes of 20.
 FEW = [*TINY, "--batch-size=8", "--set=in_chans=3"]
+EVERY_STEP = "--checkpoint-minutes=0"
+
+
+class Killed(BaseException):
+    """Ends a run as SIGKILL does: nothing catches it."""
+
+
+def few_digits(**options):
+    """The first 200 of scikit-learn's 1797 digits."""
+    return tuple(values[:200] for values in sklearn.datasets.load_digits(return_X_y=True))
 
 
 def train(out: Path, *arguments: str) -> Path:
@@ -34,54 +50,86 @@ def train(out: Path, *arguments: str) -> Path:
     return out
 
 
-def started(*arguments: str, **environment: str) -> multiprocessing.Process:
-    """A run in a process of its own, which begins at once: the libraries are loaded already."""
+def kill() -> None:
+    raise Killed
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def after_step(patch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
+    """Calls `action` when a run has made so many steps, before anything of the last is saved."""
+    tick = clock.Clock.tick
+
+    def ticking(self, is_training):
+        tick(self, is_training)
+        if is_training and self.run.step == step:
+            action()
+
+    patch.setattr(clock.Clock, "tick", ticking)
+
+
+class FakeTime:
+    """Replaces the clock of the recipes: a step takes a second, nothing else takes time."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, loop: type) -> None:
+        self.seconds = 0.0
+        patch.setattr(clock, "now", lambda: self.seconds)
+        patch.setattr(clock, "cpu_now", lambda: self.seconds / 2)
+        advance = loop.advance
+
+        def advancing(self_loop):
+            self.seconds += 1
+            return advance(self_loop)
+
+        patch.setattr(loop, "advance", advancing)
+
+
+def started(
+    *arguments: str, signalled: tuple[int, int] | None = None, **environment: str
+) -> multiprocessing.Process:
+    """A run in a process of its own, which may send itself a signal after a step."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["revbifpn_kernels.recipes.classify.session"])
-    process = context.Process(target=_exit_with, args=([*TINY, *arguments], environment))
+    context.set_forkserver_preload(["trainings", "revbifpn_kernels.recipes.classify.session"])
+    called = ([*TINY, *arguments], signalled, environment)
+    process = context.Process(target=_exit_with, args=called)
     process.start()
     return process
 
 
-def _exit_with(arguments: list[str], environment: dict[str, str]) -> None:
+def _exit_with(arguments: list[str], signalled, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
+    data.load_digits = few_digits
+    if signalled:
+        kind, step = signalled
+        after_step(pytest.MonkeyPatch(), step, lambda: os.kill(os.getpid(), kind))
     code = main(arguments)
     sys.stdout.flush()
     os._exit(code)
 
 
-def finished(*arguments: str) -> int:
-    process = started(*arguments)
-    process.join(120)
-    return process.exitcode
-
-
-def pair(*arguments: str) -> list[multiprocessing.Process]:
-    """A run on two processes, as torchrun starts them."""
+def pair(*arguments: str, signalled: tuple[int, int] | None = None) -> list:
+    """A run on two processes, as torchrun starts them; a signal goes to the second."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    return [started(*arguments, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
+    return [
+        started(*arguments, RANK=rank, LOCAL_RANK=rank, signalled=kind, **shared)
+        for rank, kind in (("0", None), ("1", signalled))
+    ]
 
 
-def ended(processes: list[multiprocessing.Process]) -> list[int]:
+def ended(*processes: multiprocessing.Process) -> list[int]:
     for process in processes:
-        process.join(90)
+        process.join(300)
     return [process.exitcode for process in processes]
 
 
-def wait_for_step(out: Path, step: int) -> None:
-    """Until steps.csv tells of it."""
-    deadline = time.monotonic() + 90
-    while not (out / "steps.csv").exists() or len(rows(out / "steps.csv")) < step:
-        assert time.monotonic() < deadline, f"step {step} was not reached"
-        time.sleep(0.01)
-
-
-def fill_disk(patch, module, writes: int = 0) -> None:
-    """Let a module write so many files, and then find the disk full."""
+def fill_disk(patch: pytest.MonkeyPatch, module, writes: int = 0) -> None:
+    """Lets a module write so many files, and then find the disk full."""
     write, written = module.write_atomically, []
 
     def full(path, content):
@@ -98,11 +146,12 @@ def checkpoint(out: Path) -> dict:
 
 
 def assert_same_run(left: Path, right: Path) -> None:
-    """Weights, statistics, averages, the optimizer's state: bit for bit."""
+    """Weights, statistics, averages, the optimizer's state and rows of losses: bit for bit."""
     one, other = checkpoint(left), checkpoint(right)
     assert one["step"] == other["step"]
-    for part in ("model", "ema", "optimizer"):
+    for part in one.keys() & {"model", "ema", "optimizer"}:
         _assert_same(one[part], other[part], part)
+    assert losses(left) == losses(right)
 
 
 def _assert_same(one, other, where: str) -> None:
@@ -129,8 +178,8 @@ def losses(out: Path) -> list[float]:
     return [float(row["loss"]) for row in rows(out / "steps.csv")]
 
 
-def write_pictures(folder: Path, classes=("cat", "dog"), each: int = 6, side: int = 40) -> Path:
-    """Random pictures, bright ones of the last class."""
+def write_images(folder: Path, classes=("cat", "dog"), each: int = 6, side: int = 40) -> Path:
+    """Random images, bright ones of the last class."""
     generator = torch.Generator().manual_seed(0)
     for k, name in enumerate(classes):
         (folder / name).mkdir(parents=True)

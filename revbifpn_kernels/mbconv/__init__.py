@@ -1,5 +1,5 @@
 """MBConv, the transform F and G of RevBiFPN: its modules, and in training one fused Function."""
 
-from .modules import MBConv
+from .transform import MBConv
 
 __all__ = ["MBConv"]

@@ -2,12 +2,14 @@
 
 from torch import Tensor, nn
 
-from ..reversible import recompute as replay
+from ..reversible import recompute
 from ..reversible.recompute.module_state import parts_of
 
 
 class DropPath(nn.Module):
     """Stochastic depth: in training drops whole samples, and scales up the others."""
+
+    records_itself = True
 
     def __init__(self, probability: float) -> None:
         super().__init__()
@@ -19,25 +21,25 @@ class DropPath(nn.Module):
         if not self.training or self.probability == 0.0:
             return x
         keep = 1.0 - self.probability
-        mask = replay.call(Tensor.bernoulli_, x.new_empty(x.shape[0], 1, 1, 1), keep)
+        mask = recompute.call(Tensor.bernoulli_, x.new_empty(x.shape[0], 1, 1, 1), keep)
         return x * mask.div_(keep)
 
     def extra_repr(self) -> str:
         return f"{self.probability}"
 
 
-def kept_samples(probability: float, samples: int, like: Tensor) -> Tensor:
-    """What samples are multiplied by, (samples,) in the dtype of `like`: 0, or 1 / (1 − p).
+def sample_factors(probability: float, samples: int, like: Tensor) -> Tensor:
+    """Return what samples are multiplied by, (samples,): 0, or 1 / (1 − p); dtype as `like`.
 
-    In a block's call drawn at once for all its transforms of that probability.
+    In a block's call they are drawn at once for all its transforms of that probability.
     """
-    shared = replay.shared()
+    shared = recompute.shared_draws()
     if shared is None:
         return _drawn(1, probability, samples, like)[0]
-    key = DropPath, probability, samples, like.dtype, like.device
-    rows = shared.values.setdefault(key, [])
+    block, drawn = shared
+    rows = drawn.setdefault((DropPath, probability, samples, like.dtype, like.device), [])
     if not rows:
-        rows += _drawn(_count(shared.block, probability), probability, samples, like).unbind()
+        rows += _drawn(_count(block, probability), probability, samples, like).unbind()
     return rows.pop()
 
 

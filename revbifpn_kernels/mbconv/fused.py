@@ -1,156 +1,82 @@
-"""MBConv as one autograd Function on the fused norms of `ops/norm_act.py`.
+"""The stages of an MBConv as one autograd Function on the fused norms of `ops/norm_act`.
 
-A stage is a convolution, its norm, an activation and a gate, of squeeze-excite or of stochastic
-depth: u = conv(x), y = act(norm(u)) · gate. Its maps pass through memory once where modules take a
-pass each for norm, activation and gate. For a second run statistics and gates are kept, (C,) and
-(N, C) numbers, so that it neither reduces a batch nor asks squeeze-excite again.
+Maps pass through memory once where modules take a pass each for norm, activation and gate. For the
+recompute statistics and gates are saved, (C,) and (N, C) numbers, so that it neither reduces a
+batch nor computes squeeze-excite again.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..ops.conv.depthwise_input_grad import depthwise_input_grad
-from ..ops.conv.depthwise_weight_grad import depthwise_weight_grad
+from ..ops.conv.depthwise import depthwise_input_grad, depthwise_weight_grad
 from ..ops.conv.pointwise_conv import pointwise_conv, pointwise_conv_backward
 from ..ops.layout import Geometry
+from ..ops.norm_act.arguments import ACTIVATIONS
 from ..ops.norm_act.factors import norm_factors
-from ..ops.norm_act.ops import ACTIVATIONS, norm_act_reference, sums_dtype
-from ..ops.resample.scaled_sources import ScaledSource
-from ..ops.squeeze_excite import ops as squeeze_excite  # noqa: F401  (registers the ops)
-from ..reversible import recompute as replay
-from .drop_path import kept_samples
+from ..ops.norm_act.forward import norm_act_reference
+from ..ops.resample.folded_norm import ScaledSource, Source
+from ..reversible import recompute
+from .drop_path import sample_factors
+from .stages import Stage, is_autocast
 
 _ops = torch.ops.revbifpn
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # PyTorch's gradient of smaller depthwise kernels' weights is as fast as ours; that of their inputs
 # for float32, or without strides.
 SMALLEST_OWN_KERNEL = 5
 
 
-class Stage(NamedTuple):
-    """A convolution, its norm and what follows, as they are when the stage is made."""
-
-    conv: nn.Conv2d
-    norm: nn.BatchNorm2d
-    is_batch: bool  # whether the norm takes its statistics from the batch
-    act: str
-    squeeze: tuple[nn.Conv2d, nn.Conv2d] | None = None  # of squeeze-excite
-    squeeze_act: str = "identity"
-    drop_path: float = 0.0
-
-    def parameters(self) -> list[Tensor | None]:
-        norm = self.norm._parameters
-        own = [self.conv._parameters["weight"], norm["weight"], norm["bias"]]
-        for conv in self.squeeze or ():
-            own += [conv._parameters["weight"], conv._parameters["bias"]]
-        return own
-
-    def fits(self, x: Tensor) -> bool:
-        """Whether convolution and norm have the dtypes that go with x, and plain tensors."""
-        weight, *held = parameters = self.parameters()
-        statistics = self.norm._buffers["running_mean"], self.norm._buffers["running_var"]
-        is_cast = _is_cast(x) and weight.dtype != torch.float64
-        dtype = sums_dtype(x)
-        return (
-            (is_cast or weight.dtype == x.dtype)
-            and all(t is None or t.dtype == dtype for t in (*held, *statistics))
-            and all(t is None or t.is_contiguous() for t in (*held[:2], *statistics))
-            and not any(map(is_traceable_wrapper_subclass, parameters))
-        )
-
-    def moved(self) -> list[Tensor]:
-        """The buffers that a first run moves."""
-        buffers = self.norm._buffers.values() if self.is_batch else ()
-        return [buffer for buffer in buffers if buffer is not None]
-
-
-class Memory(NamedTuple):
-    """What the second run of a stage need not compute again."""
+class SavedStatistics(NamedTuple):
+    """What the recompute of a stage need not compute again."""
 
     mean: Tensor  # (C,), as invstd
     invstd: Tensor
     gate: Tensor | None  # (N, C), of squeeze-excite
-    means: Tensor | None  # (N, C), what squeeze-excite saw
-    kept: Tensor | None  # (N,), what stochastic depth multiplies samples by
+    means: Tensor | None  # (N, C), from which squeeze-excite computes its gate
+    factors: Tensor | None  # (N,), what stochastic depth multiplies samples by
 
     def gates(self, channels: int) -> Tensor | None:
         """What the result is multiplied by, (N, C)."""
-        if self.kept is None:
+        if self.factors is None:
             return self.gate
-        return self.kept[:, None].repeat(1, channels)
+        return self.factors[:, None].repeat(1, channels)
 
 
-class Memories(NamedTuple):
-    """Those of all stages."""
-
-    stages: list[Memory]
-
-    def tensors(self) -> Iterator[Tensor]:
-        return (t for memory in self.stages for t in memory if t is not None)
+class SavedStages(list):
+    """The `SavedStatistics` of all stages."""
 
 
-class Maps(NamedTuple):
-    """What a stage's gradient needs: its input, and the convolution's result."""
+def run_stages(stages: Sequence[Stage], x: Tensor, *, folds_norm: bool = False) -> Source:
+    """Return the result of the stages one after the other, with a graph if one is wanted.
 
-    x: Tensor
-    u: Tensor
-
-
-def can_run(x: Tensor) -> bool:
-    """Whether there are kernels for x, and nobody wants to see the operations one by one."""
-    return (
-        isinstance(x, Tensor)
-        and x.dim() == 4
-        and x.numel() > 0
-        and x.dtype in DTYPES
-        and (x.is_cpu or (x.is_cuda and x.dtype != torch.float64))
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
-
-
-def _is_cast(x: Tensor) -> bool:
-    """Whether autocast casts x; it leaves float64 alone."""
-    return x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
-
-
-def run_stages(stages: Sequence[Stage], leaves_norm: bool, x: Tensor) -> Tensor | ScaledSource:
-    """The result of the stages one after the other, with a graph if one is wanted.
-
-    With `leaves_norm` the last norm, and stochastic depth after it, are left to the fusion that
+    With `folds_norm` the last norm, and stochastic depth after it, are left to the fusion that
     reads the result. In the graph the gradient of its maps is then that of the norm's result, which
     is what the fusion's adjoint gives.
     """
-    recorder = replay.recorder()
-    known = None if recorder is None else recorder.recall(Memories)
+    recorder = recompute.current_recorder()
+    saved = None
     parameters = [p for stage in stages for p in stage.parameters()]
-    if recorder is not None:
-        parameters = [recorder.used(p) for p in parameters]
+    if recorder is not None and not recorder.is_recording:
+        saved = recorder.saved(SavedStages)
+        parameters = [recorder.stand_ins.get(id(p), p) for p in parameters]
     device = x.device.type
-    if _is_cast(x):
+    if is_autocast(x):
         x = x.to(torch.get_autocast_dtype(device))
     wants_graph = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, *parameters)
     )
-    call = _Call(stages, leaves_norm, known.stages if known else None, wants_graph)
-    # Who watches calls need not see ours.
+    run = _StagesRun(stages, folds_norm, saved, wants_graph)
+    # A mode that watches calls need not see ours.
     unseen = contextlib.nullcontext() if recorder is None else torch._C.DisableTorchFunction()
     with _without_autocast(device), unseen:
-        y = _Stages.apply(call, x, *parameters) if wants_graph else call.forward(x, parameters)
-    if leaves_norm:
-        y = ScaledSource(*y)
-    if recorder is not None and known is None:
-        recorder.remember(Memories(call.memories), [b for s in stages for b in s.moved()])
-    return y
+        y = _Stages.apply(run, x, *parameters) if wants_graph else run.forward(x, parameters)
+    if recorder is not None and saved is None:
+        recorder.save(run.saved, moved=[buffer for stage in stages for buffer in stage.moved()])
+    return ScaledSource(*y) if folds_norm else y
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager:
@@ -158,23 +84,19 @@ def _without_autocast(device: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device, enabled=False) if is_on else contextlib.nullcontext()
 
 
-class _Call:
-    """One run of stages."""
+class _StagesRun:
+    """One pass through the stages, which recomputes a former one if `saved` is given."""
 
     def __init__(
-        self,
-        stages: Sequence[Stage],
-        leaves_norm: bool,
-        known: list[Memory] | None,
-        keeps_maps: bool,
+        self, stages: Sequence[Stage], folds_norm: bool, saved: SavedStages | None, saves_maps: bool
     ) -> None:
-        self.stages, self.leaves_norm, self.keeps_maps = stages, leaves_norm, keeps_maps
-        self.is_second = known is not None
-        self.memories: list[Memory] = known or []
-        self.maps: list[Maps] = []
+        self.stages, self.folds_norm, self.saves_maps = stages, folds_norm, saves_maps
+        self.is_recompute = saved is not None
+        self.saved = SavedStages() if saved is None else saved
+        self.maps: list[Tensor] = []  # of each stage its input and the convolution's result
 
-    def split(self, parameters: Sequence[Tensor | None]) -> list[Sequence[Tensor | None]]:
-        """The parameters of each stage."""
+    def split(self, parameters: Sequence) -> list[Sequence]:
+        """The parameters of each stage, or what belongs to each parameter."""
         parts, begin = [], 0
         for stage in self.stages:
             end = begin + (3 if stage.squeeze is None else 7)
@@ -182,30 +104,30 @@ class _Call:
             begin = end
         return parts
 
-    def forward(self, x: Tensor, parameters: Sequence[Tensor | None]) -> Tensor | ScaledSource:
+    def forward(self, x: Tensor, parameters: Sequence[Tensor | None]) -> Source:
         for k, (stage, own) in enumerate(zip(self.stages, self.split(parameters), strict=True)):
             weight, gamma, beta, *squeeze = own
             u = _convolve(stage.conv, x, _as(weight, x.dtype))
-            if not self.is_second:
-                self.memories.append(_measure(stage, u, gamma, beta, squeeze))
-            memory = self.memories[k]
-            if self.keeps_maps:
-                self.maps.append(Maps(x, u))
-            norm = memory.mean, memory.invstd, gamma, beta
-            if self.leaves_norm and k + 1 == len(self.stages):
-                return ScaledSource(u, *norm_factors(*norm, memory.kept, len(u)))
-            x = _ops.norm_act(u, *norm, memory.gates(u.shape[1]), stage.act)
+            if not self.is_recompute:
+                self.saved.append(_measure(stage, u, gamma, beta, squeeze))
+            saved = self.saved[k]
+            if self.saves_maps:
+                self.maps += [x, u]
+            norm = saved.mean, saved.invstd, gamma, beta
+            if self.folds_norm and k + 1 == len(self.stages):
+                return ScaledSource(u, *norm_factors(*norm, saved.factors, len(u)))
+            x = _ops.norm_act(u, *norm, saved.gates(u.shape[1]), stage.act)
         return x
 
 
-def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze) -> Memory:
-    """Statistics and gates of a first run; running statistics move."""
+def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze) -> SavedStatistics:
+    """Return statistics and gates of a forward; running statistics move."""
     norm, buffers = stage.norm, stage.norm._buffers
     mean, var = buffers["running_mean"], buffers["running_var"]
     if stage.is_batch:
         if u.numel() == u.shape[1]:
             raise ValueError(
-                f"MBConv: batch norm needs more than 1 value a channel in training, got maps of "
+                f"MBConv: batch norm needs more than 1 value per channel in training, got maps of "
                 f"{tuple(u.shape)}"
             )
         statistics = _ops.batch_statistics(
@@ -214,13 +136,13 @@ def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze) -> Memory:
     else:
         # A copy: a backward wants the mean of now, and the buffer may move before it.
         statistics = mean.clone(), (var + norm.eps).rsqrt()
-    gate = means = kept = None
+    gate = means = factors = None
     if stage.squeeze is not None:
         means = _ops.norm_act_means(u, *statistics, gamma, beta, stage.act)
         gate = _ops.squeeze_excite_gates(means, *squeeze, stage.squeeze_act)
     elif stage.drop_path > 0:
-        kept = kept_samples(stage.drop_path, len(u), statistics[0])
-    return Memory(*statistics, gate, means, kept)
+        factors = sample_factors(stage.drop_path, len(u), statistics[0])
+    return SavedStatistics(*statistics, gate, means, factors)
 
 
 def _is_product(conv: nn.Conv2d, x: Tensor) -> bool:
@@ -280,12 +202,11 @@ def _like(grad: Tensor, maps: Tensor) -> Tensor:
 
 class _Stages(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: _Call, x: Tensor, *parameters: Tensor | None):
-        y = call.forward(x, parameters)
-        maps = [t for pair in call.maps for t in pair]
-        ctx.save_for_backward(*parameters, *maps)
-        call.maps.clear()
-        ctx.call = call
+    def forward(ctx, run: _StagesRun, x: Tensor, *parameters: Tensor | None):
+        y = run.forward(x, parameters)
+        ctx.save_for_backward(*parameters, *run.maps)
+        run.maps.clear()
+        ctx.run = run
         if isinstance(y, ScaledSource):
             ctx.mark_non_differentiable(y.scale, y.shift)
             ctx.set_materialize_grads(False)  # no zeros for those two
@@ -294,51 +215,47 @@ class _Stages(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_: None):
-        call, needs = ctx.call, ctx.needs_input_grad[1:]
-        saved, count = ctx.saved_tensors, len(needs) - 1
-        parameters, maps = saved[:count], saved[count:]
-        if torch.is_grad_enabled():
-            with _without_autocast(grad.device.type):
-                return None, *_differentiable(call, (maps[0], *parameters), grad, needs)
-        parts = list(zip(call.stages, call.split(parameters), call.split(needs[1:]), strict=True))
-        grads: list[Tensor | None] = []
-        for k in reversed(range(len(parts))):
-            stage, own, wanted = parts[k]
-            is_needed = k > 0 or needs[0], wanted[0]
-            pair = Maps(*maps[2 * k : 2 * k + 2])
-            with _without_autocast(grad.device.type):
-                grad, own_grads = _stage_backward(
-                    stage, grad, pair, call.memories[k], own, is_needed
-                )
-            grads = own_grads + grads
+        run, needs = ctx.run, ctx.needs_input_grad[1:]
+        tensors, count = ctx.saved_tensors, len(needs) - 1
+        parameters, maps = tensors[:count], tensors[count:]
+        with _without_autocast(grad.device.type):
+            if torch.is_grad_enabled():
+                return None, *_differentiable(run, (maps[0], *parameters), grad, needs)
+            own, needed = run.split(parameters), run.split(needs[1:])
+            parts = zip(run.stages, run.saved, own, needed, strict=True)
+            grads: list[Tensor | None] = []
+            for k, (stage, saved, own, needed) in reversed(list(enumerate(parts))):
+                x, u = maps[2 * k : 2 * k + 2]
+                needs_maps = k > 0 or needs[0], needed[0]
+                grad, own_grads = _stage_backward(stage, grad, x, u, saved, own, needs_maps)
+                grads = own_grads + grads
         return None, grad if needs[0] else None, *grads
 
 
 def _stage_backward(
     stage: Stage,
     grad: Tensor,
-    maps: Maps,
-    memory: Memory,
+    x: Tensor,
+    u: Tensor,
+    saved: SavedStatistics,
     parameters: Sequence[Tensor | None],
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """The gradients of a stage's input and of its parameters."""
     weight, gamma, beta, *squeeze = parameters
-    norm = memory.mean, memory.invstd, gamma, beta
-    grad = _like(grad, maps.u)
-    gates = memory.gates(maps.u.shape[1])
+    norm = saved.mean, saved.invstd, gamma, beta
+    grad = _like(grad, u)
+    gates = saved.gates(u.shape[1])
     if stage.squeeze is None:
         grad_u, *norm_grads = _ops.norm_act_grad(
-            grad, maps.u, *norm, gates, None, None, stage.act, stage.is_batch
+            grad, u, *norm, gates, None, None, stage.act, stage.is_batch
         )
     else:
         acts = stage.act, stage.squeeze_act
         grad_u, *norm_grads = _ops.norm_act_excite_grad(
-            grad, maps.u, *norm, gates, memory.means, *squeeze, *acts, stage.is_batch
+            grad, u, *norm, gates, saved.means, *squeeze, *acts, stage.is_batch
         )
-    grad_x, grad_weight = _convolve_backward(
-        stage.conv, grad_u, maps.x, _as(weight, maps.x.dtype), needs
-    )
+    grad_x, grad_weight = _convolve_backward(stage.conv, grad_u, x, _as(weight, x.dtype), needs)
     grads = [grad_weight, *norm_grads]
     return grad_x, [
         None if g is None or p is None else _as(g.view_as(p), p.dtype)
@@ -347,23 +264,22 @@ def _stage_backward(
 
 
 def _differentiable(
-    call: _Call, inputs: Sequence[Tensor | None], grad: Tensor, needs: Sequence[bool]
+    run: _StagesRun, inputs: Sequence[Tensor | None], grad: Tensor, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The gradients as a graph of PyTorch's operations, which can be differentiated again."""
+    """Return the gradients as a graph of PyTorch's operations, to be differentiated again."""
     inputs = [t if t is None else t.view_as(t) for t in inputs]  # whose hooks must run once
     y, *parameters = inputs
-    parts = zip(call.stages, call.split(parameters), call.memories, strict=True)
-    for stage, own, memory in parts:
-        y = _composed(stage, y, own, memory)
+    for stage, own, saved in zip(run.stages, run.split(parameters), run.saved, strict=True):
+        y = _composed(stage, y, own, saved)
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
     return [next(found) if need else None for need in needs]
 
 
-def _composed(stage: Stage, x: Tensor, parameters, memory: Memory) -> Tensor:
-    """A stage of PyTorch's operations."""
+def _composed(stage: Stage, x: Tensor, parameters, saved: SavedStatistics) -> Tensor:
+    """Return a stage's result by PyTorch's operations."""
     weight, gamma, beta, *squeeze = parameters
-    conv, mean, invstd, gate = stage.conv, memory.mean, memory.invstd, None
+    conv, mean, invstd, gate = stage.conv, saved.mean, saved.invstd, None
     u = F.conv2d(x, weight.to(x.dtype), None, conv.stride, conv.padding, groups=conv.groups)
     if stage.is_batch:
         variance, mean = torch.var_mean(u.to(mean.dtype), (0, 2, 3), correction=0)
@@ -375,6 +291,6 @@ def _composed(stage: Stage, x: Tensor, parameters, memory: Memory) -> Tensor:
         hidden = F.linear(means, reduce.flatten(1), reduce_bias)
         logits = F.linear(ACTIVATIONS[stage.squeeze_act](hidden), expand.flatten(1), expand_bias)
         gate = F.hardtanh(logits / 6 + 0.5, 0.0, 1.0)  # hardsigmoid has no second derivative
-    elif memory.kept is not None:
-        gate = memory.kept[:, None]
+    elif saved.factors is not None:
+        gate = saved.factors[:, None]
     return y if gate is None else y * gate[:, :, None, None].to(y.dtype)

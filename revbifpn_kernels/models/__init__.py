@@ -14,9 +14,9 @@ from .create import (
 )
 from .detection import DetectionBackbone
 from .official import to_official
-from .registration import register_with_timm
 from .revbifpn import RevBiFPN
 from .sizes import SIZES, Config
+from .timm_registration import register_with_timm
 
 __all__ = [
     "SIZES",

@@ -16,28 +16,28 @@ from .sizes import SIZES
 
 COUNTER = ".num_batches_tracked"
 CLASSIFIER = ("classifier.weight", "classifier.bias")
-NESTS = ("state_dict", "model")  # where training scripts put weights
-WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put before names
+NESTS = ("state_dict", "model")  # keys under which training scripts store the weights
+WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DDP and torch.compile put before names
 
 
 def load_official(model: RevBiFPN, source: str | Path | Mapping[str, Tensor]) -> None:
     """Copy a published checkpoint into `model`: a file or a state_dict with the authors' names.
 
-    Parts that `model` lacks (neck, head, classifier) are passed over. A classifier of another
-    number of classes is left as it is, with a warning. A file is read without executing anything in
-    it. The dictionaries of training scripts ({"state_dict": …}, {"model": …}) and names with
-    "module." before them are taken as well.
+    Parts that `model` lacks (neck, head, classifier) are skipped. A classifier of another number
+    of classes keeps its initialisation, with a warning. Reading a file executes nothing in it. The
+    dictionaries of training scripts ({"state_dict": …}, {"model": …}) and names with "module."
+    before them are accepted as well.
 
     Raises:
-        ValueError: It is no checkpoint of this model; then nothing of `model` has changed.
+        ValueError: It is not a checkpoint of this model; then nothing in `model` has changed.
     """
-    weights = _unwrapped("load_official", source)
+    op = "load_official"
+    weights = _unwrapped(op, source)
     if not is_official(weights):
         raise ValueError(
-            "load_official: expected the authors' names, such as rev_stack.1.…, got "
-            f"{_few(weights)}"
+            f"{op}: expected the authors' names, such as rev_stack.1.…, got {_few(weights)}"
         )
-    _load("load_official", model, weights)
+    _load(op, model, weights)
 
 
 def load_checkpoint(model: RevBiFPN, path: str | Path) -> None:
@@ -49,10 +49,13 @@ def load_checkpoint(model: RevBiFPN, path: str | Path) -> None:
 def fitting(
     op: str, model: RevBiFPN, source: Mapping[str, Tensor], notify: Callable[[str], object]
 ) -> dict[str, Tensor]:
-    """`source` under our names, complete and of this model but for a classifier of other classes.
+    """Return `source` under our names, without a classifier of another number of classes.
+
+    `notify` is told of such a classifier.
 
     Raises:
-        ValueError: It is not; nothing of `model` changes here.
+        ValueError: A tensor is missing, unexpected or of another shape or kind; `model` has not
+            changed.
     """
     own = model.state_dict()
     if any(tensor.is_meta for tensor in own.values()):
@@ -63,16 +66,14 @@ def fitting(
     weights = translated(model, _unwrapped(op, source))
     # Norms that do not count batches, such as frozen ones, take the same checkpoints.
     weights = {n: w for n, w in weights.items() if n in own or not n.endswith(COUNTER)}
-    left_out: set[str] = set()
     if other_classes := _other_classes(own, weights):
         notify(
             f"{op}: the classifier keeps its initialisation, because the checkpoint has "
             f"{other_classes} classes and the model {model.num_classes}"
         )
-        left_out = set(CLASSIFIER)
-    expected = {name: tensor for name, tensor in own.items() if name not in left_out}
-    weights = {name: tensor for name, tensor in weights.items() if name not in left_out}
-    if complaint := _complaint(expected, weights):
+        for name in CLASSIFIER:
+            del own[name], weights[name]
+    if complaint := _complaint(own, weights):
         hint = _size_hint(model, weights)
         raise ValueError(f"{op}: the checkpoint is not of this model: it {complaint}{hint}")
     return weights
@@ -84,7 +85,7 @@ def _load(op: str, model: RevBiFPN, source: Mapping[str, Tensor]) -> None:
 
 
 def _warn(message: str) -> None:
-    """To the caller of the library, by whichever of its functions he came."""
+    """Warn at the line outside this package that called it, whichever function that called."""
     package = __name__.partition(".")[0] + "."
     level, frame = 1, sys._getframe()
     while frame is not None and frame.f_globals.get("__name__", "").startswith(package):
@@ -93,7 +94,7 @@ def _warn(message: str) -> None:
 
 
 def _other_classes(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> int | None:
-    """How many classes a classifier of `weights` has, if it is whole and for other classes."""
+    """The number of classes of a complete classifier in `weights`, if it is not the model's."""
     if not all(name in own and name in weights for name in CLASSIFIER):
         return None
     weight, bias = (weights[name] for name in CLASSIFIER)
@@ -104,31 +105,29 @@ def _other_classes(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> 
 
 def _unwrapped(op: str, source: str | Path | Mapping) -> dict[str, Tensor]:
     """The tensors of a file or a dictionary, by the names that a bare model would give them."""
-    where = str(source) if isinstance(source, str | Path) else "the checkpoint"
-    weights = _read(op, Path(source)) if isinstance(source, str | Path) else source
+    is_file = isinstance(source, str | Path)
+    weights = _read(op, Path(source)) if is_file else source
     if isinstance(weights, Mapping):
         nested = [weights[key] for key in NESTS if isinstance(weights.get(key), Mapping)]
         weights = dict((nested or [weights])[0])
-    if not isinstance(weights, dict) or not all(map(_is_named_tensor, weights.items())):
-        raise ValueError(
-            f"{op}: {where} must hold tensors by name, got {type(weights).__name__}"
-            f"{' of ' + _few(weights) if isinstance(weights, Mapping) else ''}"
-        )
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
+    ):
+        got = type(weights).__name__
+        got += f" of {_few(weights)}" if isinstance(weights, dict) else ""
+        where = source if is_file else "the checkpoint"
+        raise ValueError(f"{op}: {where} must hold tensors by name, got {got}")
     while weights and all(name.startswith(WRAPPERS) for name in weights):
         weights = {name.partition(".")[2]: tensor for name, tensor in weights.items()}
     return weights
 
 
-def _is_named_tensor(item: tuple) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)
-
-
 def _read(op: str, path: Path):
-    """What a file holds; nothing in it is executed."""
+    """The content of a file; nothing in it is executed."""
     if not path.is_file():
-        is_address = re.match(r"https?:/", str(path))
         what = "is a directory" if path.is_dir() else "does not exist"
-        what = "is an address; download it first" if is_address else what
+        if re.match(r"https?:/", str(path)):
+            what = "is an address; download it first"
         raise FileNotFoundError(f"{op}: {path} {what}")
     try:
         if path.suffix.lower() == ".safetensors":
@@ -142,11 +141,11 @@ def _read(op: str, path: Path):
         # PyTorch's messages about unsafe files advise to execute them.
         if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
             raise ValueError(
-                f"{op}: {path} holds more than tensors, or no checkpoint at all; nothing of it was "
+                f"{op}: {path} is not a checkpoint, or holds more than tensors; nothing in it was "
                 "executed"
             ) from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{op}: {path} is damaged or no checkpoint: {reason}") from error
+        raise ValueError(f"{op}: {path} is damaged or not a checkpoint: {reason}") from error
 
 
 def _complaint(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
@@ -166,26 +165,25 @@ def _complaint(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
         (shapes, "shape", lambda tensor: tuple(tensor.shape)),
     ):
         if names:
-            name = names[0]
-            got = f"{name} expected {property_of(own[name])}, got {property_of(weights[name])}"
-            parts.append(f"has {len(names)} of another {what}: {got}")
+            expected, got = (property_of(tensors[names[0]]) for tensors in (own, weights))
+            example = f"{names[0]} expected {expected}, got {got}"
+            parts.append(f"has {len(names)} of another {what}: {example}")
     return "; it ".join(parts)
 
 
 def _is_kind_of(tensor: Tensor, own: Tensor) -> bool:
-    # Counters of batches may be floating-point, as whoever casts a whole state_dict makes them.
+    # Counters of batches may be floating-point: casting a whole state_dict makes them so.
     kinds = _kind(tensor), _kind(own)
     return kinds[0] == kinds[1] or kinds == ("floating-point", "integer")
 
 
 def _kind(tensor: Tensor) -> str:
     """What must agree for a copy to keep the values; precisions may differ."""
-    if tensor.is_meta:
-        return "meta"
-    if tensor.is_quantized:
-        return "quantized"
     if tensor.is_nested or tensor.layout != torch.strided:
         return "nested" if tensor.is_nested else str(tensor.layout)
+    for kind in ("meta", "quantized"):
+        if getattr(tensor, f"is_{kind}"):
+            return kind
     if tensor.is_complex():
         return "complex"
     return "floating-point" if tensor.is_floating_point() else "integer"

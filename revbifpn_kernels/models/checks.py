@@ -1,4 +1,4 @@
-"""Numbers as they come from users: Python's, NumPy's, and what only looks like one."""
+"""Numbers that users pass: Python's and NumPy's are converted, anything else is told apart."""
 
 import math
 import numbers
@@ -6,7 +6,7 @@ import operator
 
 
 def as_whole(value) -> int | None:
-    """`value` as an int; None for True, 2.0 and all else that counts nothing."""
+    """`value` as an int; None for True, 2.0 and everything else that is not a whole number."""
     if isinstance(value, bool):
         return None
     try:
@@ -16,7 +16,7 @@ def as_whole(value) -> int | None:
 
 
 def as_real(value) -> float | None:
-    """`value` as a float; None for True, infinity, NaN and what is no number."""
+    """`value` as a float; None for True, infinity, NaN and everything that is not a number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     try:
@@ -27,7 +27,7 @@ def as_real(value) -> float | None:
 
 
 def whole(owner: str, name: str, value, least: int = 0) -> int:
-    """`value` as an int of at least `least`; raises if it is none."""
+    """`value` as an int; raises ValueError unless it is a whole number of at least `least`."""
     number = as_whole(value)
     if number is None or number < least:
         raise ValueError(f"{owner}: {name} must be a whole number from {least} on, got {value!r}")

@@ -25,7 +25,7 @@ class Macs(NamedTuple):
         multiply_adds: Of convolutions and linear layers.
         biases: Additions of the biases in squeeze-excite.
         normalised: Elements that batch norms return.
-        enlarged: Elements of the maps that silos resample upwards, at the target's size.
+        enlarged: Elements of the maps that silos enlarge, at the target's size.
     """
 
     multiply_adds: int
@@ -35,8 +35,9 @@ class Macs(NamedTuple):
 
     @property
     def official(self) -> int:
-        """The number that the authors publish: `thop` counts 2 an element of a batch norm, 11 one
-        of a bilinear enlargement, and the biases of convolutions but not of linear layers."""
+        """The number that the authors publish. `thop` counts 2 per element of a batch norm, 11 per
+        element of a bilinear enlargement, and the biases of convolutions but not of linear layers.
+        """
         return self.multiply_adds + self.biases + 2 * self.normalised + 11 * self.enlarged
 
 
@@ -44,8 +45,8 @@ class Memory(NamedTuple):
     """Bytes of a training step on top of parameters and their gradients.
 
     Attributes:
-        held: Between forward and backward.
-        peak: At the worst moment.
+        held: Allocated between forward and backward.
+        peak: The most that is allocated at a time.
     """
 
     held: int
@@ -71,7 +72,7 @@ def _count(counts: dict[str, int], module: nn.Module, args: tuple, output) -> No
         counts["enlarged"] += sum(output[int(target)].numel() for _, target in edges)
     elif isinstance(module, nn.BatchNorm2d):
         counts["normalised"] += output.numel()
-    elif isinstance(module, SqueezeExcite):  # its convolutions are applied as matrix products
+    elif isinstance(module, SqueezeExcite):  # it applies its convolutions as matrix products
         for conv in (module.reduce, module.expand):
             counts["multiply_adds"] += conv.weight.numel()
             counts["biases"] += conv.bias.numel()
@@ -82,16 +83,13 @@ def _count(counts: dict[str, int], module: nn.Module, args: tuple, output) -> No
 
 
 def training_memory(
-    model: nn.Module,
-    shape: tuple[int, int, int, int],
-    *,
-    autocast: torch.dtype | None = None,
+    model: nn.Module, shape: tuple[int, int, int, int], *, autocast: torch.dtype | None = None
 ) -> Memory:
     """Count the memory of a training step on a batch of `shape`, allocation by allocation.
 
     The step runs on fake tensors: no arithmetic, seconds for the largest model. The loss is the sum
-    of all outputs; memory that libraries use inside an operator (workspaces) is not in it. Any
-    module that maps such a batch to tensors can be counted, the `model` itself is left alone.
+    of all outputs. Memory that libraries use inside an operator (workspaces) is not counted. The
+    model may be any module that maps such a batch to tensors, and does not change.
     """
     with FakeTensorMode() as fakes:
         twin = fake_copy(model, fakes).train()
@@ -110,23 +108,19 @@ def training_memory(
 
 
 def fake_copy(model: nn.Module, fakes: FakeTensorMode) -> nn.Module:
-    """Return a copy on fake tensors of a CPU, without forward hooks: those of users only watch."""
-    tensors = (*model.parameters(), *model.buffers())
+    """Return a copy on fake CPU tensors, without forward hooks, which must not see this call."""
     with fakes:
-        memo = {id(t): _like(t) for t in tensors}
+        memo = {id(t): torch.empty(t.shape, dtype=t.dtype) for t in model.buffers()}
+        for p in model.parameters():
+            memo[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
-        module._forward_hooks.clear()  # those before forward stay: pruning makes weights there
+        module._forward_hooks.clear()  # forward pre-hooks stay: pruning computes weights there
     return twin
 
 
-def _like(tensor: Tensor) -> Tensor:
-    twin = torch.empty(tensor.shape, dtype=tensor.dtype)
-    return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
-
-
 class _Allocations(TorchDispatchMode):
-    """Counts the bytes of the storages that operators allocate, until they are freed."""
+    """Counts the bytes of the storages that operators have allocated and that are alive."""
 
     def __init__(self) -> None:
         super().__init__()

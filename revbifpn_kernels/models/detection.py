@@ -11,24 +11,23 @@ from .revbifpn import RevBiFPN
 
 
 class DetectionBackbone(nn.Module):
-    """Brings the pyramid of a RevBiFPN to one width: what `FasterRCNN(backbone, …)` expects.
+    """Projects the pyramid of a RevBiFPN to one width, as `FasterRCNN(backbone, …)` expects.
 
-    `backbone(images)` returns {"0": …, "1": …, …, "pool": …}: a map of (N, out_channels, ⌈H/s⌉,
-    ⌈W/s⌉) for each level, strides s = 4, 8, 16, 32 unless `levels` says otherwise, then `extra`
-    coarser ones of every second pixel. Images may have any sides from 32 pixels on: what is no
-    multiple of 4 is padded with zeros inside.
+    `backbone(images)` returns {"0": …, "1": …, …, "pool": …}: one map of (N, out_channels, ⌈H/s⌉,
+    ⌈W/s⌉) per level, strides s = 4, 8, 16, 32 unless `levels` says otherwise, then `extra` coarser
+    maps, each every second pixel of the one before. Images may have any sides from 32 pixels on.
 
     Args:
         model: Made with num_classes=0.
-        out_channels: Of all maps.
+        out_channels: Channels of every map.
         levels: Which levels of the pyramid, 0 the finest. RetinaNet's anchors suit (1, 2, 3) with
-            extra=2, strides 8 to 128; what serves only a level left out, as the neck there, gets no
+            extra=2, strides 8 to 128. What serves only an omitted level, such as its neck, gets no
             gradient (`find_unused_parameters=True` under DDP).
         extra: How many coarser maps to add.
 
     Raises:
-        TypeError, ValueError: The model is no RevBiFPN, has a head, or lacks a level; a number is
-            out of range.
+        TypeError, ValueError: The model is not a RevBiFPN, has a head, or lacks a level; a number
+            is out of range.
     """
 
     def __init__(
@@ -40,14 +39,12 @@ class DetectionBackbone(nn.Module):
         extra: int = 1,
     ) -> None:
         super().__init__()
-        _check_model(model)
-        out_channels = whole("DetectionBackbone", "out_channels", out_channels, 1)
-        extra = whole("DetectionBackbone", "extra", extra)
-        levels = _checked_levels(model, levels)
+        self.levels = _checked_levels(model, levels)
+        self.out_channels = whole("DetectionBackbone", "out_channels", out_channels, 1)
+        self.extra = whole("DetectionBackbone", "extra", extra)
         self.model = model
-        self.out_channels, self.levels, self.extra = out_channels, levels, extra
-        widths = model.config.pyramid_widths
-        self.laterals = nn.ModuleList(nn.Conv2d(widths[k], out_channels, 1) for k in levels)
+        widths = [model.config.pyramid_widths[k] for k in self.levels]
+        self.laterals = nn.ModuleList(nn.Conv2d(c, self.out_channels, 1) for c in widths)
         for lateral in self.laterals:
             nn.init.kaiming_uniform_(lateral.weight, a=1)
             nn.init.zeros_(lateral.bias)
@@ -61,7 +58,8 @@ class DetectionBackbone(nn.Module):
         return named
 
 
-def _check_model(model: RevBiFPN) -> None:
+def _checked_levels(model: RevBiFPN, levels: Iterable[int]) -> tuple[int, ...]:
+    """`levels` as a tuple; raises if the model cannot be a backbone, or lacks one of them."""
     if not isinstance(model, RevBiFPN):
         raise TypeError(
             f"DetectionBackbone: model must be a RevBiFPN, got {type(model).__name__}; timm's "
@@ -69,12 +67,9 @@ def _check_model(model: RevBiFPN) -> None:
         )
     if model.head is not None:
         raise ValueError(
-            "DetectionBackbone: model must have no head, which would not be trained; make it by "
-            "create_model of revbifpn_kernels with num_classes=0 (timm's keeps the head)"
+            "DetectionBackbone: model must have no head, which would not be trained; create it by "
+            "revbifpn_kernels.create_model with num_classes=0 (timm.create_model keeps the head)"
         )
-
-
-def _checked_levels(model: RevBiFPN, levels: Iterable[int]) -> tuple[int, ...]:
     finest_to_coarsest = range(model.config.levels)
     given = tuple(levels) if isinstance(levels, Iterable) else None
     checked = tuple(map(as_whole, given or ()))

@@ -1,5 +1,7 @@
 """The parts of RevBiFPN that are not reversible blocks: stem, neck, head."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,7 +9,8 @@ from torch import Tensor, nn
 from ..blocks import Recomputed
 from ..mbconv import MBConv
 from ..mbconv.modules import ConvNorm
-from ..reversible.recompute import Step, run
+from ..reversible import Step
+from ..reversible.recompute import run_transform
 from .sizes import STEM_STRIDE, Config
 
 
@@ -15,8 +18,8 @@ class Stem(nn.Module):
     """Space-to-depth by 4 of the image's channels, repeated until they are `channels` / 16.
 
     Output channel (p·4 + q)·c + k takes the pixels (4i + p, 4j + q) of channel k mod in_chans, for
-    c = `channels` / 16: (N, in_chans, H, W) → (N, channels, ⌈H/4⌉, ⌈W/4⌉). Nothing is learned and
-    nothing is lost. Sides that are no multiples of 4 are padded with zeros at the right and bottom.
+    c = `channels` / 16: (N, in_chans, H, W) → (N, channels, ⌈H/4⌉, ⌈W/4⌉). It has no parameters and
+    loses nothing. Sides that are not multiples of 4 are padded with zeros at the right and bottom.
 
     On CPUs the result is in channels_last, which its convolutions read fastest; elsewhere it has
     the image's memory format. Either way each pixel is read and written once.
@@ -55,35 +58,27 @@ class Stem(nn.Module):
 
 
 class Neck(Recomputed):
-    """An MBConv for each level: `(p_0, …) = neck(x_0, …)`."""
+    """One MBConv per level: `(p_0, …) = neck(x_0, …)`."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.levels = nn.ModuleList(
-            MBConv(
-                config.widths[level],
-                config.neck_widths[level],
-                config.neck_kernel,
-                expand_ratio=config.neck_expand_ratios[level],
-                se_ratio=config.neck_se_ratios[level],
-                norm_layer=config.norm_layer,
-                act_layer=config.act_layer,
-            )
-            for level in range(config.levels)
+            MBConv(*channels, config.neck_kernel, **config.mbconv_options(level, is_neck=True))
+            for level, channels in enumerate(zip(config.widths, config.neck_widths, strict=True))
         )
 
     def forward(self, *xs: Tensor) -> tuple[Tensor, ...]:
         levels = enumerate(zip(self.levels, xs, strict=True))
-        return tuple(run(self, f"level {k}", module, x, key=k) for k, (module, x) in levels)
+        return tuple(run_transform(self, f"level {k}", module, x) for k, (module, x) in levels)
 
     def backward_step(
         self, xs: list[Tensor], grad_ys: list[Tensor | None], step: Step
     ) -> tuple[list[Tensor], list[Tensor | None]]:
-        # A level at a time, so that one level's graph is alive.
+        # Level by level, so that only one level's graph is alive at a time.
         grads: list[Tensor | None] = []
-        with step.replay.second():
+        with step.recomputing():
             for k, (module, x, grad) in enumerate(zip(self.levels, xs, grad_ys, strict=True)):
-                rerun = step.rerun(f"level {k}", module, x, k, step.needs_grad[k])
+                rerun = step.rerun(f"level {k}", module, x, step.needs_grad[k])
                 grads.append(rerun.pull(grad))
         return xs, grads
 
@@ -92,7 +87,7 @@ class Head(Recomputed):
     """Fuses the pyramid from fine to coarse: `(features,) = head(p_0, …)`.
 
     t_0 = p_0, t_{l+1} = p_{l+1} + MBConv(t_l), then a 1×1 convolution to config.features channels.
-    In a chain after the neck it does not keep the pyramid, half of what S0 would hold.
+    In a chain after the neck it does not save the pyramid, half of what S0 would hold.
     """
 
     reruns_before = True
@@ -100,19 +95,11 @@ class Head(Recomputed):
     def __init__(self, config: Config) -> None:
         super().__init__()
         widths = config.pyramid_widths
-        layers = {"norm_layer": config.norm_layer, "act_layer": config.act_layer}
         self.levels = nn.ModuleList(
-            MBConv(
-                widths[level],
-                widths[level + 1],
-                config.neck_kernel,
-                stride=2,
-                expand_ratio=config.neck_expand_ratios[level],
-                se_ratio=config.neck_se_ratios[level],
-                **layers,
-            )
-            for level in range(config.levels - 1)
+            MBConv(*channels, config.neck_kernel, 2, **config.mbconv_options(level, is_neck=True))
+            for level, channels in enumerate(itertools.pairwise(widths))
         )
+        layers = {"norm_layer": config.norm_layer, "act_layer": config.act_layer}
         self.final = ConvNorm(widths[-1], config.features, 1, **layers)
 
     def forward(self, *pyramid: Tensor) -> tuple[Tensor]:

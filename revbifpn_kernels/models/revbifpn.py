@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..mbconv.modules import is_unwatched
+from ..mbconv.stages import is_unwatched
 from ..ops.layout import Geometry, in_format
-from ..reversible import ReversibleSequential
+from ..reversible import Reversible, ReversibleSequential
 from ..reversible.recompute.module_state import parts_of
 from .body import body
 from .checks import whole
@@ -21,25 +21,26 @@ class RevBiFPN(nn.Module):
 
     `model(image)` of (N, in_chans, H, W), sides of 32 pixels or more, returns logits (N, classes).
     With config.num_classes = 0 it returns the pyramid, a list of (N, C_l, ⌈H/s⌉, ⌈W/s⌉), finest
-    first, s = 4, 8, 16, 32. Sides that are no multiples of 4 are padded with zeros at the right
+    first, s = 4, 8, 16, 32. Sides that are not multiples of 4 are padded with zeros at the right
     and bottom.
 
-    Between forward and backward it holds its last streams and what the classifier needs; neck and
-    head run again in the backward, as the body does. In training an image that is
-    not finite raises before any running statistic moves; on a GPU the check does not wait, and
-    ends the process' CUDA context with the same message. The image alone is guarded: weights that
-    are not finite, and values that overflow on the way, spoil the statistics as in any network.
+    Between forward and backward it holds its last streams and what the classifier needs; the
+    backward recomputes neck and head as it does the body. In training an image that is not finite
+    raises before any running statistic moves; on a GPU the check does not wait, and ends the
+    process' CUDA context with the same message. Only the image is checked: weights that are not
+    finite, and values that overflow inside the network, spoil the statistics as in any network.
 
     Args:
         config: The numbers, see `Config` and `SIZES`.
         reversible: False trains under plain autograd; may be switched at any time.
 
     Attributes:
-        num_classes: Of the classifier now; `config.num_classes` is what the model was made with.
+        num_classes: Of the present classifier; the model was made with `config.num_classes`.
 
     Raises:
         TypeError, ValueError: A number in `config` is out of range, `reversible` is neither True
-            nor False; an image has the wrong shape or dtype.
+            nor False, or an image has the wrong shape or dtype.
+        RuntimeError: `torch.fx` or `torch.jit.script` tries to read the forward.
     """
 
     def __init__(self, config: Config, *, reversible: bool = True) -> None:
@@ -57,18 +58,19 @@ class RevBiFPN(nn.Module):
         self.reversible = reversible
         self._initialise()
 
+    __prepare_scriptable__ = Reversible.__prepare_scriptable__
+
     @property
     def reversible(self) -> bool:
-        """Whether body, neck and head compute activations again instead of storing them."""
+        """Whether body, neck and head recompute activations instead of storing them."""
         return self.body.reversible
 
     @reversible.setter
     def reversible(self, reversible: bool) -> None:
         if not isinstance(reversible, bool):
             raise TypeError(f"RevBiFPN: reversible must be True or False, got {reversible!r}")
-        for part in (self.body, self.neck, self.head):
-            if part is not None:
-                part.reversible = reversible
+        for part in self._parts():
+            part.reversible = reversible
 
     @property
     def lattice(self) -> float | None:
@@ -81,14 +83,16 @@ class RevBiFPN(nn.Module):
 
     @property
     def check(self) -> bool:
-        """Whether every forward looks for faults, see `Reversible.check`."""
+        """Whether every forward checks itself, see `Reversible.check`."""
         return self.body.check
 
     @check.setter
     def check(self, check: bool) -> None:
-        for part in (self.body, self.neck, self.head):
-            if part is not None:
-                part.check = check
+        for part in self._parts():
+            part.check = check
+
+    def _parts(self) -> list[nn.Module]:
+        return [part for part in (self.body, self.neck, self.head) if part is not None]
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         if self.head is None:
@@ -105,7 +109,7 @@ class RevBiFPN(nn.Module):
         return self.stem.inverse(*self.body.inverse(*streams))
 
     def pyramid(self, image: Tensor) -> list[Tensor]:
-        """Return what leaves the neck, or the streams without one, finest first."""
+        """Return the neck's maps, or the streams if there is no neck, finest first."""
         streams = self.streams(image)
         return list(streams if self.neck is None else self.neck(*streams))
 
@@ -120,8 +124,8 @@ class RevBiFPN(nn.Module):
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Return logits (N, num_classes) from `forward_features`; pooled features if asked."""
         if not features.is_leaf and not torch.compiler.is_compiling():
-            # The mean's has strides of 0, which PyTorch's batch norm adds up in another order:
-            # stored activations would not have the bits of recomputed ones.
+            # The gradient of the mean has strides of 0, which PyTorch's batch norm sums in another
+            # order: gradients of stored and of recomputed activations would differ in some bits.
             is_last = Geometry.of(features).channels_last
             features.register_hook(lambda grad: in_format(grad, is_last))
         pooled = self.dropout(features.mean((2, 3)))
@@ -133,10 +137,9 @@ class RevBiFPN(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put a new classifier in place; with 0 classes the model returns pooled features.
 
-        A model without a head has no classifier to take out, and none can be put on it.
-
         Raises:
-            ValueError: The classes cannot be counted, or another pooling than "avg" is asked for.
+            ValueError: `num_classes` is not a whole number, or `global_pool` is not "avg".
+            RuntimeError: The model was made without a head, and classes are asked for.
         """
         num_classes = whole("RevBiFPN", "num_classes", num_classes)
         if global_pool not in (None, "avg"):
@@ -145,23 +148,22 @@ class RevBiFPN(nn.Module):
             raise RuntimeError("RevBiFPN: a model made with num_classes=0 has no head to reset")
         self.num_classes = num_classes
         like = next(self.parameters())
+        options = {"device": like.device, "dtype": like.dtype}
         self.classifier = nn.Identity()
         if num_classes:
-            self.classifier = nn.Linear(
-                self.num_features, num_classes, device=like.device, dtype=like.dtype
-            )
+            self.classifier = nn.Linear(self.num_features, num_classes, **options)
 
     def _is_chained(self) -> bool:
-        """Whether neck and head may run as a chain, which need not keep the pyramid.
+        """Whether neck and head may run as one chain, which need not save the pyramid.
 
-        Not where a caller wants to see their calls: by hooks, as FSDP does, or in a graph of his.
+        They may not where hooks, as of FSDP, or a traced graph must see each of their calls.
         """
         return (
             type(self.neck) is Neck
             and type(self.head) is Head
             and self.neck.reversible is self.head.reversible is True
             and all(map(is_unwatched, (*parts_of(self.neck), *parts_of(self.head))))
-            and not getattr(self, "_is_replica", False)  # DataParallel's hide their parameters
+            and not getattr(self, "_is_replica", False)  # DataParallel hides their parameters
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
         )
@@ -186,7 +188,7 @@ class RevBiFPN(nn.Module):
                 "RevBiFPN: image must hold a batch whose coarsest maps have 2 pixels or more in "
                 f"training, for batch norm; got {got}"
             )
-        # A device-side check: asking the host would make it wait for the GPU in every step.
+        # A check on the device: the host would have to wait for the GPU in every step.
         torch._assert_async(
             torch.isfinite(image).all(),
             "RevBiFPN: image must be finite in training, got NaN or infinity, which would have "
@@ -195,13 +197,19 @@ class RevBiFPN(nn.Module):
 
     def _check_dtype(self, image: Tensor) -> None:
         if not isinstance(image, Tensor):
+            if isinstance(image, torch.fx.Proxy):
+                raise RuntimeError(
+                    "RevBiFPN: torch.fx cannot trace it; for feature maps use pyramid(image), or "
+                    "features_only=True in timm.create_model; for a graph use torch.export.export; "
+                    "in a model that is traced make it a leaf, as by leaf_modules=[RevBiFPN]"
+                )
             raise TypeError(f"RevBiFPN: image must be a tensor, got {type(image).__name__}")
         if not image.is_floating_point():
             raise TypeError(
                 f"RevBiFPN: image must be floating-point, such as image / 255, got {image.dtype}"
             )
         weight = next(self.parameters(), None)
-        # FSDP and quantisation put others in place of the weights, and convert on the way.
+        # FSDP and quantisation replace the weights by their own, and convert the image.
         is_plain = type(weight) is nn.Parameter and weight.dim() == 4
         if is_plain and image.dtype != weight.dtype and not _is_autocast(image.device.type):
             raise TypeError(
@@ -222,6 +230,6 @@ def _is_autocast(device_type: str) -> bool:
 
 
 def _needs_pixels(module: nn.Module) -> bool:
-    """Whether it is a batch norm that normalises by this process' batch."""
+    """Whether `module` is a batch norm that normalises by the batch of this process."""
     is_local = isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
     return is_local and module.training

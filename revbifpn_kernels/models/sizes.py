@@ -1,8 +1,9 @@
-"""The numbers of RevBiFPN-S0 … S6, and what may be changed about them."""
+"""The numbers of RevBiFPN-S0 … S6, and the values that each of them may have."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,12 +16,12 @@ WIDTHS = (48, 64, 80, 160)
 NECK_WIDTHS = (48, 64, 128, 320)
 FEATURES = 1280
 STEM_STRIDE = 4
-MIN_SIDE = 32  # of an image, pixels
+MIN_SIDE = 32  # of an image, in pixels
 
 
 @dataclass(frozen=True)
 class Config:
-    """All numbers of a RevBiFPN; tuples have an entry for each level, finest first.
+    """All numbers of a RevBiFPN; tuples have one entry per level, finest first.
 
     Attributes:
         widths: Channels of the streams, multiples of 16.
@@ -29,17 +30,17 @@ class Config:
         extra_silos: Silos between all levels, after those that add the levels.
         resolution: Side of the images that the size was made for, in pixels. Others work too.
         drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth of the last silo; it grows linearly from the first on.
+        drop_path_rate: Stochastic depth of the last silo; it grows linearly from the first silo on.
         num_classes: 0 leaves out the head: the model returns its pyramid. A model's own
-            `num_classes` says how many its classifier has now.
+            `num_classes` is the number of classes of its present classifier.
         neck: False leaves out the neck: the pyramid is the streams.
         in_chans: Channels of an image, at most widths[0] / 16.
-        kernels: Of the residual blocks' depthwise convolutions, odd.
-        extra_kernels: Added to the kernels 2·stride − 1 and 3 of a silo's edges from each level,
-            even.
-        neck_kernel: Of the neck's and the head's depthwise convolutions, odd.
-        expand_ratios, se_ratios: Of `MBConv` in blocks and silos.
-        neck_expand_ratios, neck_se_ratios: Of those in neck and head.
+        kernels: Sides of the residual blocks' depthwise kernels, odd.
+        extra_kernels: Added to the kernel sides of a silo's edges from each level, which are
+            2·stride − 1 downwards and 3 upwards; even.
+        neck_kernel: Side of the neck's and the head's depthwise kernels, odd.
+        expand_ratios, se_ratios: Arguments of each `MBConv` in blocks and silos.
+        neck_expand_ratios, neck_se_ratios: Arguments of each `MBConv` in neck and head.
         mode: How silos enlarge: "bilinear" or "nearest".
         lattice: Exact mode, see `ReversibleSequential`.
         norm_layer, act_layer: See `MBConv`.
@@ -78,17 +79,31 @@ class Config:
 
     @property
     def pyramid_widths(self) -> tuple[int, ...]:
-        """Channels of the maps that leave the neck, or the streams without one."""
+        """Channels of the neck's maps; of the streams if there is no neck."""
         return tuple(self.neck_widths if self.neck else self.widths)
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Pixels of the image a pixel of each level."""
+        """Pixels of the image per pixel of each level, along a side."""
         return tuple(STEM_STRIDE << level for level in range(self.levels))
+
+    def mbconv_options(self, level: int, is_neck: bool = False) -> dict[str, Any]:
+        """Arguments that the `MBConv`s of a level share, in blocks and silos or neck and head."""
+        expand_ratios = self.neck_expand_ratios if is_neck else self.expand_ratios
+        se_ratios = self.neck_se_ratios if is_neck else self.se_ratios
+        ratios = {"expand_ratio": expand_ratios[level], "se_ratio": se_ratios[level]}
+        return ratios | {"norm_layer": self.norm_layer, "act_layer": self.act_layer}
 
 
 def _check(config: Config) -> None:
-    _check_levels(config)
+    levels = len(config.widths) if isinstance(config.widths, Sequence) else 0
+    for name in _PER_LEVEL:
+        values = getattr(config, name)
+        if levels < 2 or not isinstance(values, Sequence) or len(values) != levels:
+            raise ValueError(
+                f"RevBiFPN: {name} must have an entry for each level, as many as widths and at "
+                f"least 2, got {values!r}"
+            )
     for names, kind, is_right, wanted in _RULES:
         for name in names.split():
             value = getattr(config, name)
@@ -96,7 +111,7 @@ def _check(config: Config) -> None:
             converted = [kind(v) for v in (value if is_per_level else (value,))]
             if not all(v is not None and is_right(v) for v in converted):
                 raise ValueError(f"RevBiFPN: {name} must be {wanted}, got {value!r}")
-            # A list could change after the check, and NumPy's numbers are no Python numbers.
+            # Stored as Python's own numbers, in tuples: a list could change after this check.
             object.__setattr__(config, name, tuple(converted) if is_per_level else converted[0])
     narrowest = min(*config.widths, *config.neck_widths) // 2  # half a stream, in its blocks
     for name in ("expand_ratios", "neck_expand_ratios"):
@@ -114,30 +129,13 @@ def _check(config: Config) -> None:
         )
 
 
-def _check_levels(config: Config) -> None:
-    levels = len(config.widths) if isinstance(config.widths, Sequence) else 0
-    for name in _PER_LEVEL:
-        values = getattr(config, name)
-        if levels < 2 or not isinstance(values, Sequence) or len(values) != levels:
-            raise ValueError(
-                f"RevBiFPN: {name} must have an entry for each level, as many as widths and at "
-                f"least 2, got {values!r}"
-            )
-
-
-def _as_flag(value) -> bool | None:
-    return value if isinstance(value, bool) else None
-
-
 def _as_maker(value) -> Callable | None:
-    """What makes modules; a module is callable too, but makes none."""
+    """`value` if it makes modules; a module is callable too, but makes none."""
     return value if callable(value) and not isinstance(value, nn.Module) else None
 
 
-_PER_LEVEL = (
-    "widths neck_widths kernels extra_kernels expand_ratios se_ratios neck_expand_ratios "
-    "neck_se_ratios"
-).split()
+FIELDS = {field.name: field.default for field in dataclasses.fields(Config)}
+_PER_LEVEL = tuple(name for name, default in FIELDS.items() if isinstance(default, tuple))
 _RULES: tuple[tuple[str, Callable, Callable, str], ...] = (
     ("widths neck_widths", as_whole, lambda v: v > 0 and v % 16 == 0, "multiples of 16"),
     ("kernels neck_kernel", as_whole, lambda v: v > 0 and v % 2 == 1, "odd"),
@@ -148,27 +146,19 @@ _RULES: tuple[tuple[str, Callable, Callable, str], ...] = (
     ("drop_rate drop_path_rate", as_real, lambda v: 0 <= v < 1, "in [0, 1)"),
     ("expand_ratios neck_expand_ratios", as_real, lambda v: v > 0, "positive"),
     ("se_ratios neck_se_ratios", as_real, lambda v: 0 <= v <= 1, "in [0, 1]"),
-    ("neck", _as_flag, lambda v: True, "True or False"),
+    ("neck", lambda v: v if isinstance(v, bool) else None, lambda v: True, "True or False"),
     ("norm_layer", _as_maker, lambda v: True, "a class or function of the number of channels"),
     ("act_layer", _as_maker, lambda v: True, "a class or function without arguments"),
 )
 
 
 def _scaled(width: float, extra_silos: int, resolution: int, drop_rate, drop_path_rate=0.0):
-    """The configuration of a width multiplier, as published."""
-
-    def scale(channels: int) -> int:
-        return int(width * channels) // 16 * 16
-
-    return Config(
-        widths=tuple(scale(c) for c in WIDTHS),
-        neck_widths=tuple(scale(c) for c in NECK_WIDTHS),
-        features=scale(FEATURES),
-        extra_silos=extra_silos,
-        resolution=resolution,
-        drop_rate=drop_rate,
-        drop_path_rate=drop_path_rate,
+    """The published configuration of a width multiplier."""
+    widths, neck_widths, (features,) = (
+        tuple(int(width * channels) // 16 * 16 for channels in unscaled)
+        for unscaled in (WIDTHS, NECK_WIDTHS, (FEATURES,))
     )
+    return Config(widths, neck_widths, features, extra_silos, resolution, drop_rate, drop_path_rate)
 
 
 # The paper's row: parameters, MACs at that resolution (counted as `macs().official`), top-1.
@@ -181,5 +171,3 @@ SIZES = {  #              width  silos  side  dropout  depth
     "revbifpn_s5": _scaled(16 / 3, 4, 352, 0.40, 0.1),  # 81,998,976   21,848,995,912  83.7
     "revbifpn_s6": _scaled(20 / 3, 5, 352, 0.60, 0.3),  # 142,307,972  38,084,434,748  84.2
 }
-
-FIELDS = tuple(field.name for field in dataclasses.fields(Config))

@@ -1,4 +1,4 @@
-"""What the ops demand. Messages name the op, the argument, what was expected and what came."""
+"""Checks of arguments. Every message names op, argument, what was expected and what was given."""
 
 import math
 import numbers
@@ -37,6 +37,16 @@ def check_values(op: str, name: str, values: Tensor, expected: tuple) -> None:
         raise ValueError(f"{op}: {name} must have {expected}, got {got}")
 
 
+def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise unless `tensor` has the shape, dtype and device of `like`."""
+    expected, got = ((tuple(t.shape), t.dtype, t.device) for t in (like, tensor))
+    if got != expected:
+        raise ValueError(
+            f"{op}: {name} must have {like_name}'s shape, dtype and device, expected {expected}, "
+            f"got {got}"
+        )
+
+
 def check_mode(op: str, mode: str) -> None:
     if mode not in MODES:
         raise ValueError(f"{op}: mode must be 'bilinear' or 'nearest', got {mode!r}")
@@ -53,7 +63,7 @@ def check_number(op: str, name: str, value: float) -> None:
 
 
 def check_lattice(op: str, lattice: float | None, dtype: torch.dtype) -> None:
-    """Raise unless `lattice` is None or a power of two that sums for a `dtype` x can round to."""
+    """Raise unless `lattice` is None or a power of two to which the sums of `dtype` can round."""
     if lattice is None:
         return
     if isinstance(lattice, bool):
@@ -61,7 +71,7 @@ def check_lattice(op: str, lattice: float | None, dtype: torch.dtype) -> None:
     check_number(op, "lattice", lattice)
     if not (0.0 < lattice < math.inf) or math.frexp(lattice)[0] != 0.5:
         raise ValueError(f"{op}: lattice must be a positive power of two or None, got {lattice}")
-    # Its inverse and 2²³ (2⁵²) times it must be normal numbers.
+    # The lattice's inverse and 2²³ (2⁵²) times the lattice must be normal numbers.
     smallest, largest = (2.0**-1022, 2.0**971) if dtype == torch.float64 else (2.0**-126, 2.0**104)
     if not smallest <= lattice <= largest:
         raise ValueError(
@@ -102,10 +112,7 @@ def check_count(op: str, name: str, count: int) -> None:
 def check_sources(op: str, x_name: str, x: Tensor, sources: Sequence[Tensor]) -> None:
     """Raise unless every source can be resampled and added to x."""
     check_maps(op, x_name, x)
-    if isinstance(sources, Tensor) or not isinstance(sources, Sequence):
-        raise TypeError(
-            f"{op}: sources must be a list or tuple of tensors, got {type(sources).__name__}"
-        )
+    _check_list(op, "sources", sources)
     check_count(op, "sources", len(sources))
     N, C, H, W = x.shape
     dtype, device, target = x.dtype, x.device, (H, W)
@@ -117,22 +124,14 @@ def check_sources(op: str, x_name: str, x: Tensor, sources: Sequence[Tensor]) ->
                 f"{op}: {name} must share (N, C) = {(N, C)} with {x_name}, got {(n, c, h, w)}"
             )
         if source.device != device:
-            raise ValueError(
-                f"{op}: {name} must be on {x_name}'s device {device}, got {source.device}"
-            )
+            message = f"{op}: {name} must be on {x_name}'s device {device}, got {source.device}"
+            raise ValueError(message)
         if source.dtype != dtype:
             check_precision(op, name, source.dtype, x_name, dtype)
         check_size(op, name, (h, w), target)
 
 
-def check_scales(
-    op: str,
-    x_name: str,
-    x: Tensor,
-    sources: Sequence[Tensor],
-    scales: Sequence[Tensor] | None,
-    shifts: Sequence[Tensor] | None,
-) -> None:
+def check_scales(op: str, x_name: str, x: Tensor, sources, scales, shifts) -> None:
     """Raise unless there are no scales and shifts, or one of each for every source."""
     if scales is None and shifts is None:
         return
@@ -142,39 +141,70 @@ def check_scales(
             f"{op}: scales and shifts must be given together, got {given} without {missing}"
         )
     for name, factors in (("scales", scales), ("shifts", shifts)):
-        if isinstance(factors, Tensor) or not isinstance(factors, Sequence):
-            raise TypeError(
-                f"{op}: {name} must be a list or tuple of tensors, got {type(factors).__name__}"
-            )
+        _check_list(op, name, factors)
         if len(factors) != len(sources):
             raise ValueError(
                 f"{op}: {name} must hold one entry for each of {len(sources)} sources, "
                 f"got {len(factors)}"
             )
         for k, factor in enumerate(factors):
-            _check_factor(op, name, k, factor, x_name, x)
+            _check_factor(op, f"{name}[{k}]", factor, x_name, x)
 
 
-def _check_factor(op: str, name: str, k: int, factor: Tensor, x_name: str, x: Tensor) -> None:
+def _check_list(op: str, name: str, tensors: Sequence[Tensor]) -> None:
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
+        raise TypeError(
+            f"{op}: {name} must be a list or tuple of tensors, got {type(tensors).__name__}"
+        )
+
+
+def _check_factor(op: str, name: str, factor: Tensor, x_name: str, x: Tensor) -> None:
     if not isinstance(factor, Tensor):
-        raise TypeError(f"{op}: {name}[{k}] must be a tensor, got {type(factor).__name__}")
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(factor).__name__}")
     planes = x.shape[:2]
     if factor.shape != planes:
         raise ValueError(
-            f"{op}: {name}[{k}] must have {x_name}'s (N, C) = {tuple(planes)} as its shape, "
+            f"{op}: {name} must have {x_name}'s (N, C) = {tuple(planes)} as its shape, "
             f"got {tuple(factor.shape)}"
         )
     if factor.dtype != (torch.float64 if x.dtype == torch.float64 else torch.float32):
         raise TypeError(
-            f"{op}: {name}[{k}] must be float32, or float64 beside a float64 {x_name}, "
+            f"{op}: {name} must be float32, or float64 beside a float64 {x_name}, "
             f"got {factor.dtype} beside {x.dtype}"
         )
     if factor.device != x.device:
         raise ValueError(
-            f"{op}: {name}[{k}] must be on {x_name}'s device {x.device}, got {factor.device}"
+            f"{op}: {name} must be on {x_name}'s device {x.device}, got {factor.device}"
         )
     if not factor.is_contiguous():
-        raise ValueError(f"{op}: {name}[{k}] must be contiguous, got strides {factor.stride()}")
+        raise ValueError(f"{op}: {name} must be contiguous, got strides {factor.stride()}")
+
+
+def check_fusion(
+    op: str, x_name: str, x: Tensor, sources, scales, shifts, alpha, mode, lattice
+) -> None:
+    """Raise unless x + α·Σ_k R_k(scale_k·s_k + shift_k) can be computed."""
+    check_sources(op, x_name, x, sources)
+    check_scales(op, x_name, x, sources, scales, shifts)
+    check_number(op, "alpha", alpha)
+    check_mode(op, mode)
+    check_lattice(op, lattice, x.dtype)
+    check_float64_is_on_cpu(op, x)
+
+
+def check_adjoint(op: str, grad: Tensor, sizes, alpha, mode, dtype) -> None:
+    """Raise unless α·R_kᵀ(grad) can be computed for all sizes."""
+    check_maps(op, "grad", grad)
+    check_sizes(op, sizes)
+    for k, size in enumerate(sizes):
+        check_size(op, f"sizes[{k}]", size, grad.shape[2:])
+    check_number(op, "alpha", alpha)
+    check_mode(op, mode)
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise TypeError(f"{op}: dtype must be a floating-point torch.dtype, got {dtype}")
+        check_precision(op, "dtype", dtype, "grad", grad.dtype)
+    check_float64_is_on_cpu(op, grad)
 
 
 def check_precision(
@@ -190,13 +220,13 @@ def check_precision(
 
 
 def check_float64_is_on_cpu(op: str, x: Tensor) -> None:
-    """Raise for a float64 x on a GPU: there is no kernel for it."""
+    """Raise for a float64 x on a GPU, which has no kernel for it."""
     if x.dtype == torch.float64 and x.device.type == "cuda":
         raise TypeError(f"{op}: float64 is supported on CPU only, got a tensor on {x.device}")
 
 
 def check_no_tangents(op: str, tensors: Sequence[Tensor]) -> None:
-    """Raise under forward-mode differentiation, whose tangents would be dropped in silence."""
+    """Raise under forward-mode differentiation, whose tangents would be dropped silently."""
     if forward_ad._current_level < 0:
         return
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):

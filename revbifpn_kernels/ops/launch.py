@@ -1,7 +1,8 @@
-"""A kernel launch as a value: planned once a geometry, run often, or compiled for an absent GPU."""
+"""A kernel launch as a value: planned once per geometry, run often, or compiled for any GPU."""
 
 import contextlib
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from triton.runtime.jit import create_function_from_signature
 
 @functools.cache
 def _warp_size() -> int:
-    """Of the GPU there is; without one (the interpreter) any will do."""
+    """Threads per warp of the current GPU; the interpreter, without a GPU, ignores the number."""
     if not torch.cuda.is_available():
         return 32
     return triton.runtime.driver.active.get_current_target().warp_size
@@ -23,18 +24,18 @@ def _warp_size() -> int:
 class Launch:
     """A Triton kernel with its grid, size arguments and compile-time constants.
 
-    Tensors and numbers that change from call to call, its operands, come with each run.
+    Its operands, the tensors and numbers that change from call to call, come with each run.
     """
 
     kernel: Any
     grid: tuple[int, ...]
     args: dict[str, Any]
     constants: dict[str, Any]
-    # Of a program; by default one a lane.
+    # Threads per program; by default one per lane.
     threads: int | None = None
 
     def options(self, warp_size: int) -> dict[str, Any]:
-        """Contraction is off: the kernels write out what is fused (cells.py)."""
+        """Compiler options; contraction is off because the kernels write each `fma` themselves."""
         threads = self.threads or self.constants["BLOCK"]
         return {"num_warps": threads // warp_size, "enable_fp_fusion": False}
 
@@ -48,7 +49,7 @@ class Launch:
             self.kernel[self.grid](**operands, **self.args, **self.constants, **options)
 
     def compile(self, target: "triton.backends.compiler.GPUTarget", operands: dict[str, Any]):
-        """Compile for `target` what Triton's launcher would compile there for these operands."""
+        """Compile for `target` what Triton's launcher would compile there for the operands."""
         backend = make_backend(target)
         bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
         given = {**operands, **self.args, **self.constants, **self.options(target.warp_size)}
@@ -57,3 +58,9 @@ class Launch:
         )
         source = ASTSource(self.kernel, signature, constants, attributes)
         return triton.compile(source, target=target, options=options.__dict__)
+
+
+def run_all(planned: Iterable[tuple[Launch, dict[str, Any]]], device: torch.device) -> None:
+    """Enqueue launches with their operands one after the other."""
+    for launch, operands in planned:
+        launch.run(device, operands)

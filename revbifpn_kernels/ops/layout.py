@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Geometry(NamedTuple):
-    """All of a tensor that a launch's plan depends on; hashable, so that plans are cached."""
+    """All that a launch plan depends on in a tensor; hashable, so that plans are cached."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -23,17 +23,20 @@ class Geometry(NamedTuple):
         return self.strides[1] == 1 and self.strides[3] != 1
 
 
+def memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def empty_maps(like: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """An uninitialised (N, C, *size) on `like`'s device and in its memory format."""
-    layout = torch.channels_last if Geometry.of(like).channels_last else torch.contiguous_format
+    layout = memory_format(Geometry.of(like).channels_last)
     shape = (*like.shape[:2], *size)
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
 
 
 def in_format(maps: Tensor, channels_last: bool) -> Tensor:
-    """`maps`, copied where expanded or in the other memory format: kernels read those slowly."""
+    """`maps`, copied if expanded or in the other memory format, which kernels read slowly."""
     is_expanded = 0 in maps.stride()
     if not is_expanded and Geometry.of(maps).channels_last == channels_last:
         return maps
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return maps.contiguous(memory_format=layout)
+    return maps.contiguous(memory_format=memory_format(channels_last))

@@ -1,37 +1,28 @@
 """On the host: which launches may take the fast path, and how it cuts their maps into cells."""
 
 import itertools
-import math
-import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import triton
-import triton.language as tl
+from typing import NamedTuple
 
 from .layout import Geometry
 
 FAST_FACTORS = (1, 2, 4, 8)
 # The rows of more sources do not fit a lane's registers; the element kernels take over.
 MAX_FAST_SOURCES = 4
-# Lanes for an H200's 132 multiprocessors; below, cells are as small as they go. By count: not yet
-# tuned on a GPU.
+# Lanes that fill an H200's 132 multiprocessors; with fewer, cells are as small as possible. Counted
+# by hand: not yet tuned on a GPU.
 LANES_TO_FILL = 132 * 512
-# Cells a lane walks down, one after the other: it locates itself once.
+# Most cells that a lane walks down, one below the other: it computes its position once.
 MAX_CHAIN = 16
-# Outputs that pay for locating a cell; chained, the fusion of such cells takes more registers.
+# Outputs that pay for computing a position; chained, add on such cells takes more registers.
 LARGE_CELL = 64
 VECTOR_BYTES = 16
-# Lanes of a program. By count, too.
+# Lanes per program. Counted by hand, too.
 BLOCK = 128
 INT32_MAX = 2**31 - 1
-# Arguments that vary with the batch: compiled for any value, so a new batch is no new kernel.
-CELL_COUNTS = ("lanes", "C", "cells_h", "cells_w", "chain")
-ELEMENT_COUNTS = ("elements", "N", "C", "H", "W")
 
 
-@dataclass(frozen=True)
-class Cells:
+class Cells(NamedTuple):
     """A cut of (N, C, H, W) into cells of height × width; a lane owns a column of `chain` cells."""
 
     factors: tuple[int, ...]
@@ -43,29 +34,6 @@ class Cells:
     lanes: int
     channels_last: bool
 
-    @property
-    def grid(self) -> tuple[int]:
-        return (triton.cdiv(self.lanes, BLOCK),)
-
-    def args(self, channels: int) -> dict:
-        return {
-            "lanes": self.lanes,
-            "C": channels,
-            "cells_h": self.rows,
-            "cells_w": self.columns,
-            "chain": self.chain,
-        }
-
-    def constants(self, mode: str) -> dict:
-        return {
-            "FACTORS": self.factors,
-            "MODE": mode,
-            "CELL_H": self.height,
-            "CELL_W": self.width,
-            "CHANNELS_LAST": self.channels_last,
-            "BLOCK": BLOCK,
-        }
-
 
 def cut_into_cells(
     maps: Sequence[Geometry], *small: Sequence[Geometry], chain_large_cells: bool
@@ -73,7 +41,7 @@ def cut_into_cells(
     """Cells for (N, C, H, W) maps and lists of smaller ones, or None off the fast path.
 
     The lists (sources, their gradients) have the same sizes, entry by entry. Small cells are
-    chained, large ones if `chain_large_cells`, as far as enough lanes remain.
+    chained, large ones only if `chain_large_cells`, as far as enough lanes remain.
     """
     N, C, H, W = maps[0].shape
     factors = tuple(_factor(source.shape[2:], (H, W)) for source in small[0])
@@ -112,9 +80,8 @@ def _factor(size: Sequence[int], target: Sequence[int]) -> int | None:
 
 
 def _has_layout(tensor: Geometry, channels_last: bool) -> bool:
-    if channels_last:
-        return tensor.strides[1] == 1 or tensor.shape[1] == 1
-    return tensor.strides[3] == 1 or tensor.shape[3] == 1
+    along = 1 if channels_last else 3
+    return tensor.strides[along] == 1 or tensor.shape[along] == 1
 
 
 def _has_short_rows(tensor: Geometry) -> bool:
@@ -127,8 +94,8 @@ def strides_in_units(
 ) -> tuple[int, tuple[int, int, int, int]]:
     """(UNIT, strides): strides of n, c and h as multiples of UNIT elements, at most 16 bytes.
 
-    Rows of 56 elements are aligned to 16 bytes, which "divisible by 16", all that Triton sees in an
-    argument, does not say; a constant factor does.
+    Triton sees of an argument only whether 16 divides it. Rows of 56 elements are aligned to 16
+    bytes although 16 does not divide 56; the constant factor UNIT says so.
     """
     n, c, h, w = tensor.strides
     if channels_last:
@@ -138,55 +105,3 @@ def strides_in_units(
     while any(stride % unit for stride in moving):
         unit //= 2
     return unit, (n // unit, c // unit, h // unit, 1)
-
-
-def all_strides_in_units(
-    tensors: Sequence[Geometry], channels_last: bool
-) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """The UNITs and the strides of several tensors."""
-    units, strides = zip(*(strides_in_units(t, channels_last) for t in tensors), strict=True)
-    return units, strides
-
-
-@dataclass(frozen=True)
-class Elements:
-    """Any sizes and strides: one element of (N, C, H, W) a lane."""
-
-    shape: tuple[int, int, int, int]
-    channels_last: bool
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def grid(self) -> tuple[int]:
-        return (triton.cdiv(self.count, BLOCK),)
-
-    def args(self) -> dict:
-        _, C, H, W = self.shape
-        return {"elements": self.count, "C": C, "H": H, "W": W}
-
-    def constants(self, sizes, mode: str, target: tuple[int, int] | None = None) -> dict:
-        """For sources of `sizes`, resampled to `target` (this shape's own sides by default)."""
-        target = target or self.shape[2:]
-        longest = max(side for size in (target, *sizes) for side in size)
-        fits_int32 = longest < 2**14 and self.count + BLOCK <= INT32_MAX
-        return {
-            "KINDS": tuple(_kind(size, target, mode) for size in sizes),
-            "CHANNELS_LAST": self.channels_last,
-            "INDEX": tl.int32 if fits_int32 else tl.int64,
-            "BLOCK": BLOCK,
-        }
-
-
-def _kind(size: Sequence[int], target: Sequence[int], mode: str) -> str:
-    if tuple(size) == tuple(target):
-        return "identity"
-    return "area" if size[0] > target[0] or size[1] > target[1] else mode
-
-
-def nearest_scales(size: Sequence[int], target: Sequence[int]) -> tuple[float, float]:
-    """size/target in float32, as PyTorch's nearest computes it."""
-    quotients = (a / b for a, b in zip(size, target, strict=True))
-    return struct.unpack("ff", struct.pack("ff", *quotients))

@@ -1,5 +1,13 @@
-"""The engine: chains of invertible blocks whose backward needs no stored activations."""
+"""The engine: chains of invertible blocks whose backward needs no stored activations.
 
-from .chain import Reversible, ReversibleSequential
+Each block of a forward call is one autograd Function (`function`). The blocks share a tape: the
+last one saves its outputs; in the backward every block takes its outputs from the tape, restores
+its inputs, differentiates one transform at a time and puts the inputs on the tape for the block
+before. What is saved does not grow with depth.
+"""
 
-__all__ = ["Reversible", "ReversibleSequential"]
+from .block import Reversible
+from .sequential import ReversibleSequential
+from .step import Step
+
+__all__ = ["Reversible", "ReversibleSequential", "Step"]

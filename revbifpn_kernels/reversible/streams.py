@@ -1,4 +1,4 @@
-"""The streams of a chain: how they enter it, and what tells one from another."""
+"""The streams of a chain: how they enter it, and how one is told from another."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,7 +12,7 @@ Streams = tuple[Tensor, ...]
 
 
 def enter(chain: nn.Module, xs: Streams, lattice: float | None) -> Streams:
-    """Check the streams that enter a chain; float32 under autocast; onto the lattice, if any."""
+    """Return a chain's checked inputs: float32 under autocast, on the lattice if there is one."""
     name = type(chain).__name__
     for k, x in enumerate(xs):
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -22,8 +22,8 @@ def enter(chain: nn.Module, xs: Streams, lattice: float | None) -> Streams:
     if not xs:
         raise ValueError(f"{name}: expected at least one stream, got none")
     device = xs[0].device.type
-    is_half_kept = device == "meta" or getattr(chain, "keeps_inputs", False)
-    if not is_half_kept and torch.is_autocast_enabled(device):
+    stays_half = device == "meta" or getattr(chain, "keeps_inputs", False)
+    if not stays_half and torch.is_autocast_enabled(device):
         xs = tuple(x.float() if x.dtype.itemsize == 2 else x for x in xs)
     if lattice is None:
         return xs
@@ -36,6 +36,7 @@ def enter(chain: nn.Module, xs: Streams, lattice: float | None) -> Streams:
 
 
 def finest_lattice(blocks: Iterable[nn.Module]) -> float | None:
+    """Return the smallest lattice among the blocks', None if none has one."""
     lattices = [block.lattice for block in blocks if block.lattice is not None]
     return min(lattices) if lattices else None
 
@@ -47,11 +48,11 @@ def snap(x: Tensor, lattice: float) -> Tensor:
 
 
 def identity(x: Tensor) -> tuple:
-    """Equal for tensors of the same memory, unchanged."""
+    """Return what is equal for tensors of the same memory, as long as nobody writes to it."""
     storage = x.untyped_storage()._cdata
     return storage, x.storage_offset(), x._version, x.dtype, x.shape, x.stride()
 
 
 def readable(grad: Tensor | None, channels_last: bool) -> Tensor | None:
-    """A gradient in the memory format of its stream: kernels read others slowly."""
+    """Return a gradient in the memory format of its stream: kernels read others slowly."""
     return grad if grad is None or grad.dim() != 4 else in_format(grad, channels_last)

@@ -1,22 +1,11 @@
-"""Autocast: both runs of a transform cast alike, and streams stay float32."""
+"""Autocast: forward and recompute of a transform cast alike, and streams stay float32."""
 
 import contextlib
 
 import pytest
 import torch
-from chains import (
-    assert_same_bits,
-    blocks,
-    exact_pair,
-    growing,
-    loss_of,
-    named_gradients,
-    plain,
-    silos,
-    streams,
-)
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from chains import blocks, exact_pair, growing, plain, silos, streams
+from steps import assert_same_bits, loss_of, named_gradients
 
 
 @pytest.mark.parametrize("kind", [silos, growing, blocks])

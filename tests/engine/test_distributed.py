@@ -6,23 +6,14 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from chains import (
-    LATTICE,
-    assert_same_bits,
-    growing,
-    loss_of,
-    mbconv,
-    named_gradients,
-    plain,
-    relative_error,
-    silos,
-    stored,
-    streams,
-)
+from chains import LATTICE, growing, mbconv, plain, silos, stored, streams
 from processes import on_two_processes
+from steps import assert_same_bits, loss_of, named_gradients, relative_error
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+from revbifpn_kernels import RevBlock
 
 
 def batches(kind, count: int = 1) -> list:
@@ -117,6 +108,16 @@ def check_fsdp(rank: int) -> None:
         assert relative_error(full, named_gradients(reference)) < 1e-12
 
 
+def check_inner_sharding(rank: int) -> None:
+    block = RevBlock(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+    fully_shard(block.f)
+    fully_shard(block)
+    with pytest.raises(
+        RuntimeError, match=r"FSDPConv2d is sharded by itself .* fully_shard\(block\)"
+    ):
+        block(torch.randn(2, 8, 4, 4, requires_grad=True))
+
+
 def check_batch_norm_under_ddp(rank: int) -> None:
     """Buffers are broadcast before each forward, and move once in it."""
     chain = silos(2).double()
@@ -209,15 +210,14 @@ def run_synchronised_batch_norm_on_cpus() -> None:
 _libraries = []  # a Library takes its kernels away when it is deleted
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
+def test_two_processes(tmp_path):
+    """One start for all: it takes most of the time. The last check changes PyTorch's kernels."""
+    on_two_processes(
+        tmp_path,
         check_ddp,
         check_overlap,
         check_fsdp,
+        check_inner_sharding,
         check_batch_norm_under_ddp,
         check_synchronised_batch_norm,
-    ],
-)
-def test_two_processes(check, tmp_path):
-    on_two_processes(check, tmp_path)
+    )

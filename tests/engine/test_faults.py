@@ -2,29 +2,11 @@
 
 import pytest
 import torch
-from chains import (
-    LATTICE,
-    Coupling,
-    assert_same_bits,
-    blocks,
-    gradients_of,
-    loss_of,
-    named_gradients,
-    plain,
-    silos,
-    streams,
-    transform,
-)
+from chains import LATTICE, Coupling, blocks, conv, plain, silos, streams, transform
+from steps import assert_same_bits, gradients_of, loss_of, named_gradients
 from torch import nn
 
 from revbifpn_kernels import Reversible, ReversibleSequential, RevSilo
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def conv(inputs, outputs, stride=1):
-    return nn.Conv2d(inputs, outputs, 1, stride)
-
 
 X = [torch.randn(2, c, s, s) for c, s in ((6, 8), (8, 4), (10, 2))]
 
@@ -162,7 +144,7 @@ def test_transform_with_state_of_its_own():
 
 
 @pytest.mark.parametrize("make", [transform, plain])
-def test_exception_in_the_second_run(make):
+def test_exception_in_the_recompute(make):
     """Nothing is half-done: statistics, generators and modes are as after the forward."""
 
     class Failing(nn.Module):

@@ -1,4 +1,4 @@
-"""Recomputed blocks in a chain: one may run the one before again instead of keeping inputs."""
+"""Recomputed blocks in a chain: one may run the one before again instead of saving its inputs."""
 
 import copy
 
@@ -12,8 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.lib.memory import held_and_peak
 from revbifpn_kernels import Recomputed, ReversibleSequential
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-KEPT_BYTES = 3 * 6000  # generators' states and statistics
+SMALL_BYTES = 3 * 6000  # generators' states and statistics
 
 
 class Widening(Recomputed):
@@ -84,11 +83,11 @@ def test_only_the_inputs_of_the_first_are_held():
         forward()
         return held_and_peak(forward, gradients=False)[0] - 8 * x.nbytes  # of the square
 
-    assert held(chain(Widening, Following, Following)) <= KEPT_BYTES
+    assert held(chain(Widening, Following, Following)) <= SMALL_BYTES
     assert held(chain(Widening, Widening, Following)) >= 2 * x.nbytes
 
 
-def test_keeps_inputs_where_nothing_else_can_compute_them():
+def test_saves_inputs_where_nothing_else_can_compute_them():
     """After a block without a graph, or one that restores its inputs from its outputs."""
     net = chain(Widening, Following)
     net[0].requires_grad_(False)

@@ -4,26 +4,13 @@ import threading
 
 import pytest
 import torch
-from chains import (
-    LATTICE,
-    gradients_of,
-    loss_of,
-    pair_of,
-    plain,
-    relative_error,
-    silos,
-    stored,
-    streams,
-    transform,
-)
-from processes import on_two_processes
+from chains import LATTICE, pair_of, plain, silos, stored, streams, transform
+from steps import gradients_of, loss_of, relative_error
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from revbifpn_kernels import RevBlock, ReversibleSequential
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 X = torch.randn(2, 8, 6, 6)
 
 
@@ -178,17 +165,3 @@ def test_evaluation_leaves_what_hooks_saw():
         net(*streams(silos))
     assert len(seen) == 6
     assert all(torch.equal(x, before) for x, before, _ in seen)
-
-
-def check_inner_sharding(rank: int) -> None:
-    block = RevBlock(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
-    fully_shard(block.f)
-    fully_shard(block)
-    with pytest.raises(
-        RuntimeError, match=r"FSDPConv2d is sharded by itself .* fully_shard\(block\)"
-    ):
-        block(torch.randn(2, 8, 4, 4, requires_grad=True))
-
-
-def test_transforms_sharded_by_themselves_are_refused(tmp_path):
-    on_two_processes(check_inner_sharding, tmp_path)

@@ -4,36 +4,23 @@ import copy
 
 import pytest
 import torch
-from chains import (
-    LATTICE,
-    blocks,
-    gradients_of,
-    growing,
-    levels,
-    loss_of,
-    mbconv,
-    plain,
-    relative_error,
-    silos,
-    stored,
-    streams,
-    transform,
-)
+from chains import KINDS, LATTICE, MAKES, mbconv, plain, silos, stored, streams, transform
+from steps import gradients_of, loss_of, relative_error
 from tiny import tiny
 
 from benchmarks.lib.memory import held_and_peak
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-KINDS = pytest.mark.parametrize("kind", [silos, growing, blocks, levels])
-MAKES = pytest.mark.parametrize("make", [plain, transform, mbconv])
+over_kinds = pytest.mark.parametrize("kind", KINDS[:4])  # those with fused backwards
+over_makes = pytest.mark.parametrize("make", MAKES)
 
 
 def on_gpu(kind, depth, make, **options):
     return kind(depth, make).cuda(), [x.cuda() for x in streams(kind, **options)]
 
 
-@KINDS
-@MAKES
+@over_kinds
+@over_makes
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_gradients(kind, make, layout):
     net, xs = on_gpu(kind, 2, make, side=32)
@@ -43,12 +30,12 @@ def test_gradients(kind, make, layout):
     assert relative_error(gradients_of(net, xs), expected) < 1e-4
 
 
-@KINDS
-@MAKES
+@over_kinds
+@over_makes
 @pytest.mark.parametrize("is_autocast", [False, True])
 def test_exact_mode_restores_every_bit(kind, make, is_autocast):
     """`check` runs each transform twice, as the backward does, and compares the bits."""
-    net, xs = on_gpu(kind, 3, make, side=96)  # beyond norms.SMALL, too
+    net, xs = on_gpu(kind, 3, make, side=96)  # beyond batch_norm.SMALL
     net.lattice, net.check = LATTICE, True
     with torch.autocast("cuda", torch.bfloat16, enabled=is_autocast):
         loss_of(net(*xs)).backward()
@@ -59,7 +46,7 @@ def test_exact_mode_restores_every_bit(kind, make, is_autocast):
             assert torch.equal(x, restored)
 
 
-@KINDS
+@over_kinds
 def test_activations_do_not_grow_with_depth(kind):
     found = []
     for depth in (2, 32):

@@ -2,22 +2,10 @@
 
 import pytest
 import torch
-from chains import (
-    LATTICE,
-    plain,
-    silo,
-    silos,
-)
+from chains import LATTICE, conv, plain, silo, silos
 from torch import nn
 
 from revbifpn_kernels import MBConv, RevBlock, ReversibleSequential, RevSilo
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def conv(inputs, outputs, stride=1):
-    return nn.Conv2d(inputs, outputs, 1, stride)
-
 
 EDGES = {
     "empty": ({}, TypeError, "edges must be a mapping .* got dict without entries"),

@@ -1,4 +1,4 @@
-"""Modules keep no state of a step: copies, threads, evaluation and swapped parameters work."""
+"""Modules store no state of a step: copies, threads, evaluation and swapped parameters work."""
 
 import copy
 import pickle
@@ -6,31 +6,12 @@ import threading
 
 import pytest
 import torch
-from chains import (
-    LATTICE,
-    assert_same_bits,
-    blocks,
-    couplings,
-    exact_pair,
-    gradients_of,
-    growing,
-    levels,
-    loss_of,
-    mbconv,
-    named_gradients,
-    plain,
-    relative_error,
-    silos,
-    stored,
-    streams,
-)
+from chains import LATTICE, exact_pair, growing, mbconv, over_kinds, plain, silos, stored, streams
+from steps import assert_same_bits, gradients_of, loss_of, named_gradients, relative_error
 from torch import nn
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-KINDS = pytest.mark.parametrize("kind", [silos, growing, blocks, levels, couplings])
 
-
-@KINDS
+@over_kinds
 def test_deepcopy_pickle_state_dict(kind):
     chain = kind(2, mbconv).double()
     xs = streams(kind, dtype=torch.float64)
@@ -66,7 +47,7 @@ def test_threads():
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@KINDS
+@over_kinds
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_evaluation(kind, guard):
     chain = kind(2).eval()
@@ -79,7 +60,7 @@ def test_evaluation(kind, guard):
     assert all(torch.equal(x, b) for x, b in zip(xs, before, strict=True))
 
 
-@KINDS
+@over_kinds
 def test_modules_in_eval_mode_inside_a_training_step(kind):
     chain = kind(2).double()
     for module in chain.modules():

@@ -3,31 +3,25 @@
 import pytest
 import torch
 from chains import (
-    assert_same_bits,
     blocks,
     couplings,
     exact_pair,
-    gradients_of,
     growing,
     levels,
-    loss_of,
     mbconv,
-    named_gradients,
+    over_kinds,
     plain,
-    relative_error,
     silos,
     stored,
     streams,
     transform,
 )
+from steps import assert_same_bits, gradients_of, loss_of, named_gradients, relative_error
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-KINDS = pytest.mark.parametrize("kind", [silos, growing, blocks, levels, couplings])
 
-
-@KINDS
+@pytest.mark.parametrize("kind", [silos, blocks, couplings])
 def test_gradient_accumulation(kind):
     chain = kind(2).double()
     twin = stored(chain)
@@ -50,7 +44,7 @@ def test_checkpoint_around(use_reentrant):
     assert_same_bits(*results)
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [growing, levels, couplings])
 def test_frozen_parameters(kind):
     chain = kind(3).double()
     for k, p in enumerate(chain.parameters()):
@@ -99,7 +93,7 @@ def test_frozen_blocks_before_the_first_trained_one_are_not_run_again():
     assert all(p.grad is not None for p in chain[2].parameters())
 
 
-@KINDS
+@over_kinds
 def test_a_block_used_twice(kind):
     chain = kind(1)
     chain.append(chain[-1])
@@ -111,9 +105,10 @@ def test_a_block_used_twice(kind):
     assert relative_error(gradients_of(chain, xs), expected) < 1e-9
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
-@pytest.mark.parametrize("make", [transform, mbconv])
-def test_forwards_before_backwards(order, make):
+@pytest.mark.parametrize(
+    "make, order", [(transform, (0, 1, 2)), (mbconv, (2, 1, 0)), (mbconv, (1, 2, 0))]
+)
+def test_forwards_before_backwards(make, order):
     """Also a forward without gradients, on other data, between the two."""
     results = []
     for net in exact_pair(silos, make=make):

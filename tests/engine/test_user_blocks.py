@@ -2,24 +2,12 @@
 
 import pytest
 import torch
-from chains import (
-    LATTICE,
-    Coupling,
-    blocks,
-    gradients_of,
-    loss_of,
-    plain,
-    relative_error,
-    silos,
-    stored,
-    streams,
-    transform,
-)
+from chains import LATTICE, Coupling, blocks, plain, silos, stored, streams, transform
+from steps import gradients_of, loss_of, relative_error
 from torch import nn
 
 from revbifpn_kernels import RevBlock, Reversible, ReversibleSequential, RevLevels, resample_add
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 X = torch.randn(2, 8, 6, 6)
 
 

@@ -1,15 +1,12 @@
-"""What a model is said to cost: against the published numbers and a real step."""
-
-import subprocess
-import sys
+"""The costs that are computed for a model, against the published numbers and a real step."""
 
 import pytest
 import torch
-from tiny import tiny
+from tiny import TWO_LEVELS, tiny
 
 from benchmarks.lib.memory import held_and_peak
+from revbifpn_kernels import __main__ as command
 from revbifpn_kernels import create_model, macs, revbifpn_s0, training_memory
-from revbifpn_kernels.__main__ import main, print_backends
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MIB = 2**20
@@ -24,7 +21,9 @@ PUBLISHED = {  # parameters, MACs
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    "name", ["revbifpn_s0", *(pytest.param(n, marks=pytest.mark.slow) for n in list(PUBLISHED)[1:])]
+)
 def test_published_numbers(name):
     with torch.device("meta"):
         net = create_model(name)
@@ -35,13 +34,13 @@ def test_published_numbers(name):
 def test_multiply_adds_agree_with_pytorchs_counter():
     from torch.utils.flop_counter import FlopCounterMode
 
-    net = tiny().eval()
+    net = tiny(**TWO_LEVELS).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(torch.randn(1, 3, 96, 96))
     assert 2 * macs(net, 96).multiply_adds == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("reversible", [True, False])
+@pytest.mark.parametrize("reversible", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_memory_agrees_with_a_real_step(reversible):
     net = revbifpn_s0(reversible=reversible)
     image = torch.randn(4, 3, 128, 128)
@@ -53,6 +52,7 @@ def test_memory_agrees_with_a_real_step(reversible):
     assert predicted.peak <= peak <= predicted.peak + workspaces
 
 
+@pytest.mark.slow
 def test_memory_of_the_largest_size():
     with torch.device("meta"):
         net = create_model("revbifpn_s6")
@@ -61,21 +61,15 @@ def test_memory_of_the_largest_size():
     assert held < authors / 2 and peak < 0.2e9
 
 
-def test_counting_leaves_the_model_alone():
-    net = tiny()
+def test_counting_leaves_the_model_alone_and_calls_no_hooks_of_users():
+    net, calls = tiny(**TWO_LEVELS), []
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    for module in net.modules():
+        module.register_forward_hook(lambda module, args, output: calls.append(output))
     macs(net, 64)
     training_memory(net, (2, 3, 64, 64), autocast=torch.bfloat16)
     assert net.training and all(p.grad is None for p in net.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
-
-
-def test_counting_calls_no_hooks_of_users():
-    net, calls = tiny(), []
-    for module in net.modules():
-        module.register_forward_hook(lambda module, args, output: calls.append(output))
-    macs(net, 64)
-    training_memory(net, (2, 3, 64, 64))
     assert not calls
 
 
@@ -86,7 +80,8 @@ def test_sides_that_no_model_takes(side):
 
 
 def test_a_frozen_model_holds_nothing():
-    assert training_memory(tiny().requires_grad_(False), (2, 3, 64, 64)).held < MIB
+    net = tiny(**TWO_LEVELS).requires_grad_(False)
+    assert training_memory(net, (2, 3, 64, 64)).held < MIB / 4
 
 
 def test_info_shows_every_operator_and_device(capsys, monkeypatch):
@@ -95,26 +90,37 @@ def test_info_shows_every_operator_and_device(capsys, monkeypatch):
     monkeypatch.setattr(
         torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: key == "CPU"
     )
-    print_backends()
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    command.print_backends()
+    _, *lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     kernels = "C++ (CPU), PyTorch's own (CUDA)".split()
     assert lines == [["new", *kernels], ["resample_add", *kernels]]
 
 
-def test_info(capsys):
-    assert main(["info", "--model", "revbifpn_s0", "--side", "64", "--dtype", "bf16"]) == 0
+def test_info(capsys, monkeypatch):
+    def small(name, reversible):
+        assert name == "revbifpn_s0" and not reversible
+        return tiny(**TWO_LEVELS, reversible=reversible)
+
+    monkeypatch.setattr(command, "create_model", small)
+    arguments = ["info", "--model", "revbifpn_s0", "--side", "64", "--dtype", "bf16", "--stored"]
+    assert command.main(arguments) == 0
     shown = capsys.readouterr().out
-    for text in (
-        "torch",
-        torch.__version__.split("+")[0],
-        "resample_undo",
-        "C++ (CPU)",
-        "3,419,196",
-    ):
+    for text in ("torch", torch.__version__.split("+")[0], "resample_undo", "C++ (CPU)"):
         assert text in shown
+    net = tiny(**TWO_LEVELS, reversible=False)
+    assert "Training memory per image, bf16, stored activations" in shown
+    name, side, parameters, multiply_adds, held, peak = shown.splitlines()[-1].split()
+    assert (name, side) == ("revbifpn_s0", "64")
+    assert parameters == f"{sum(p.numel() for p in net.parameters()):,}"
+    assert multiply_adds == f"{macs(net, 64).official:,}"
+    one, three = (
+        training_memory(net, (n, 3, 64, 64), autocast=torch.bfloat16).held for n in (1, 3)
+    )
+    assert float(held) == pytest.approx((three - one) / 2 / MIB, abs=0.1)
+    assert 0 < float(held) <= float(peak)
 
 
-def test_info_refuses_sides_that_no_model_takes():
-    command = [sys.executable, "-m", "revbifpn_kernels", "info", "--side", "31"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and "--side must be at least 32 pixels, got 31" in result.stderr
+def test_info_refuses_sides_that_no_model_takes(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["info", "--side", "31"])
+    assert "--side must be at least 32 pixels, got 31" in capsys.readouterr().err

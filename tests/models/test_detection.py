@@ -32,7 +32,7 @@ def images_and_targets():
     "make",
     [
         lambda: FasterRCNN(backbone(), num_classes=3, **SIZES),
-        lambda: MaskRCNN(backbone(), num_classes=3, **SIZES),
+        pytest.param(lambda: MaskRCNN(backbone(), num_classes=3, **SIZES), marks=pytest.mark.slow),
         lambda: RetinaNet(backbone(levels=(1, 2, 3), extra=2), num_classes=3, **SIZES),
     ],
     ids=["FasterRCNN", "MaskRCNN", "RetinaNet"],

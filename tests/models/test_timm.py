@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("timm", reason="an extra")
 import timm
-from timm.models import group_parameters
+from timm.models import create_feature_extractor, group_parameters
 
 from revbifpn_kernels import revbifpn_s0, to_official
 
@@ -145,27 +145,31 @@ def test_gradient_checkpointing_is_the_engine():
     assert net.body.reversible and net.neck.reversible and net.head.reversible
 
 
-@pytest.mark.parametrize("first", ["revbifpn_kernels", "timm"])
-def test_registered_whichever_is_imported_first(first):
-    second = {"revbifpn_kernels": "timm", "timm": "revbifpn_kernels"}[first]
-    code = f"import {first}, {second}, timm; assert timm.is_model('{NAME}')"
+def run_python(code):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_registered_after_somebody_asked_whether_timm_is_installed():
-    code = (
-        "import importlib.util, revbifpn_kernels\n"
+@pytest.mark.slow
+def test_registered_after_timm():
+    run_python(f"import timm, revbifpn_kernels; assert timm.is_model('{NAME}')")
+
+
+def test_registered_before_timm_which_is_not_imported_then():
+    run_python(
+        "import importlib.util, sys, revbifpn_kernels\n"
         "assert importlib.util.find_spec('timm') and importlib.util.find_spec('timm')\n"
+        "assert not {'timm', 'torchvision', 'safetensors'} & set(sys.modules)\n"
         f"import timm; assert timm.is_model('{NAME}')"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("first", ["revbifpn_kernels", "timm"])
-def test_an_old_timm_costs_its_own_models_only(first, tmp_path):
+@pytest.mark.parametrize(
+    "first", ["revbifpn_kernels", pytest.param("timm", marks=pytest.mark.slow)]
+)
+def test_an_old_timm_lacks_the_models_and_both_imports_go_on(first, tmp_path):
     (tmp_path / "timm.py").write_text("__version__ = '0.4.12'")
     second = {"revbifpn_kernels": "timm", "timm": "revbifpn_kernels"}[first]
-    code = (
+    run_python(
         f"import sys; sys.path[:0] = {[str(tmp_path), *sys.path]}\n"
         "import warnings; warnings.simplefilter('error')\n"
         f"import {first}\n"
@@ -174,12 +178,24 @@ def test_an_old_timm_costs_its_own_models_only(first, tmp_path):
         f"    import {second}\n"
         "assert 'must be >= 1.0.3, got 0.4.12' in str(warned[-1].message)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_never_imported_by_us():
-    code = (
-        "import revbifpn_kernels, sys\n"
-        "assert not {'timm', 'torchvision', 'safetensors'} & set(sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_what_timms_own_tests_read_of_the_configuration():
+    net = timm.create_model(NAME)
+    config = net.default_cfg
+    assert config["first_conv"] == ()  # a name or a sequence of names of convolutions
+    assert config["classifier"] + ".weight" in net.state_dict()
+    assert config["pool_size"] == tuple(side // 32 for side in config["input_size"][1:])
+    assert net.head_hidden_size == net.num_features == 1280
+
+
+def test_timms_feature_extractor_takes_the_network_as_a_leaf():
+    pytest.importorskip("torchvision", reason="an extra")
+    net = timm.create_model(NAME, num_classes=3).eval()
+    wrapped = torch.nn.Sequential(net, torch.nn.Softmax(dim=1)).eval()
+    extractor = create_feature_extractor(wrapped, ["0"])
+    image = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(extractor(image)["0"], net(image))
+    with pytest.raises(RuntimeError, match="RevBiFPN: torch.fx cannot trace it.*features_only"):
+        create_feature_extractor(net, ["neck"])

@@ -2,22 +2,10 @@
 
 import pytest
 import torch
+from fusions import X, assert_refused, maps, over_fusions
 
-from revbifpn_kernels import resample_add, resample_add_, resample_adjoint, resample_undo
+from revbifpn_kernels import resample_add, resample_adjoint, resample_undo
 
-
-def maps(*shape, dtype=torch.float32, device="cpu"):
-    return torch.ones(shape, dtype=dtype, device=device)
-
-
-def call_undo(y, sources, **options):
-    return resample_undo(y, y, sources, **options)
-
-
-# The three ops that take sources share their checks; undo calls its first argument y.
-FUSIONS = {"resample_add": resample_add, "resample_add_": resample_add_, "resample_undo": call_undo}
-over_fusions = pytest.mark.parametrize("op", FUSIONS)
-X = (2, 3, 8, 12)
 FP64, BF16, FP16 = torch.float64, torch.bfloat16, torch.float16
 
 # name: (x, sources, exception, message); {x} stands for the name of the first argument.
@@ -49,12 +37,7 @@ BAD_MAPS = {
         TypeError,
         "sources must be a list or tuple of tensors, got Tensor",
     ),
-    "source-not-a-tensor": (
-        maps(*X),
-        [2.0],
-        TypeError,
-        r"sources\[0\] must be a tensor, got",
-    ),
+    "source-not-a-tensor": (maps(*X), [2.0], TypeError, r"sources\[0\] must be a tensor, got"),
     "source-rank-5": (
         maps(*X),
         [maps(*X), maps(2, 3, 4, 6, 1)],
@@ -145,14 +128,6 @@ BAD_OPTIONS = {
     "alpha-complex": ({"alpha": 1j}, TypeError, "alpha must be a Python number, got complex"),
 }
 BAD_LATTICES = [0, 0.0, -1, -0.5, 3, 0.75, float("nan"), float("inf"), -float("inf")]
-
-
-def assert_refused(op, x, sources, options, exception, message):
-    name = "y" if op == "resample_undo" else "x"
-    before = x.clone() if isinstance(x, torch.Tensor) else None
-    with pytest.raises(exception, match=f"^{op}: " + message.replace("{x}", name)):
-        FUSIONS[op](x, sources, **options)
-    assert before is None or torch.equal(x, before), "x was written to"
 
 
 @over_fusions

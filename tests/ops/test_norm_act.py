@@ -1,19 +1,18 @@
 """The norm_act family: each op against its reference, and the gradient of a squeeze-excite."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import as_dtype, assert_as_accurate, same_bits
-from norm_act_cases import BACKENDS, CASES, EPS, Case, over_backends, over_grid
+from norm_act_cases import BACKENDS, CASES, EPS, INTERPRETED, Case, over_backends, over_grid
 
-from revbifpn_kernels.ops.norm_act import launchers as norm_act_cuda
-from revbifpn_kernels.ops.norm_act.ops import (
-    ACTIVATIONS,
-    batch_statistics_reference,
-    norm_act_grad_reference,
-    norm_act_reference,
-    norm_act_sums_reference,
-)
+from revbifpn_kernels.ops.norm_act import tiles
+from revbifpn_kernels.ops.norm_act.arguments import ACTIVATIONS
+from revbifpn_kernels.ops.norm_act.forward import norm_act_reference
+from revbifpn_kernels.ops.norm_act.gradient import norm_act_grad_reference, norm_act_sums_reference
+from revbifpn_kernels.ops.norm_act.statistics import batch_statistics_reference
 
 over_acts = pytest.mark.parametrize("act", ACTIVATIONS)
 
@@ -82,27 +81,41 @@ def test_grad(backend, case, dtypes):
     assert dx.stride() == torch.empty_like(inputs.x).stride()
 
 
-@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
-@pytest.mark.parametrize("gated", [True, False], ids=["gate", "no-gate"])
-@over_acts
-@over_backends
-def test_acts_gates_and_factors(backend, act, gated, affine):
-    for case in (CASES["odd"], CASES["channels-last-aligned"]):
-        inputs = case.inputs(device=backend.device, affine=affine)
-        gate = inputs.gate if gated else None
-        y = backend.norm_act(*inputs.norm, gate, act)
-        assert_as_accurate(y, norm_act_reference, *inputs.norm, gate, act=act)
-        means = backend.norm_act_means(*inputs.norm, act)
-        assert_as_accurate(means, means_reference, *inputs.norm, act=act)
-        arguments = inputs.grad, *inputs.norm
-        sums = backend.norm_act_sums(*arguments, act, gated)
-        assert_as_accurate(sums.unbind(), sums_apart, *arguments, act=act, gated=gated)
-        for is_batch in (True, False):
-            check_grad(backend, inputs, gate, inputs.grad_means if gated else None, act, is_batch)
+# act, gated, affine, is_batch, case: in C++ all but the last are a product.
+TRIALS = [
+    *(
+        ("cpp", act, gated, affine, is_batch, case)
+        for act in ACTIVATIONS
+        for gated, affine, is_batch in itertools.product((True, False), repeat=3)
+        for case in (("odd", "channels-last-aligned")[affine ^ gated ^ is_batch],)
+    ),
+    ("triton", "identity", True, False, False, "odd"),
+    ("triton", "relu", False, True, True, "channels-last-aligned"),
+    ("triton", "silu", True, True, False, "odd"),
+    ("triton", "hardswish", False, False, True, "odd"),
+    pytest.param("triton", "silu", False, False, True, "channels-last-aligned", marks=INTERPRETED),
+    pytest.param("triton", "relu", True, True, False, "odd", marks=INTERPRETED),
+]
 
 
-@pytest.mark.parametrize("gated", [True, False], ids=["gate", "no-gate"])
-@pytest.mark.parametrize("name", ["odd", "channels-last"])
+@pytest.mark.parametrize(("name", "act", "gated", "affine", "is_batch", "case"), TRIALS)
+def test_acts_gates_and_factors(name, act, gated, affine, is_batch, case):
+    backend = BACKENDS[name]
+    inputs = CASES[case].inputs(device=backend.device, affine=affine)
+    gate, grad_means = (inputs.gate, inputs.grad_means) if gated else (None, None)
+    y = backend.norm_act(*inputs.norm, gate, act)
+    assert_as_accurate(y, norm_act_reference, *inputs.norm, gate, act=act)
+    means = backend.norm_act_means(*inputs.norm, act)
+    assert_as_accurate(means, means_reference, *inputs.norm, act=act)
+    arguments = inputs.grad, *inputs.norm
+    sums = backend.norm_act_sums(*arguments, act, gated)
+    assert_as_accurate(sums.unbind(), sums_apart, *arguments, act=act, gated=gated)
+    check_grad(backend, inputs, gate, grad_means, act, is_batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "gated"), [("odd", True), pytest.param("channels-last", False, marks=pytest.mark.slow)]
+)
 @over_backends
 def test_sums_that_are_not_given_are_taken(backend, name, gated):
     inputs = CASES[name].inputs(device=backend.device)
@@ -144,7 +157,7 @@ def test_running_statistics_move_as_pytorchs(backend, name):
 
 
 @over_backends
-@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("layout", ["contiguous", pytest.param("channels-last", marks=INTERPRETED)])
 def test_statistics_do_not_cancel(backend, layout):
     """The mean is a thousand deviations off; or the first rows are, which programs see first."""
     case = Case((2, 16, 16, 40), layout)
@@ -157,15 +170,26 @@ def test_statistics_do_not_cancel(backend, layout):
 @pytest.fixture
 def programs(request, monkeypatch):
     """Cuts planned for a GPU so small that programs walk through many images and tiles."""
-    monkeypatch.setattr(norm_act_cuda, "PROGRAMS", request.param)
-    norm_act_cuda._plan.cache_clear()
+    monkeypatch.setattr(tiles, "PROGRAMS", request.param)
+    tiles._plan.cache_clear()
     yield request.param
-    norm_act_cuda._plan.cache_clear()
+    tiles._plan.cache_clear()
 
 
-@pytest.mark.parametrize("programs", [1, 5], indirect=True)
-@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
-@pytest.mark.parametrize("shape", [(7, 20, 5, 5), (2, 16, 16, 31)], ids=["images", "tiles"])
+IMAGES, TILES = (7, 20, 5, 5), (2, 16, 16, 31)
+
+
+@pytest.mark.parametrize(
+    ("programs", "layout", "shape"),
+    [
+        (1, "contiguous", IMAGES),
+        (5, "channels-last", TILES),
+        pytest.param(1, "channels-last", TILES, marks=INTERPRETED),
+        pytest.param(5, "contiguous", TILES, marks=INTERPRETED),
+        pytest.param(5, "channels-last", IMAGES, marks=INTERPRETED),
+    ],
+    indirect=["programs"],
+)
 def test_any_cut_among_programs_is_right_triton(programs, shape, layout):
     backend = BACKENDS["triton"]
     inputs = Case(shape, layout).inputs(device=backend.device)
@@ -196,7 +220,7 @@ def squeeze_excite_gradients(x, grad, weight, bias, mix):
         return torch.autograd.grad(squeeze_excite(*leaves), leaves, grad)
 
 
-@pytest.mark.parametrize("name", ["odd", "channels-last"])
+@pytest.mark.parametrize("name", ["channels-last"])
 @pytest.mark.parametrize(
     ("backend", "dtypes"),
     [(BACKENDS[name], dtypes) for name, dtypes in SQUEEZE_EXCITED],

@@ -6,7 +6,7 @@ from cases import HAS_GPU
 from helpers import assert_as_accurate, leaves_alone
 
 from revbifpn_kernels.ops.norm_act.factors import norm_factors_cuda, norm_factors_reference
-from revbifpn_kernels.ops.norm_act.ops import norm_act_reference
+from revbifpn_kernels.ops.norm_act.forward import norm_act_reference
 
 BACKENDS = {
     "cpp": ("cpu", leaves_alone(torch.ops.revbifpn.norm_factors)),

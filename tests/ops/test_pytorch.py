@@ -9,9 +9,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from revbifpn_kernels import resample_add, resample_add_, resample_adjoint, resample_undo
 
 OPS = torch.ops.revbifpn
-OPCHECKED = ("even", "one-pixel", "channels-last", "channels-last-slice", "slice", "mixed-kinds")
-over_opchecked = pytest.mark.parametrize("name", [*OPCHECKED, "layouts-differ", "empty-batch"])
-over_grad = pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "grad"])
+QUICK_OPCHECKS = [("mixed-kinds", True), ("channels-last-slice", False)]
+SLOW_OPCHECKS = [("one-pixel", True), ("slice", False), ("layouts-differ", True)]
+over_opchecked = pytest.mark.parametrize(
+    ("name", "requires_grad"),
+    [
+        *QUICK_OPCHECKS,
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW_OPCHECKS),
+        pytest.param("empty-batch", True, marks=pytest.mark.slow),
+    ],
+)
 
 
 def arguments(name, requires_grad):
@@ -21,7 +28,6 @@ def arguments(name, requires_grad):
     return x, sources
 
 
-@over_grad
 @over_opchecked
 def test_opcheck_resample_add(name, requires_grad):
     x, sources = arguments(name, requires_grad)
@@ -29,7 +35,6 @@ def test_opcheck_resample_add(name, requires_grad):
     torch.library.opcheck(OPS.resample_add.default, (x, sources, [], [], 0.5, "nearest", 0.125))
 
 
-@over_grad
 @over_opchecked
 def test_opcheck_resample_add_(name, requires_grad):
     x, sources = arguments(name, requires_grad)
@@ -38,7 +43,6 @@ def test_opcheck_resample_add_(name, requires_grad):
     )
 
 
-@over_grad
 @over_opchecked
 def test_opcheck_resample_adjoint(name, requires_grad):
     grad, sources = arguments(name, requires_grad)
@@ -48,7 +52,7 @@ def test_opcheck_resample_adjoint(name, requires_grad):
 
 
 @over_opchecked
-def test_opcheck_resample_undo(name):
+def test_opcheck_resample_undo(name, requires_grad):
     y, sources = arguments(name, False)
     arguments_ = (y, random_like(y), sources, [], [], 0.5, "bilinear", None)
     torch.library.opcheck(OPS.resample_undo.default, arguments_)
@@ -63,8 +67,14 @@ def every_op(x, sources):
     return y, z, restored, *grads, *undone
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("backend", "dynamic"),
+    [
+        ("aot_eager", True),
+        pytest.param("aot_eager", False, marks=pytest.mark.slow),
+        pytest.param("inductor", True, marks=pytest.mark.slow),
+    ],
+)
 def test_compile(backend, dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(every_op, fullgraph=True, dynamic=dynamic, backend=backend)
@@ -73,7 +83,7 @@ def test_compile(backend, dynamic):
         assert same_bits(compiled(x, sources), every_op(x, sources))
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_gradients(dynamic):
     def function(x, sources):
         return resample_add_(resample_add(x, sources) * 2.0, sources, alpha=-0.5)
@@ -99,7 +109,7 @@ class EveryOp(torch.nn.Module):
         return every_op(x, sources)
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_export(strict):
     x, sources = CASES["mixed-kinds"].tensors("fp32-mixed")
     batch = {0: torch.export.Dim("batch")}

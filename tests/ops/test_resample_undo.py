@@ -5,9 +5,11 @@ import torch
 from cases import (
     BACKENDS,
     CASES,
+    INTERPRETED,
     LAYOUTS,
+    over,
     over_backends,
-    over_backends_in_depth,
+    over_cpp_spreads,
     over_grid_of_undo,
     over_lattices,
     over_modes,
@@ -24,13 +26,13 @@ from revbifpn_kernels.ops.resample.undo import resample_undo_reference
 def test_undo(backend, case, dtypes, mode):
     y, sources = case.tensors(dtypes, backend.device)
     grad = LAYOUTS[case.x_layout](random_like(y))
-    results = backend.undo(y, grad, sources, 1.0, mode, None)
-    assert_as_accurate(results, resample_undo_reference, y, grad, sources, mode=mode)
+    results = backend.undo(y, grad, sources, -0.7, mode, None)
+    options = {"alpha": -0.7, "mode": mode}
+    assert_as_accurate(results, resample_undo_reference, y, grad, sources, **options)
 
 
-@pytest.mark.parametrize("alpha", [-1.0, 0.3, -2.5e3])
-@over_spreads
-@over_backends_in_depth
+@pytest.mark.parametrize("alpha", [1.0, 0.3, -2.5e3])
+@over(["mixed-kinds", "x2-x4-x8"], slow=["x2-x4-x8"])
 def test_alpha_scales_both(backend, case, alpha):
     y, sources = case.tensors("fp32-mixed", backend.device)
     grad = random_like(y)
@@ -38,10 +40,8 @@ def test_alpha_scales_both(backend, case, alpha):
     assert_as_accurate(results, resample_undo_reference, y, grad, sources, alpha=alpha)
 
 
-@pytest.mark.parametrize("lattice", [None, 2.0**-6])
-@over_modes
+@pytest.mark.parametrize(("mode", "lattice"), [("bilinear", 2.0**-6), ("nearest", None)])
 @over_spreads
-@over_backends_in_depth
 def test_undo_restores_the_bits_that_add_would(backend, case, mode, lattice):
     y, sources = case.tensors("fp32-mixed", backend.device)
     x, _ = backend.undo(y, random_like(y), sources, 0.7, mode, lattice)
@@ -49,7 +49,7 @@ def test_undo_restores_the_bits_that_add_would(backend, case, mode, lattice):
 
 
 @over_modes
-@over_spreads
+@over_cpp_spreads
 def test_undo_has_the_gradients_of_adjoint(case, mode):
     """Bit for bit in C++; a Triton launch orders its sums by all sources that it has."""
     backend = BACKENDS["cpp"]
@@ -61,27 +61,34 @@ def test_undo_has_the_gradients_of_adjoint(case, mode):
         assert same_bits([grad_source], backend.adjoint(grad, [size], 0.7, mode, source.dtype))
 
 
-@pytest.mark.parametrize("grad_layout", LAYOUTS)
-@pytest.mark.parametrize("source_layout", ["contiguous", "channels-last", "channels-last-slice"])
-@over_backends_in_depth
-def test_layouts_do_not_change_a_bit(backend, source_layout, grad_layout):
+DISTINCT = ("contiguous", "channels-last", "slice", "channels-last-slice", "strided")
+# Layouts of the gradient, the sources and y: in C++ every pair.
+LAYOUT_TRIPLES = (
+    *(
+        ("cpp", grad, DISTINCT[(k + j) % 5], y)
+        for k, grad in enumerate(LAYOUTS)
+        for j, y in enumerate(DISTINCT)
+    ),
+    pytest.param("triton", "slice", "contiguous", "channels-last", marks=INTERPRETED),
+    pytest.param("triton", "expanded", "strided", "slice", marks=INTERPRETED),
+)
+
+
+@pytest.mark.parametrize(("name", "grad_layout", "source_layout", "y_layout"), LAYOUT_TRIPLES)
+def test_layouts_do_not_change_a_bit(name, grad_layout, source_layout, y_layout):
+    backend = BACKENDS[name]
     y, sources = CASES["mixed-kinds"].tensors("fp32", backend.device)
     grad = random_maps(y.shape, layout=grad_layout, device=backend.device)
     expected = backend.undo(y, grad.contiguous(), sources, 1.0, "bilinear", None)
-    sources = [LAYOUTS[source_layout](source) for source in sources]
-    for y_layout in ("contiguous", "channels-last", "slice", "channels-last-slice", "strided"):
-        laid_out = LAYOUTS[y_layout](y)
-        x, grads = backend.undo(laid_out, grad, sources, 1.0, "bilinear", None)
-        assert same_bits((x, grads), expected)
-        assert x.stride() == torch.empty_like(laid_out).stride()
-        for source, grad_source in zip(sources, grads, strict=True):
-            assert grad_source.stride() == torch.empty_like(source).stride()
+    sources, laid_out = [LAYOUTS[source_layout](s) for s in sources], LAYOUTS[y_layout](y)
+    x, grads = backend.undo(laid_out, grad, sources, 1.0, "bilinear", None)
+    assert same_bits((x, grads), expected)
+    assert x.stride() == torch.empty_like(laid_out).stride()
 
 
 @over_lattices
-@pytest.mark.parametrize("name", ["odd", "mixed-powers"])
-def test_lattice_undo_restores_every_bit(backend, name, dtypes, lattice):
-    x, sources = CASES[name].tensors(dtypes, backend.device)
+def test_lattice_undo_restores_every_bit(backend, case, dtypes, lattice):
+    x, sources = case.tensors(dtypes, backend.device)
     on_lattice(x, lattice)
     y = backend.add(x, sources, 0.7, "bilinear", lattice)
     restored, _ = backend.undo(y, random_like(y), sources, 0.7, "bilinear", lattice)
@@ -109,10 +116,11 @@ def forward_and_back(backend, fine, coarse, couplings, lattice):
 
 @over_backends
 def test_lattice_restores_two_hundred_couplings(backend):
-    couplings = 200 if backend is BACKENDS["cpp"] or backend.device == "cuda" else 12
+    couplings = 200 if backend is BACKENDS["cpp"] or backend.device == "cuda" else 4
     fine = on_lattice(random_maps((2, 2, 8, 12), device=backend.device), 2.0**-12)
     coarse = on_lattice(random_maps((2, 2, 4, 6), device=backend.device), 2.0**-12)
     streams = forward_and_back(backend, fine.clone(), coarse.clone(), couplings, 2.0**-12)
     assert same_bits(streams, (fine, coarse))
-    drifted = forward_and_back(backend, fine.clone(), coarse.clone(), couplings, None)
-    assert not same_bits(drifted, (fine, coarse)), "without a lattice the streams should drift"
+    if couplings == 200:
+        drifted = forward_and_back(backend, fine.clone(), coarse.clone(), couplings, None)
+        assert not same_bits(drifted, (fine, coarse)), "without a lattice the streams should drift"

@@ -8,32 +8,23 @@ from cases import (
     BACKENDS,
     CASES,
     Case,
-    over_backends,
-    over_backends_in_depth,
-    over_grid,
-    over_grid_of_undo,
+    over,
+    over_grid_of_scaled,
     over_lattices,
     over_modes,
     over_spreads,
+    random_factors,
     random_like,
+    small_inputs,
+    with_few_bits,
 )
 from helpers import assert_as_accurate, on_lattice, same_bits
-from test_autograd import small_inputs
-from test_resample_add import POWERS, with_few_bits
-from test_resample_add_out import BACKENDS as OUT_BACKENDS
 
 from revbifpn_kernels import resample_add, resample_add_, resample_undo
-from revbifpn_kernels.ops.resample.add import resample_add_reference
+from revbifpn_kernels.ops.resample.add import _resample_add_out_cuda, resample_add_reference
 from revbifpn_kernels.ops.resample.undo import resample_undo_reference
 
 OPS = torch.ops.revbifpn
-
-
-def random_factors(x, count):
-    """A scale and a shift for each plane of each source, no two of them alike."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    factors = torch.randn(2, count, *x.shape[:2]).to(x.device, dtype)
-    return list(factors[0] * 0.5 + 1.0), list(factors[1])
 
 
 def scaled_inputs(case, dtypes="fp32-mixed", device="cpu"):
@@ -54,14 +45,14 @@ def undo_reference(y, grad, sources, scales, shifts, **options):
     return resample_undo_reference(y, grad, sources, scales=scales, shifts=shifts, **options)
 
 
-@over_grid
+@over_grid_of_scaled
 def test_forward(backend, case, dtypes, mode):
     inputs = x, sources, *factors = scaled_inputs(case, dtypes, backend.device)
     y = backend.add(x, sources, -0.7, mode, None, *factors)
     assert_as_accurate(y, add_reference, *inputs, alpha=-0.7, mode=mode)
 
 
-@over_grid_of_undo
+@over_grid_of_scaled
 def test_undo(backend, case, dtypes, mode):
     y, sources, *factors = scaled_inputs(case, dtypes, backend.device)
     grad = random_like(y)
@@ -71,8 +62,7 @@ def test_undo(backend, case, dtypes, mode):
 
 
 @over_modes
-@pytest.mark.parametrize("case", [CASES[name] for name in POWERS], ids=POWERS)
-@over_backends
+@over(["x2-x4-x8-unaligned", "mixed-powers", "channels-last"], slow=["mixed-powers"])
 def test_nothing_but_the_sources_changes(backend, case, mode):
     """Where all sums are exact, scaled sources and their written values give the same bits."""
     x, sources = with_few_bits(case.tensors("fp32", backend.device))
@@ -93,7 +83,6 @@ def test_the_product_is_rounded_before_the_sum(name):
 
 
 @over_spreads
-@over_backends_in_depth
 def test_undo_and_writes_in_place_have_the_bits_of_add(backend, case):
     x, sources, *factors = scaled_inputs(case, device=backend.device)
     y = backend.add(x, sources, -0.7, "bilinear", 2.0**-9, *factors)
@@ -104,18 +93,16 @@ def test_undo_and_writes_in_place_have_the_bits_of_add(backend, case):
     assert same_bits(x, y)
 
 
-@pytest.mark.parametrize("name", OUT_BACKENDS)
-@pytest.mark.parametrize("case", ["even", "channels-last-slice", "mixed-kinds"])
-def test_out(name, case):
-    device, op = OUT_BACKENDS[name]
-    x, sources, *factors = scaled_inputs(CASES[case], device=device)
+@over(["even", "channels-last-slice", "mixed-kinds"], slow=["even"])
+def test_out(backend, case):
+    x, sources, *factors = scaled_inputs(case, device=backend.device)
     out = torch.full_like(x, torch.nan)
+    op = OPS.resample_add_out if backend is BACKENDS["cpp"] else _resample_add_out_cuda
     op(x, sources, *factors, out, 0.7, "nearest", None)
-    assert same_bits(out, BACKENDS[name].add(x, sources, 0.7, "nearest", None, *factors))
+    assert same_bits(out, backend.add(x, sources, 0.7, "nearest", None, *factors))
 
 
 @over_lattices
-@over_spreads
 def test_lattice_undo_restores_every_bit(backend, case, dtypes, lattice):
     x, sources, *factors = scaled_inputs(case, dtypes, backend.device)
     on_lattice(x, lattice)
@@ -140,9 +127,16 @@ def gradients(function, x, *lists_and_grad, **options):
     return torch.autograd.grad(y, [x, *leaves], grad_y)
 
 
-@pytest.mark.parametrize("dtypes", ["fp64", "fp32", "bf16", "fp32-mixed"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
-@over_adds
+@pytest.mark.parametrize(
+    ("op", "layout", "dtypes"),
+    [
+        (resample_add, "channels-last", "fp64"),
+        (resample_add, "contiguous", "fp32"),
+        (add_in_place, "channels-last", "bf16"),
+        (resample_add, "channels-last", "fp32-mixed"),
+        (add_in_place, "contiguous", "fp32-mixed"),
+    ],
+)
 def test_gradients(op, layout, dtypes):
     """Of every kind of source, on so many planes that no chance decides the largest error."""
     case = Case((2, 40, 8, 12), ((8, 12), (4, 6), (16, 24), (5, 7)), layout, layout)
@@ -167,7 +161,7 @@ def small_scaled_inputs():
     return x, *sources, *(factor.requires_grad_() for factor in sum(factors, []))
 
 
-@over_adds
+@pytest.mark.parametrize("op", [resample_add, pytest.param(add_in_place, marks=pytest.mark.slow)])
 def test_gradcheck(op):
     def function(x, *tensors):
         return op(x, **split_in_three(tensors), alpha=0.7)
@@ -176,6 +170,7 @@ def test_gradcheck(op):
     assert torch.autograd.gradgradcheck(function, small_scaled_inputs())
 
 
+@pytest.mark.slow
 def test_undo_gradcheck():
     def function(y, grad, *tensors):
         x, grads = resample_undo(y, grad, **split_in_three(tensors), alpha=0.7)
@@ -201,8 +196,15 @@ def test_only_what_a_gradient_needs_is_saved(wanted, op):
     assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in expected]
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("name", ["even", "channels-last", "slice", "mixed-kinds", "empty-batch"])
+@pytest.mark.parametrize(
+    ("name", "requires_grad"),
+    [
+        ("mixed-kinds", True),
+        pytest.param("channels-last", False, marks=pytest.mark.slow),
+        pytest.param("slice", True, marks=pytest.mark.slow),
+        pytest.param("empty-batch", True, marks=pytest.mark.slow),
+    ],
+)
 def test_opcheck(name, requires_grad):
     x, *lists = scaled_inputs(CASES[name])
     options = 0.5, "bilinear", None
@@ -213,7 +215,7 @@ def test_opcheck(name, requires_grad):
     torch.library.opcheck(OPS.resample_add_.default, (x.detach().clone(), *lists, *options))
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_compiled_gradients(dynamic):
     def function(x, **lists):
         y = resample_add_(resample_add(x, **lists) * 2.0, **lists, alpha=0.7)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_errors import FUSIONS, X, assert_refused, maps, over_fusions
+from fusions import FUSIONS, X, assert_refused, maps, over_fusions
 
 from revbifpn_kernels.ops.resample.add import resample_add_out
 

@@ -5,29 +5,23 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import HAS_GPU
+from cases import HAS_GPU, INTERPRETED
 from helpers import assert_as_accurate, leaves_alone, same_bits
+from squeeze_excite_cases import CASES, inputs
 from torch import Tensor
 
 from benchmarks.kernels import plan_squeeze_excite_launches
-from revbifpn_kernels.ops.norm_act.ops import ACTIVATIONS
-from revbifpn_kernels.ops.squeeze_excite.ops import (
-    LAUNCHERS,
+from revbifpn_kernels.ops.norm_act.arguments import ACTIVATIONS
+from revbifpn_kernels.ops.squeeze_excite.gates import (
+    _squeeze_excite_gates_cuda,
+    squeeze_excite_gates_backward_cuda,
     squeeze_excite_gates_backward_reference,
     squeeze_excite_gates_reference,
 )
 
 OPS = "squeeze_excite_gates", "squeeze_excite_gates_backward"
-CASES = {  # N, C, hidden
-    "even": (4, 96, 16),
-    "odd": (3, 35, 9),
-    "one image": (1, 64, 20),
-    "one hidden unit": (8, 40, 1),
-    "few channels": (6, 7, 3),
-    "one channel": (9, 1, 5),
-    "long rows": (2, 1000, 33),
-    "many images": (65, 48, 12),
-}
+LAUNCHERS = _squeeze_excite_gates_cuda, squeeze_excite_gates_backward_cuda
+QUICK_TRITON = ("odd", "one channel", "many images")
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 
 
@@ -46,27 +40,19 @@ class Backend:
 # C++ through the dispatcher; Triton by its launchers, without a GPU interpreted on CPU tensors.
 BACKENDS = {
     "cpp": Backend("cpu", {name: getattr(torch.ops.revbifpn, name) for name in OPS}),
-    "triton": Backend("cuda" if HAS_GPU else "cpu", LAUNCHERS),
+    "triton": Backend("cuda" if HAS_GPU else "cpu", dict(zip(OPS, LAUNCHERS, strict=True))),
 }
 over_backends = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 over_acts = pytest.mark.parametrize("act", ACTIVATIONS)
 
 
-def inputs(case, dtype=torch.float32, device="cpu") -> list[Tensor]:
-    """The gates' gradient, the means and the parameters; a third of the gates is 0 or 1."""
-    N, C, hidden = CASES[case]
-    shapes = (N, C), (N, C), (hidden, C, 1, 1), (hidden,), (C, hidden, 1, 1), (C,)
-    values = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-    values[2] /= C**0.5
-    values[4] *= 2.0 / hidden**0.5
-    return [tensor.to(device, dtype) for tensor in values]
-
-
 def grid():
     for name, backend in BACKENDS.items():
         for case in CASES:
+            marks = () if name == "cpp" or case in QUICK_TRITON else INTERPRETED
             for dtype in DTYPES if name == "cpp" else ("fp32",):
-                yield pytest.param(backend, case, DTYPES[dtype], id=f"{name}-{case}-{dtype}")
+                arguments = backend, case, DTYPES[dtype]
+                yield pytest.param(*arguments, id=f"{name}-{case}-{dtype}", marks=marks)
 
 
 @pytest.mark.parametrize(("backend", "case", "dtype"), list(grid()))

@@ -1,16 +1,15 @@
-"""COCO annotations and pictures as they come: used, or left out by name; never a crash."""
+"""COCO annotations and images as they come: used, or left out by name; never a crash."""
 
 import numpy as np
 import pytest
 
 pytest.importorskip("pycocotools", reason="an extra")
-pytest.importorskip("torchvision", reason="an extra")
 from PIL import Image
 from pycocotools import mask as rle
 
-from revbifpn_kernels.recipes.detect import coco, data, options
+from revbifpn_kernels.recipes.detect import coco, data
+from revbifpn_kernels.recipes.run.errors import RunError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SQUARE = [10.0, 20.0, 30.0, 40.0]
 POLYGON = [[10, 20, 40, 20, 40, 60, 10, 60]]
 
@@ -165,5 +164,25 @@ def test_reasons_are_counted_by_their_kind():
 @pytest.mark.parametrize("key", [[1], None, {}])
 def test_categories_without_a_usable_id_are_refused(key):
     entries = document(categories=[{"id": key, "name": "dog"}, {"id": 2, "name": "cat"}])
-    with pytest.raises(options.DetectError, match="categories with id and name in train.json"):
+    with pytest.raises(RunError, match="categories with id and name in train.json"):
         coco.read(entries, "train.json", masks=False)
+
+
+def test_categories_are_labels_in_the_order_of_their_ids():
+    found = coco.read(document(good(), good(category_id=1)), "train.json", masks=False)
+    assert found.classes == ["cat", "dog"] and found.images[0].labels == [2, 1]
+    truth = found.truth()
+    assert [entry["category_id"] for entry in truth["annotations"]] == [2, 1]
+    assert truth["categories"] == [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+
+
+@pytest.mark.parametrize(
+    "given, masks, area", [(7.5, True, 7.5), (None, False, 1200), (0, True, 600)]
+)
+def test_areas_are_those_of_the_file_or_else_of_the_outline_or_box(given, masks, area):
+    triangle = [[10, 20, 40, 20, 10, 60]]
+    entry = good(area=given, segmentation=triangle)
+    image = coco.read(document(entry), "train.json", masks=masks).images[0]
+    assert image.areas == [pytest.approx(area, rel=0.05)]
+    truth = coco.read(document(entry), "train.json", masks=masks).truth()["annotations"][0]
+    assert truth["area"] == image.areas[0] and truth["bbox"] == SQUARE

@@ -1,14 +1,11 @@
-"""Folders of pictures as they come: used, or left out by name; never a crash."""
+"""Folders of images as they come: used, or left out by name; never a crash."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("pycocotools", reason="an extra")
-pytest.importorskip("torchvision", reason="an extra")
-from detections import FEW, TINY, detect, said, write_digits
+from detections import FEW, TINY, detect, write_digits
 from PIL import Image
 
 from revbifpn_kernels.detect import main
@@ -21,10 +18,6 @@ NARROW = [
     {"id": k, "file_name": f"train-0000{k}.png", "width": 64 * (k < 2), "height": 64}
     for k in range(4)
 ]
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.*not found to be deterministic|.*does not have a determin"),
-]
 
 
 def test_what_is_written_is_read_back_the_same(tmp_path):
@@ -34,10 +27,10 @@ def test_what_is_written_is_read_back_the_same(tmp_path):
     assert read.skipped == made.skipped == [] and read.classes == made.classes
     for ours, theirs in ((read.train, made.train), (read.val, made.val)):
         for k in range(len(theirs)):
-            picture, annotated, _ = ours.load(Key(0, k))
+            image, annotated, _ = ours.load(Key(0, k))
             again, same, _ = theirs.load(Key(0, k))
-            assert np.array_equal(np.array(picture), np.array(again))
-            one, other = (data.sample_of(picture, a, masks=True)[1] for a in (annotated, same))
+            assert np.array_equal(np.array(image), np.array(again))
+            one, other = (data.sample_of(image, a, masks=True)[1] for a in (annotated, same))
             assert all(torch.equal(one[key], other[key]) for key in one)
 
 
@@ -56,7 +49,7 @@ def test_a_folder_of_bad_files_is_trained_on(tmp_path, capsys):
     entries = json.loads((folder / "train.json").read_text())
     names = [image["file_name"] for image in entries["images"]]
     (folder / "images" / names[0]).unlink()
-    (folder / "images" / names[1]).write_bytes(b"no picture")
+    (folder / "images" / names[1]).write_bytes(b"no image")
     Image.new("RGB", (64, 300)).save(folder / "images" / names[2])
     Image.new("L", (32, 32)).save(folder / "images" / names[3])  # of the same shape
     entries["annotations"] = [a for a in entries["annotations"] if a["image_id"] != 4]
@@ -64,7 +57,7 @@ def test_a_folder_of_bad_files_is_trained_on(tmp_path, capsys):
     entries["annotations"].append({"id": 10**7, "image_id": 6, "bbox": [50, 9, 40, 9]} | KIND)
     (folder / "train.json").write_text(json.dumps(entries))
     detect(tmp_path / "run", f"--data={folder}")
-    err = said(capsys)[1]
+    err = capsys.readouterr().err
     assert f"train.json: {names[0]}: no such file: in {folder}/images" in err
     assert f"{names[1]}: UnidentifiedImageError" in err
     assert f"{names[2]}: of another shape: 64×300 pixels, its annotations are for 64×64" in err
@@ -90,7 +83,7 @@ def test_a_folder_of_bad_files_is_trained_on(tmp_path, capsys):
         ),
         (lambda f: _change(f, annotations=[]), "must have objects to train on, got none"),
         (lambda f: _change(f, annotations=FLAT), "; left out: 2× box has no area"),
-        (lambda f: _change(f, images=[]), "must have pictures of"),
+        (lambda f: _change(f, images=[]), "must have images of"),
         (lambda f: _change(f, images=[{}] * 3), "got none of 0; left out: 20× of an"),
         (lambda f: _change(f, images=NARROW), "at most the 2 training images, got 4; left out: "),
         (lambda f: _years(f), "got instances_train2014.json and instances_train2017.json in"),
@@ -101,7 +94,7 @@ def test_a_folder_that_cannot_be_used_is_refused(break_it, message, tmp_path, ca
     changed = break_it(folder)
     chosen = changed if hasattr(changed, "is_dir") else folder
     assert main([*FEW, f"--data={chosen}", f"--out={tmp_path / 'run'}"]) == 1
-    assert message in said(capsys)[1]
+    assert message in capsys.readouterr().err
 
 
 def _change(folder, **entries):

@@ -6,20 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("pycocotools", reason="an extra")
-pytest.importorskip("torchvision", reason="an extra")
-from conftest import ROOT
-from detections import FEW, MODEL, TINY, detect, said, write_digits
+from detections import FEW, MODEL, TINY, detect, write_digits
+from trainings import ROOT
 
 from revbifpn_kernels.detect import main
 from revbifpn_kernels.recipes.detect import memory, networks, options
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.*not found to be deterministic|.*does not have a determin"),
-]
-README = ROOT / "docs" / "detection.md"
+PAGE = ROOT / "docs" / "detection.md"
 
 
 def test_memory_is_counted_as_a_real_step_allocates():
@@ -28,7 +21,7 @@ def test_memory_is_counted_as_a_real_step_allocates():
     rows_of = {}
     for mode in ("--reversible", "--no-reversible"):
         model = networks.backbone(options.parse([*TINY, mode])).train()
-        rows_of[mode] = memory.measured(mode, model, 64, None)
+        rows_of[mode] = memory.measured(model, 64, None)
         real = []
         for images in memory.BATCHES:
             for p in model.parameters():
@@ -36,23 +29,23 @@ def test_memory_is_counted_as_a_real_step_allocates():
             batch = torch.rand(images, 3, 64, 64)
             real.append(held_and_peak(lambda b=batch, m=model: sum(x.sum() for x in m(b).values())))
         share = (real[1][0] - real[0][0]) / 2 / memory.MIB
-        assert abs(rows_of[mode].held_mib - share) < 0.1 * share
-    assert rows_of["--no-reversible"].held_mib > 2 * rows_of["--reversible"].held_mib
+        assert abs(rows_of[mode].held - share) < 0.1 * share
+    assert rows_of["--no-reversible"].held > 2 * rows_of["--reversible"].held
 
 
 def commands() -> list[str]:
-    lines = README.read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if line.startswith("python -m revbifpn_kernels.detect")]
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if "python -m revbifpn_kernels.detect " in line[:40]]
 
 
 def test_the_lines_of_python_of_the_page_run(tmp_path, monkeypatch, capsys):
-    (code,) = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
+    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
     monkeypatch.chdir(tmp_path)
     detect(Path("runs/digits"))
     chosen = options.parse(TINY)
     monkeypatch.setattr(options, "parse", lambda arguments: chosen)
     exec(code, {})
-    assert "tensor(" in said(capsys)[0]
+    assert "tensor(" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", commands())
@@ -69,4 +62,4 @@ def test_the_commands_of_the_page_run(command, tmp_path, monkeypatch, capsys):
     if "--memory" not in arguments:
         shrunk = FEW if "--data" in arguments else TINY
     assert main([*arguments, *shrunk, "--no-progress"]) == 0
-    assert "ResNet-50-FPN" in said(capsys)[0] or "--memory" not in arguments
+    assert "ResNet-50-FPN" in capsys.readouterr().out or "--memory" not in arguments

@@ -1,4 +1,4 @@
-"""Pictures of every kind, folders of every state: trained on, or skipped by name."""
+"""Images of every kind, folders of every state: trained on, or skipped by name."""
 
 import os
 import struct
@@ -9,23 +9,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trainings import FEW, losses, write_pictures
+from trainings import FEW, losses, write_images
 
 from revbifpn_kernels.recipes.classify.augment import CentreSquare, for_training
-from revbifpn_kernels.recipes.classify.data import (
-    Evaluation,
-    Training,
-    digits,
-    folder,
-    listed,
-    split,
-)
-from revbifpn_kernels.recipes.classify.options import TrainError, parse
-from revbifpn_kernels.recipes.run.order import Key, Order, Parts, drawing_from
-from revbifpn_kernels.recipes.run.pictures import BadPicture, open_picture
+from revbifpn_kernels.recipes.classify.data import Evaluation, Training, folder, listed
+from revbifpn_kernels.recipes.classify.options import parse
+from revbifpn_kernels.recipes.run.errors import RunError
+from revbifpn_kernels.recipes.run.images import BadImage, open_image
+from revbifpn_kernels.recipes.run.order import Key
 from revbifpn_kernels.train import main
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 RAMP = np.linspace(0, 1, 24 * 32).reshape(24, 32)
 
 
@@ -40,8 +33,8 @@ def exif_rotated(path):
 
 
 def palette_with_transparency(path):
-    picture = Image.fromarray((RAMP * 255).astype(np.uint8)).convert("RGB").quantize(16)
-    picture.save(path, transparency=bytes(range(16)))
+    image = Image.fromarray((RAMP * 255).astype(np.uint8)).convert("RGB").quantize(16)
+    image.save(path, transparency=bytes(range(16)))
 
 
 GOOD = {
@@ -80,7 +73,7 @@ BAD = {
     "truncated.jpg": truncated,
     "corrupt.png": lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(200))),
     "empty.png": lambda p: p.touch(),
-    "text.jpg": lambda p: p.write_text("not a picture"),
+    "text.jpg": lambda p: p.write_text("no image"),
     "vast.png": vast,
     "nan.tiff": lambda p: Image.fromarray((RAMP * np.nan).astype(np.float32)).save(p),
 }
@@ -94,36 +87,36 @@ UNFIT = {  # told without opening them
 
 @pytest.mark.parametrize("name", GOOD)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_good_pictures(name, mode, tmp_path):
+def test_good_images(name, mode, tmp_path):
     GOOD[name](tmp_path / name)
-    picture = open_picture(tmp_path / name, mode, 32)
-    assert picture.mode == mode
-    assert CentreSquare(32)(picture).size == (32, 32)
+    image = open_image(tmp_path / name, mode, 32)
+    assert image.mode == mode
+    assert CentreSquare(32)(image).size == (32, 32)
     if name in ("grey.png", "grey16.png", "float.tiff"):
-        grey = np.asarray(picture.convert("L")) / 255
+        grey = np.asarray(image.convert("L")) / 255
         assert np.abs(grey - RAMP).max() <= 1 / 255
     if name == "exif.jpg":
-        assert picture.size == (24, 32)
-        grey = np.asarray(picture.convert("L")).astype(float)
+        assert image.size == (24, 32)
+        grey = np.asarray(image.convert("L")).astype(float)
         assert grey[:, 0].mean() > grey[:, -1].mean()  # the bottom row has become the left column
 
 
 @pytest.mark.parametrize("name", [*BAD, "missing.png"])
-def test_bad_pictures(name, tmp_path):
+def test_bad_images(name, tmp_path):
     BAD.get(name, lambda p: None)(tmp_path / name)
-    with pytest.raises(BadPicture):
-        open_picture(tmp_path / name)
+    with pytest.raises(BadImage):
+        open_image(tmp_path / name)
 
 
 def test_a_large_photograph_is_reduced_while_it_is_decoded(tmp_path):
     Image.new("RGB", (6000, 4000), (200, 10, 10)).save(tmp_path / "large.jpg")
-    assert open_picture(tmp_path / "large.jpg", side=32).size == (750, 500)
+    assert open_image(tmp_path / "large.jpg", side=32).size == (750, 500)
 
 
 def test_training_among_bad_files(tmp_path, capsys):
     """Every kind in one folder, an empty class, one known in validation alone."""
-    write_pictures(tmp_path / "data" / "train", ("cat", "dog", "eel"))
-    write_pictures(tmp_path / "data" / "val", ("cat", "dog", "fox"), each=3)
+    write_images(tmp_path / "data" / "train", ("cat", "dog", "eel"))
+    write_images(tmp_path / "data" / "val", ("cat", "dog", "fox"), each=3)
     for name, write in (GOOD | BAD | UNFIT).items():
         for part in ("train/dog", "val/cat"):
             write(tmp_path / "data" / part / name)
@@ -139,7 +132,7 @@ def test_training_among_bad_files(tmp_path, capsys):
     assert names == {*both, "train/eel/", "val/eel/", "val/fox/"}
     assert f"train: {len(names)} skipped, see skipped.txt" in said.err
     assert "train: skipped train/dog/pipe.png: not a regular file" in said.err
-    assert "train: skipped train/eel/: no pictures; the class keeps its output" in said.err
+    assert "train: skipped train/eel/: no images; the class keeps its output" in said.err
     assert any(line.startswith("val/cat/vast.png\tDecompressionBombError") for line in skipped)
     assert "24 to validate, 24 to test (the same), 3 classes" in said.out
     assert " of 18 test images right" in said.out
@@ -155,22 +148,35 @@ def test_training_among_bad_files(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("augment", ["none", "affine", "crop", "rand", "trivial"])
-def test_pictures_of_all_shapes_fill_the_same_square(augment, tmp_path):
+def test_images_of_all_shapes_fill_the_same_square(augment, tmp_path):
     for name in ("strip.png", "tall.jpg", "grey.png", "one.png"):
         GOOD[name](tmp_path / name)
         transform = for_training(parse(["--data=.", f"--augment={augment}"]), "RGB", 32)
-        assert transform(open_picture(tmp_path / name)).shape == (3, 32, 32)
+        assert transform(open_image(tmp_path / name)).shape == (3, 32, 32)
 
 
 def test_a_lost_disk_is_not_a_bad_file(tmp_path):
-    top = write_pictures(tmp_path / "data")
+    top = write_images(tmp_path / "data")
     found = folder(str(top), 3, 32, 0)
     for file in top.glob("*/*.png"):
         file.unlink()
-    with pytest.raises(TrainError, match="--data must be readable, got 8 bad files in a row"):
+    with pytest.raises(RunError, match="--data must be readable, got 8 bad files in a row"):
         Training(found.train, None, 0)[Key(0, 3)]
     sample = Evaluation(found.val, None, torch.zeros(1))[0]
     assert sample.label == -1 and "FileNotFoundError" in sample.skipped[0][1]
+
+
+def test_a_bad_file_is_replaced_by_the_next_with_its_label(tmp_path):
+    top = write_images(tmp_path / "data", each=20)
+    train = folder(str(top), 3, 32, 0).train
+    last = max(k for k, label in enumerate(train.labels) if label == 0)
+    train.paths[last].write_text("no image")
+    sample = Training(train, for_training(parse(["--data=."]), "RGB", 32), 0)[Key(0, last)]
+    assert sample.label == 1 and sample.skipped[0][0] == train.name(last)
+    # Class names in the order of their labels, and images of the last class bright.
+    assert [name.split("/")[0] for name in train.names[last : last + 2]] == ["cat", "dog"]
+    means = [np.asarray(train.load(k)).mean() for k in (0, last + 1)]
+    assert means[0] < 80 < 120 < means[1]
 
 
 @pytest.mark.parametrize(
@@ -178,31 +184,19 @@ def test_a_lost_disk_is_not_a_bad_file(tmp_path):
     [
         (lambda top: None, "must have a folder for each class, got none"),
         (lambda top: (top / "train" / "a").mkdir(parents=True), r"must have val/ beside train/"),
-        (lambda top: (top / "a").mkdir(), "must have pictures to train on, got none"),
-        (lambda top: write_pictures(top, each=2), "pictures to val on, got none.*needs three of"),
+        (lambda top: (top / "a").mkdir(), "must have images to train on, got none"),
+        (lambda top: write_images(top, each=2), "images to val on, got none.*needs three of"),
     ],
 )
-def test_folders_without_pictures(make, message, tmp_path):
+def test_folders_without_images(make, message, tmp_path):
     make(tmp_path)
-    with pytest.raises(TrainError, match=message):
+    with pytest.raises(RunError, match=message):
         folder(str(tmp_path), 3, 32, 0)
 
 
-def test_splits_are_disjoint_complete_and_have_all_classes():
-    data = digits(1, 32, 0)
-    parts = [data.train, data.val, data.test]
-    numbers = [number for part in parts for number in part.numbers]
-    assert sorted(numbers) == list(range(1797))
-    assert [len(part.labels) for part in parts] == [1259, 179, 359]
-    assert all(set(part.labels) == set(range(10)) for part in parts)
-    assert split([0, 1] * 50, 0, (0.8, 0.1, 0.1)) == split([0, 1] * 50, 0, (0.8, 0.1, 0.1))
-    assert digits(1, 32, 1).test.numbers != data.test.numbers
-    assert [len(part) for part in split([0] * 3 + [1] * 2, 0, (0.8, 0.1, 0.1))] == [3, 1, 1]
-
-
 def test_folders_that_cannot_be_read_or_were_read_already_are_named(tmp_path, monkeypatch):
-    top = write_pictures(tmp_path / "data")
-    write_pictures(top / "cat", ("closed", "open"))
+    top = write_images(tmp_path / "data")
+    write_images(top / "cat", ("closed", "open"))
     (top / "cat" / "again").symlink_to(".")
     scandir = os.scandir
 
@@ -212,7 +206,7 @@ def test_folders_that_cannot_be_read_or_were_read_already_are_named(tmp_path, mo
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", forbidding)
-    files, skipped = listed(top, "", ["cat", "dog"], "RGB", 32)
+    files, skipped = listed(top, top, ["cat", "dog"], "RGB", 32)
     assert len(files.paths) == 6 + 6 + 6
     assert sorted(skipped) == [
         ("cat/again/", "a link to a folder that was read already"),
@@ -220,33 +214,9 @@ def test_folders_that_cannot_be_read_or_were_read_already_are_named(tmp_path, mo
     ]
 
 
-def test_the_order_is_a_function_of_the_step():
-    order = Order(103, 20, seed=3)
-    epochs = [[key for s in range(5 * e, 5 * e + 5) for key in order.keys(s)] for e in range(3)]
-    for epoch, keys in enumerate(epochs):
-        assert {key.epoch for key in keys} == {epoch}
-        assert len({key.index for key in keys}) == 100
-    assert len({tuple(key.index for key in keys) for keys in epochs}) == 3
-    shares = [list(Parts(order, 2, 4, parts=2, rank=rank, ranks=2)) for rank in range(2)]
-    together = [key for part in zip(*shares, strict=True) for keys in part for key in keys]
-    assert together == order.keys(2) + order.keys(3)
-    with pytest.raises(TrainError, match="multiple of --accumulate 3 times 2 processes, got 20"):
-        Parts(order, 0, 1, parts=3, ranks=2)
-
-
-def test_samples_draw_from_generators_of_their_own():
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    with drawing_from(5):
-        first = torch.rand(3), np.random.rand()
-    with drawing_from(5):
-        assert torch.equal(first[0], torch.rand(3)) and first[1] == np.random.rand()
-    assert torch.equal(before[0], torch.get_rng_state())
-    assert (before[1] == np.random.get_state()[1]).all()
-
-
-def test_pictures_warn_of_nothing(tmp_path):
+def test_images_warn_of_nothing(tmp_path):
     palette_with_transparency(tmp_path / "p.png")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        picture = open_picture(tmp_path / "p.png")
-    assert picture.mode == "RGB" and not caught
+        image = open_image(tmp_path / "p.png")
+    assert image.mode == "RGB" and not caught

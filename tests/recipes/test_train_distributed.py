@@ -1,10 +1,9 @@
-"""torchrun: DDP and FSDP2 on two gloo processes against one, overlap, a killed rank's restart."""
+"""torchrun: DDP and FSDP2 on two gloo processes against one, overlap, a killed process' restart."""
 
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +12,8 @@ from processes import on_two_processes
 from tiny import tiny
 from torch import nn
 from trainings import (
+    EVERY_STEP,
+    ROOT,
     TINY,
     assert_same_run,
     checkpoint,
@@ -21,78 +22,87 @@ from trainings import (
     pair,
     rows,
     train,
-    wait_for_step,
 )
 
 from revbifpn_kernels.recipes.run.processes import World, distributed, share_statistics
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
 # Group norm does not depend on how a batch is split, and nothing is drawn on the way.
-CURVE = ("--norm=group", "--log-every=1", "--opt=momentum", "--lr=0.02", "--epochs=3", "--drop=0")
-
-
-def torchrun(*arguments: str) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    launcher += ["--max-restarts=1", "-m", "revbifpn_kernels.train"]
-    paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    return subprocess.Popen(
-        [sys.executable, *launcher, *TINY, *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+CURVE = ("--norm=group", "--log-every=1", "--opt=momentum", "--lr=0.02", "--drop=0")
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    torch.set_num_threads(1)
     return train(tmp_path_factory.mktemp("runs") / "alone", *CURVE)
+
+
+def assert_same_curve(ours, theirs) -> None:
+    assert losses(ours) == pytest.approx(losses(theirs), abs=1e-5)
+    for one, two in zip(rows(ours / "epochs.csv"), rows(theirs / "epochs.csv"), strict=True):
+        assert float(one["val_loss"]) == pytest.approx(float(two["val_loss"]), abs=1e-5)
+    for part in ("model", "ema"):
+        one, two = checkpoint(ours)[part], checkpoint(theirs)[part]
+        assert one.keys() == two.keys()
+        for name, tensor in one.items():
+            torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [(), ("--fsdp", "--accumulate=2")], ids=["ddp", "fsdp"])
 def test_two_processes_have_the_loss_curve_of_one(options, alone, tmp_path):
-    assert ended(pair(*CURVE, *options, f"--out={tmp_path}")) == [0, 0]
-    assert losses(tmp_path) == pytest.approx(losses(alone), abs=1e-5)
-    ours, theirs = (rows(out / "epochs.csv") for out in (tmp_path, alone))
-    for ours_row, theirs_row in zip(ours, theirs, strict=True):
-        assert float(ours_row["val_loss"]) == pytest.approx(float(theirs_row["val_loss"]), abs=1e-5)
-    for part in ("model", "ema"):
-        one, two = checkpoint(alone)[part], checkpoint(tmp_path)[part]
-        assert one.keys() == two.keys()
-        for name, tensor in one.items():
-            torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+    assert ended(*pair(*CURVE, *options, f"--out={tmp_path}")) == [0, 0]
+    assert_same_curve(tmp_path, alone)
 
 
-def test_a_killed_rank_restarts_all_from_the_last_checkpoint(tmp_path):
+@pytest.mark.parametrize("options", [(), ("--fsdp",)], ids=["ddp", "fsdp"])
+def test_a_checkpoint_of_two_processes_goes_on_in_one(options, tmp_path, alone):
+    """Stopped by a signal that reaches the second process alone."""
+    stopped = pair(*CURVE, *options, f"--out={tmp_path}", signalled=(signal.SIGTERM, 3))
+    assert ended(*stopped) == [143, 143]
+    assert checkpoint(tmp_path)["step"] == 3
+    with pytest.warns(UserWarning, match="is of 2 processes, continuing on 1"):
+        train(tmp_path, *CURVE, "--resume=auto")
+    assert_same_curve(tmp_path, alone)
+
+
+# A process of torchrun's, the second of which kills itself once, after a step.
+KILLED_ONCE = """
+import os, signal, sys
+from pathlib import Path
+import pytest, trainings
+from revbifpn_kernels.recipes.classify import data
+data.load_digits = trainings.few_digits
+mark = Path(sys.argv.pop(1))
+if os.environ["RANK"] == "1" and not mark.exists():
+    def killed():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    trainings.after_step(pytest.MonkeyPatch(), 6, killed)
+sys.exit(trainings.main())
+"""
+
+
+def test_a_killed_process_restarts_all_from_the_last_checkpoint(tmp_path):
     """Batch norm, EMA, dropout: the restarted run ends with the bits of one that nobody killed."""
-    options = ("--drop=0.2", "--log-every=1", "--epochs=6")
-    whole, out = tmp_path / "whole", tmp_path / "killed"
-    assert ended(pair(*options, f"--out={whole}")) == [0, 0]
-    process = torchrun(*options, "--checkpoint-minutes=0", f"--out={out}", "--resume=auto")
-    wait_for_step(out, 6)
-    os.kill(worker_of(process.pid), signal.SIGKILL)
-    said, _ = process.communicate(timeout=90)
-    assert process.returncode == 0, said
-    starts = [line.split("from step ")[1] for line in said.splitlines() if "from step " in line]
-    assert len(starts) == 2 and starts[0] == "0 of 24" and int(starts[1].split()[0]) >= 5
-    assert said.count("test accuracy") == 1
+    options = ("--drop=0.2", "--log-every=1")
+    whole, out, script = tmp_path / "whole", tmp_path / "killed", tmp_path / "killed_once.py"
+    assert ended(*pair(*options, f"--out={whole}")) == [0, 0]
+    script.write_text(KILLED_ONCE)
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    command = [sys.executable, "-m", *launcher, str(script), str(tmp_path / "mark"), *TINY]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, *options, EVERY_STEP, f"--out={out}", "--resume=auto"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+    starts = [line.split("from step ")[1] for line in done.stdout.splitlines() if "from st" in line]
+    assert starts == ["0 of 8", "5 of 8"]
+    assert done.stdout.count("test accuracy") == 1
     assert_same_run(out, whole)
-    assert losses(out) == losses(whole)
-
-
-def worker_of(launcher: int) -> int:
-    """The second rank's process."""
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(entry.read_text().rpartition(")")[2].split()[1])
-            environment = (entry.parent / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if parent == launcher and b"RANK=1" in environment:
-            return int(entry.parent.name)
-    raise AssertionError("no second rank was found")
 
 
 def check_overlap(rank: int) -> None:
@@ -134,17 +144,4 @@ def check_all(rank: int) -> None:
 
 
 def test_on_two_processes(tmp_path):
-    on_two_processes(check_all, tmp_path)
-
-
-@pytest.mark.parametrize("options", [(), ("--fsdp",)], ids=["ddp", "fsdp"])
-def test_a_checkpoint_of_two_processes_goes_on_in_one(options, tmp_path, alone):
-    """Stopped by a signal that reaches the second rank alone."""
-    processes = pair(*CURVE, *options, f"--out={tmp_path}")
-    wait_for_step(tmp_path, 3)
-    processes[1].terminate()
-    assert ended(processes) == [143, 143]
-    assert 3 <= checkpoint(tmp_path)["step"] < 12
-    with pytest.warns(UserWarning, match="is of 2 processes, continuing on 1"):
-        train(tmp_path, *CURVE, "--resume=auto")
-    assert losses(tmp_path) == pytest.approx(losses(alone), abs=1e-5)
+    on_two_processes(tmp_path, check_all)

@@ -8,7 +8,7 @@ import shlex
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trainings import FEW, NUMBERS, TINY, checkpoint, train, write_pictures
+from trainings import FEW, NUMBERS, TINY, checkpoint, train
 
 from revbifpn_kernels import create_model, to_official
 from revbifpn_kernels.recipes.classify import export as exporting
@@ -16,13 +16,10 @@ from revbifpn_kernels.recipes.classify.data import Sample
 from revbifpn_kernels.recipes.classify.options import parse
 from revbifpn_kernels.train import main
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Of 10 classes and pictures in colour, in a folder in each kind of file."""
-    torch.set_num_threads(1)
+    """A folder with the same weights in each kind of file."""
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(5)
     model = create_model("revbifpn_s0", num_classes=10, **NUMBERS)
@@ -39,7 +36,7 @@ def weights(tmp_path_factory):
 def test_frozen_parts_stay_as_they_were_loaded(name, weights, tmp_path):
     start = load_file(weights / "w.safetensors")
     options = (f"--checkpoint={weights / name}", "--freeze=stem,body.0,neck", "--epochs=1")
-    out = train(tmp_path, *options, "--drop-path=0.3", "--batch-size=512")
+    out = train(tmp_path, *options, "--drop-path=0.3")
     for weights_now in (checkpoint(out)["model"], load_file(out / "weights.safetensors")):
         for key, tensor in weights_now.items():
             is_frozen = key.startswith(("body.0.", "neck."))
@@ -48,11 +45,10 @@ def test_frozen_parts_stay_as_they_were_loaded(name, weights, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:load_checkpoint. the classifier keeps")
-def test_another_number_of_classes_gets_a_new_head(weights, tmp_path):
-    data = write_pictures(tmp_path / "data", each=20)
-    options = [f"--data={data}", "--model=revbifpn_s0", "--freeze=body,neck,head", "--norm=batch"]
+def test_another_number_of_classes_gets_a_new_head(weights, images, tmp_path):
+    options = [f"--data={images}", "--model=revbifpn_s0", "--freeze=body,neck,head", "--norm=batch"]
     trained = [*FEW, *options, f"--checkpoint={weights / 'ours.pth'}", f"--out={tmp_path / 'run'}"]
-    assert main([*trained, "--epochs=12", "--lr=0.05", "--ema-decay=0"]) == 0
+    assert main([*trained, "--epochs=1", "--lr=0.05", "--ema-decay=0"]) == 0
     now = load_file(tmp_path / "run" / "weights.safetensors")
     assert now["classifier.weight"].shape == (2, 24)
     start = load_file(weights / "w.safetensors")
@@ -95,6 +91,7 @@ def test_what_cannot_be_started_from(options, message, weights, tmp_path, capsys
     assert re.search(message, said), said
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_exports_are_run_and_compared(weights, tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime", reason="an extra")
@@ -125,6 +122,9 @@ def test_an_export_that_computes_something_else_is_refused(weights, tmp_path, ca
         return network(images) + 1
 
     monkeypatch.setattr(exporting, "_through_onnx", wrong)
+    monkeypatch.setattr(
+        exporting, "_through_program", lambda network, images, path: network(images)
+    )
     loaded = f"--checkpoint={weights / 'ours.pth'}"
     run = [*TINY, loaded, "--epochs=0", f"--out={tmp_path / 'run'}", f"--export={tmp_path / 'x'}"]
     assert main(run) == 1

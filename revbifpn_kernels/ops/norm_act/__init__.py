@@ -1,1 +1,3 @@
-"""Batch norm, activation and gate: statistics, result, gradient."""
+"""Batch norm, activation and gate: statistics, forward, gradient; a norm as scale and shift."""
+
+from . import factors, forward, gradient, statistics  # noqa: F401  (registers their ops)

@@ -1,9 +1,9 @@
-"""A batch norm as scale · u + shift, for the fusion that reads u (see `scaled_sources.py`).
+"""Batch norm and stochastic depth as scale · u + shift (see `resample/folded_norm.py`).
 
     scale = invstd · weight · kept,  shift = (bias − mean · invstd · weight) · kept
 
-mean, invstd, weight, bias (C,); kept (N,), what stochastic depth multiplies samples by; scale and
-shift (N, C). So the map that leaves the norm is neither written nor read.
+mean, invstd, weight, bias (C,); kept (N,), the factor of each sample in stochastic depth; scale and
+shift (N, C). The fusion that reads u applies them, so the normed map is neither written nor read.
 """
 
 import torch
@@ -15,16 +15,10 @@ from ..checks import check_values
 from ..launch import Launch
 from ..library import library
 from ..tiling import BLOCK
+from .tiles import contiguous, norm_operands
 
 
-def norm_factors_reference(
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    kept: Tensor | None,
-    samples: int,
-) -> tuple[Tensor, Tensor]:
+def norm_factors_reference(mean, invstd, weight, bias, kept, samples: int) -> tuple[Tensor, Tensor]:
     """The specification in plain PyTorch."""
     scale = invstd if weight is None else invstd * weight
     shift = (0.0 if bias is None else bias) - mean * scale
@@ -60,12 +54,8 @@ def plan_norm_factors(scale, shift, mean, invstd, weight, bias, kept) -> tuple[L
     launch = Launch(
         _norm_factors_kernel, grid, {"samples": samples, "C": channels}, {"BLOCK": BLOCK}
     )
-    values = {"mean": mean, "invstd": invstd, "weight": weight, "bias": bias, "kept": kept}
-    return launch, {
-        "scale_ptr": scale,
-        "shift_ptr": shift,
-        **{f"{name}_ptr": t if t is None else t.contiguous() for name, t in values.items()},
-    }
+    results = {"scale_ptr": scale, "shift_ptr": shift, "kept_ptr": contiguous(kept)}
+    return launch, {**results, **norm_operands(mean, invstd, weight, bias)}
 
 
 def norm_factors_cuda(mean, invstd, weight, bias, kept, samples) -> tuple[Tensor, Tensor]:
@@ -75,7 +65,7 @@ def norm_factors_cuda(mean, invstd, weight, bias, kept, samples) -> tuple[Tensor
     return scale, shift
 
 
-# Key CPU: csrc/norm_factors.cpp.
+# Key CPU: csrc/norm_act/factors.cpp.
 library.define(
     "norm_factors(Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor? kept, "
     "int samples) -> (Tensor, Tensor)"
@@ -85,14 +75,11 @@ library.impl("norm_factors", norm_factors_cuda, "CUDA")
 
 @torch.library.register_fake("revbifpn::norm_factors", lib=library)
 def _norm_factors_fake(mean, invstd, weight, bias, kept, samples):
-    per_channel, per_sample = (
-        (shape, mean.dtype, mean.device) for shape in (tuple(mean.shape), (samples,))
-    )
-    for name, values in (("invstd", invstd), ("weight", weight), ("bias", bias)):
+    channels, images = tuple(mean.shape), (samples,)
+    given = ("invstd", invstd, channels), ("weight", weight, channels), ("bias", bias, channels)
+    for name, values, shape in (*given, ("kept", kept, images)):
         if values is not None:
-            check_values("norm_factors", name, values, per_channel)
-    if kept is not None:
-        check_values("norm_factors", "kept", kept, per_sample)
+            check_values("norm_factors", name, values, (shape, mean.dtype, mean.device))
     return tuple(mean.new_empty(samples, len(mean)) for _ in range(2))
 
 

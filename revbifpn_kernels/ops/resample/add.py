@@ -1,11 +1,12 @@
 """y = x + α·Σ_k R_k(s_k): RevSilo's fusion and, with −α, its inverse, in one pass.
 
 Reads x and each source once and writes y once: (2 + Σ 1/f_k²)·E elements for factors f_k, where
-eager PyTorch moves 4E a source through its intermediates. In place it allocates nothing.
+eager PyTorch moves 4E per source through its intermediates. In place it allocates nothing.
 """
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,33 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import (
-    check_float64_is_on_cpu,
-    check_lattice,
-    check_mode,
-    check_no_tangents,
-    check_number,
-    check_scales,
-    check_sources,
-)
+from ..checks import check_fusion, check_like, check_no_tangents
 from ..launch import Launch
 from ..layout import Geometry, in_format
 from ..library import library
-from ..tiling import (
-    CELL_COUNTS,
-    ELEMENT_COUNTS,
-    Elements,
-    all_strides_in_units,
-    cut_into_cells,
-    nearest_scales,
-    strides_in_units,
-)
+from ..tiling import cut_into_cells
+from .gradients import save_for_gradients, source_gradients
 from .in_place import check_autograd_allows, check_memory
-from .kernels.add import add_resampled, add_update, fuse_cells
+from .kernels.add import add_cells, add_resampled, add_update
 from .kernels.cells import cell_below, load_scaling, locate_cells
 from .kernels.taps import element_pointer, locate_elements
-from .reference import resample_reference
-from .scaled_sources import in_three, keep_for_gradients, scaled_sources_reference, source_gradients
+from .plan import CELL_COUNTS, ELEMENT_COUNTS, plan_cells, plan_elements
+from .reference import resample_reference, scaled_sources_reference
 
 
 def round_to_lattice(update: Tensor, lattice: float) -> Tensor:
@@ -48,16 +34,9 @@ def round_to_lattice(update: Tensor, lattice: float) -> Tensor:
 
 
 def resample_add_reference(
-    x: Tensor,
-    sources: Sequence[Tensor],
-    *,
-    scales: Sequence[Tensor] | None = None,
-    shifts: Sequence[Tensor] | None = None,
-    alpha: float = 1.0,
-    mode: str = "bilinear",
-    lattice: float | None = None,
+    x, sources, *, scales=None, shifts=None, alpha=1.0, mode="bilinear", lattice=None
 ) -> Tensor:
-    """The specification in plain PyTorch, one resampling and one addition a source."""
+    """The specification in plain PyTorch, one resampling and one addition per source."""
     size = tuple(x.shape[2:])
     scaled = scaled_sources_reference(sources, scales, shifts, x.dtype)
     update = alpha * sum(resample_reference(source, size, mode) for source in scaled)
@@ -80,7 +59,7 @@ def _resample_add_cells_kernel(
     scaling = load_scaling(scale_ptrs, shift_ptrs, plane, len(FACTORS), HAS_SCALES)
     # A loop that runs once would still cost registers.
     for step in range(chain if CHAINED else 1):
-        fuse_cells(
+        add_cells(
             y_ptr, y_strides, Y_UNIT, x_ptr, x_strides, X_UNIT,
             source_ptrs, source_strides, SOURCE_UNITS, scaling, alpha, lattice, mask,
             cell_below(cell, step), FACTORS, MODE, CELL_H, CELL_W, HAS_LATTICE, CHANNELS_LAST,
@@ -89,7 +68,7 @@ def _resample_add_cells_kernel(
 
 @triton.jit(do_not_specialize=ELEMENT_COUNTS)
 def _resample_add_elements_kernel(
-    y_ptr, y_strides, x_ptr, x_strides, source_ptrs, source_strides, source_sizes, source_scales,
+    y_ptr, y_strides, x_ptr, x_strides, source_ptrs, source_strides, source_sizes, size_ratios,
     scale_ptrs, shift_ptrs, alpha, lattice, elements, C, H, W,
     HAS_SCALES: tl.constexpr, HAS_LATTICE: tl.constexpr, KINDS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
@@ -100,31 +79,13 @@ def _resample_add_elements_kernel(
     sums = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(len(KINDS)):
         sums = add_resampled(
-            sums, source_ptrs[k], source_strides[k], source_sizes[k], source_scales[k],
+            sums, source_ptrs[k], source_strides[k], source_sizes[k], size_ratios[k],
             scaling[k], place, H, W, tl.constexpr(KINDS[k]),
         )  # fmt: skip
     x = tl.load(element_pointer(x_ptr, x_strides, n, c, i, j))
     y = add_update(x, sums, alpha, lattice, HAS_LATTICE)
     y_ptr = element_pointer(y_ptr, y_strides, n, c, i, j)
     tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-def _plan_elements(y: Geometry, x: Geometry, sources, mode: str, flags: dict) -> Launch:
-    elements = Elements(x.shape, x.channels_last)
-    sizes = tuple(source.shape[2:] for source in sources)
-    return Launch(
-        _resample_add_elements_kernel,
-        elements.grid,
-        {
-            "y_strides": y.strides,
-            "x_strides": x.strides,
-            "source_strides": tuple(source.strides for source in sources),
-            "source_sizes": sizes,
-            "source_scales": tuple(nearest_scales(size, x.shape[2:]) for size in sizes),
-            **elements.args(),
-        },
-        {**flags, **elements.constants(sizes, mode)},
-    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -136,32 +97,16 @@ def _plan(
     has_scales: bool,
     has_lattice: bool,
 ) -> Launch:
-    """Cached: planning took 81 µs a call, a look-up 11 (2 busy Xeon cores, 2026-11-23)."""
-    flags = {"HAS_SCALES": has_scales, "HAS_LATTICE": has_lattice}
+    """Cached: planning took 81 µs per call, a look-up 11 (2 busy Xeon cores, 2026-11-23)."""
+    maps, flags = {"x": x, "y": y}, {"HAS_SCALES": has_scales, "HAS_LATTICE": has_lattice}
     cells = cut_into_cells([x, y], sources, chain_large_cells=False)
     if cells is None:
-        return _plan_elements(y, x, sources, mode, flags)
-    y_unit, y_strides = strides_in_units(y, cells.channels_last)
-    x_unit, x_strides = strides_in_units(x, cells.channels_last)
-    source_units, source_strides = all_strides_in_units(sources, cells.channels_last)
-    return Launch(
-        _resample_add_cells_kernel,
-        cells.grid,
-        {
-            "y_strides": y_strides,
-            "x_strides": x_strides,
-            "source_strides": source_strides,
-            **cells.args(x.shape[1]),
-        },
-        {
-            "Y_UNIT": y_unit,
-            "X_UNIT": x_unit,
-            "SOURCE_UNITS": source_units,
-            "CHAINED": cells.chain > 1,
-            **flags,
-            **cells.constants(mode),
-        },
-    )
+        elements = math.prod(x.shape)
+        args = {"elements": elements}
+        kernel = _resample_add_elements_kernel
+        return plan_elements(kernel, maps, "source", sources, mode, elements, args, **flags)
+    flags["CHAINED"] = cells.chain > 1
+    return plan_cells(_resample_add_cells_kernel, cells, maps, {"source": sources}, mode, **flags)
 
 
 def plan_resample_add(
@@ -171,36 +116,35 @@ def plan_resample_add(
     geometries = tuple(Geometry.of(source) for source in sources)
     flags = len(scales) > 0, lattice is not None
     launch = _plan(Geometry.of(y), Geometry.of(x), geometries, mode, *flags)
-    return launch, {
-        "y_ptr": y,
-        "x_ptr": x,
+    operands = fusion_operands(sources, scales, shifts, alpha, lattice)
+    return launch, {"y_ptr": y, "x_ptr": x, **operands}
+
+
+def fusion_operands(sources, scales, shifts, alpha, lattice) -> dict:
+    """The operands that undo has in common with add."""
+    return {
         "source_ptrs": tuple(sources),
         "scale_ptrs": tuple(scales),
         "shift_ptrs": tuple(shifts),
         "alpha": float(alpha),
-        "lattice": lattice_and_inverse(lattice),
+        # The lattice and its inverse.
+        "lattice": (1.0, 1.0) if lattice is None else (float(lattice), 1.0 / lattice),
     }
-
-
-def lattice_and_inverse(lattice: float | None) -> tuple[float, float]:
-    return (1.0, 1.0) if lattice is None else (float(lattice), 1.0 / lattice)
-
-
-def _resample_add_cuda(x, sources, scales, shifts, alpha, mode, lattice) -> Tensor:
-    y = torch.empty_like(x)
-    launch, operands = plan_resample_add(y, x, sources, scales, shifts, alpha, mode, lattice)
-    launch.run(x.device, operands)
-    return y
-
-
-def _resample_add_cuda_(x, sources, scales, shifts, alpha, mode, lattice) -> None:
-    launch, operands = plan_resample_add(x, x, sources, scales, shifts, alpha, mode, lattice)
-    launch.run(x.device, operands)
 
 
 def _resample_add_out_cuda(x, sources, scales, shifts, out, alpha, mode, lattice) -> None:
     launch, operands = plan_resample_add(out, x, sources, scales, shifts, alpha, mode, lattice)
     launch.run(x.device, operands)
+
+
+def _resample_add_cuda(x, sources, scales, shifts, *options) -> Tensor:
+    y = torch.empty_like(x)
+    _resample_add_out_cuda(x, sources, scales, shifts, y, *options)
+    return y
+
+
+def _resample_add_cuda_(x, sources, scales, shifts, *options) -> None:
+    _resample_add_out_cuda(x, sources, scales, shifts, x, *options)
 
 
 # Not `mode`: PyTorch's functionalisation of in-place ops has an argument of that name.
@@ -209,51 +153,33 @@ OPTIONS = "float alpha, str interpolation, float? lattice"
 library.define(f"resample_add(Tensor x, {SOURCES}, {OPTIONS}) -> Tensor")
 library.define(f"resample_add_(Tensor(a!) x, {SOURCES}, {OPTIONS}) -> ()")
 library.define(f"resample_add_out(Tensor x, {SOURCES}, Tensor(a!) out, {OPTIONS}) -> ()")
-# Key CPU is implemented in csrc/resample_add.cpp.
+# Key CPU: csrc/resample/add.cpp.
 library.impl("resample_add", _resample_add_cuda, "CUDA")
 library.impl("resample_add_", _resample_add_cuda_, "CUDA")
 library.impl("resample_add_out", _resample_add_out_cuda, "CUDA")
 
 
-def _check(op, x, sources, scales, shifts, alpha, mode, lattice) -> None:
-    check_sources(op, "x", x, sources)
-    check_scales(op, "x", x, sources, scales, shifts)
-    check_number(op, "alpha", alpha)
-    check_mode(op, mode)
-    check_lattice(op, lattice, x.dtype)
-    check_float64_is_on_cpu(op, x)
-
-
 @torch.library.register_fake("revbifpn::resample_add", lib=library)
-def _resample_add_fake(x, sources, scales, shifts, alpha, mode, lattice):
-    _check("resample_add", x, sources, scales or None, shifts or None, alpha, mode, lattice)
+def _resample_add_fake(x, sources, scales, shifts, *options):
+    check_fusion("resample_add", "x", x, sources, scales or None, shifts or None, *options)
     return torch.empty_like(x)
 
 
 @torch.library.register_fake("revbifpn::resample_add_", lib=library)
-def _resample_add_fake_(x, sources, scales, shifts, alpha, mode, lattice):
-    _check("resample_add_", x, sources, scales or None, shifts or None, alpha, mode, lattice)
+def _resample_add_fake_(x, sources, scales, shifts, *options):
+    check_fusion("resample_add_", "x", x, sources, scales or None, shifts or None, *options)
 
 
 @torch.library.register_fake("revbifpn::resample_add_out", lib=library)
-def _resample_add_out_fake(x, sources, scales, shifts, out, alpha, mode, lattice):
-    _check_out(x, sources, scales or None, shifts or None, out, alpha, mode, lattice)
-
-
-def _check_out(x, sources, scales, shifts, out, alpha, mode, lattice) -> None:
-    _check("resample_add_out", x, sources, scales, shifts, alpha, mode, lattice)
-    expected, got = ((tuple(t.shape), t.dtype, t.device) for t in (x, out))
-    if got != expected:
-        raise ValueError(
-            f"resample_add_out: out must have x's shape, dtype and device, expected {expected}, "
-            f"got {got}"
-        )
+def _resample_add_out_fake(x, sources, scales, shifts, out, *options):
+    check_fusion("resample_add_out", "x", x, sources, scales or None, shifts or None, *options)
+    check_like("resample_add_out", "out", out, "x", x)
 
 
 def _setup_context(ctx, inputs, output):
     x, sources, scales, shifts, ctx.alpha, ctx.mode, _ = inputs
     ctx.channels_last = Geometry.of(x).channels_last
-    keep_for_gradients(ctx, sources, scales, shifts)
+    save_for_gradients(ctx, sources, scales, shifts)
 
 
 def _backward(ctx, grad):
@@ -267,12 +193,17 @@ torch.library.register_autograd(
 )
 
 
+def _in_three(entries: Sequence, count: int) -> list[list]:
+    """`count` entries for sources, scales and shifts each; the latter two may be empty."""
+    return [list(entries[start : start + count]) for start in (0, count, 2 * count)]
+
+
 class _InPlace(torch.autograd.Function):
-    """`register_autograd` refuses ops that write to an argument; this marks x as written."""
+    """Marks x as written: `register_autograd` refuses ops that write to an argument."""
 
     @staticmethod
     def forward(ctx, x, options, count, *tensors):
-        lists = in_three(tensors, count)
+        lists = _in_three(tensors, count)
         _setup_context(ctx, (x, *lists, *options), None)
         with torch._C._AutoDispatchBelowAutograd():
             torch.ops.revbifpn.resample_add_(x, *lists, *options)
@@ -282,7 +213,7 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad = in_format(grad, ctx.channels_last)
-        needed = in_three(ctx.needs_input_grad[3:], len(ctx.sizes))
+        needed = _in_three(ctx.needs_input_grad[3:], len(ctx.sizes))
         of_sources, of_scales, of_shifts = source_gradients(ctx, grad, needed, ctx.alpha)
         return grad, None, None, *of_sources, *of_scales, *of_shifts
 
@@ -294,7 +225,7 @@ def _resample_add_autograd_(x, sources, scales, shifts, alpha, mode, lattice) ->
 
 
 def _resample_add_untracked_(x, sources, scales, shifts, alpha, mode, lattice) -> None:
-    # Under inference_mode there is no autograd, but a graph made before may hold x.
+    # Under inference_mode there is no autograd, but an older graph may have saved x.
     with torch._C._AutoDispatchBelowADInplaceOrView():
         torch.ops.revbifpn.resample_add_(x, sources, scales, shifts, alpha, mode, lattice)
     torch.autograd.graph.increment_version(x)
@@ -308,8 +239,8 @@ def resample_add(
     x: Tensor,  # (N, C, H, W)
     sources: Sequence[Tensor],  # 1 to 8 of (N, C, h_k, w_k)
     *,
-    scales: Sequence[Tensor] | None = None,  # one (N, C) a source
-    shifts: Sequence[Tensor] | None = None,  # one (N, C) a source
+    scales: Sequence[Tensor] | None = None,  # one (N, C) per source
+    shifts: Sequence[Tensor] | None = None,  # one (N, C) per source
     alpha: float = 1.0,
     mode: str = "bilinear",
     lattice: float | None = None,
@@ -337,10 +268,10 @@ def resample_add(
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it. Nothing is written.
     """
-    _check("resample_add", x, sources, scales, shifts, alpha, mode, lattice)
+    check_fusion("resample_add", "x", x, sources, scales, shifts, alpha, mode, lattice)
     lists = list(sources), list(scales or ()), list(shifts or ())
     check_no_tangents("resample_add", [x, *itertools.chain(*lists)])
-    if torch.onnx.is_in_onnx_export():  # its runtimes do not know the op
+    if torch.onnx.is_in_onnx_export():  # ONNX runtimes do not know the op
         options = {"alpha": alpha, "mode": mode, "lattice": lattice}
         return resample_add_reference(x, sources, scales=scales, shifts=shifts, **options)
     return torch.ops.revbifpn.resample_add(x, *lists, alpha, mode, lattice)
@@ -350,48 +281,42 @@ def resample_add_(
     x: Tensor,  # (N, C, H, W)
     sources: Sequence[Tensor],  # 1 to 8 of (N, C, h_k, w_k)
     *,
-    scales: Sequence[Tensor] | None = None,  # one (N, C) a source
-    shifts: Sequence[Tensor] | None = None,  # one (N, C) a source
+    scales: Sequence[Tensor] | None = None,  # one (N, C) per source
+    shifts: Sequence[Tensor] | None = None,  # one (N, C) per source
     alpha: float = 1.0,
     mode: str = "bilinear",
     lattice: float | None = None,
 ) -> Tensor:
     """Add α·Σ_k R_k(s_k) into x and return x: `resample_add` without an allocation.
 
-    Args: As those of `resample_add`; x may share memory with none of the others but a source that
-        is x itself.
+    Args: As those of `resample_add`; x may share memory only with a source that is x itself.
 
     Raises:
-        RuntimeError: Autograd cannot record the write: x is a leaf that requires grad, or a view of
-            one, or a view by chunk or split (slices are right).
+        RuntimeError: Autograd cannot record the write: x is a leaf that requires grad, a view of
+            such a leaf, or a view by chunk or split (use slices).
         ValueError, TypeError: An argument does not fit; the message names it. x is untouched.
     """
-    _check("resample_add_", x, sources, scales, shifts, alpha, mode, lattice)
+    check_fusion("resample_add_", "x", x, sources, scales, shifts, alpha, mode, lattice)
     lists = list(sources), list(scales or ()), list(shifts or ())
     check_no_tangents("resample_add_", [x, *itertools.chain(*lists)])
-    if not torch.compiler.is_compiling():  # it copies what shares memory
+    if not torch.compiler.is_compiling():  # the compiler copies what shares memory
         check_memory("resample_add_", x, *lists)
     torch.ops.revbifpn.resample_add_(x, *lists, alpha, mode, lattice)
     return x
 
 
 def resample_add_out(
-    x: Tensor,  # (N, C, H, W)
-    sources: Sequence[Tensor],  # 1 to 8 of (N, C, h_k, w_k)
-    out: Tensor,  # (N, C, H, W)
-    *,
-    scales: Sequence[Tensor] | None = None,  # one (N, C) a source
-    shifts: Sequence[Tensor] | None = None,  # one (N, C) a source
-    alpha: float = 1.0,
-    mode: str = "bilinear",
-    lattice: float | None = None,
+    x, sources, out, *, scales=None, shifts=None, alpha=1.0, mode="bilinear", lattice=None
 ) -> None:
     """Write `resample_add(x, sources, …)` into `out`, such as a channel slice; no autograd.
+
+    Not for users: `fuse_out` in folded_norm.py calls it.
 
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it. Nothing is written.
     """
-    _check_out(x, sources, scales, shifts, out, alpha, mode, lattice)
+    check_fusion("resample_add_out", "x", x, sources, scales, shifts, alpha, mode, lattice)
+    check_like("resample_add_out", "out", out, "x", x)
     lists = list(sources), list(scales or ()), list(shifts or ())
     check_memory("resample_add_out", out, *lists)
     torch.ops.revbifpn.resample_add_out(x, *lists, out, alpha, mode, lattice)

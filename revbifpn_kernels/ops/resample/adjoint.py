@@ -12,42 +12,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import (
-    DTYPES,
-    check_float64_is_on_cpu,
-    check_maps,
-    check_mode,
-    check_no_tangents,
-    check_number,
-    check_precision,
-    check_size,
-    check_sizes,
-)
+from ..checks import check_adjoint, check_no_tangents
 from ..launch import Launch
 from ..layout import Geometry, empty_maps
 from ..library import library
-from ..tiling import (
-    CELL_COUNTS,
-    ELEMENT_COUNTS,
-    Elements,
-    all_strides_in_units,
-    cut_into_cells,
-    nearest_scales,
-    strides_in_units,
-)
+from ..tiling import cut_into_cells
 from .kernels.adjoint import adjoint_cells, gather_outputs
 from .kernels.cells import locate_cells
 from .kernels.taps import element_pointer, locate_elements
+from .plan import CELL_COUNTS, ELEMENT_COUNTS, plan_cells, plan_elements
 from .reference import resample_reference
 
 
 def resample_adjoint_reference(
-    grad: Tensor,
-    sizes: Sequence[tuple[int, int]],
-    *,
-    alpha: float = 1.0,
-    mode: str = "bilinear",
-    dtype: torch.dtype | None = None,
+    grad, sizes, *, alpha=1.0, mode="bilinear", dtype: torch.dtype | None = None
 ) -> list[Tensor]:
     """The specification in plain PyTorch: autograd of each resampling."""
     results = []
@@ -77,7 +55,7 @@ def _resample_adjoint_cells_kernel(
 
 @triton.jit(do_not_specialize=ELEMENT_COUNTS)
 def _resample_adjoint_elements_kernel(
-    grad_ptr, grad_strides, result_ptrs, result_strides, result_sizes, result_scales,
+    grad_ptr, grad_strides, result_ptrs, result_strides, result_sizes, size_ratios,
     supports, alpha, N, C, H, W,
     KINDS: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -100,34 +78,11 @@ def _resample_adjoint_elements_kernel(
                     total = grad.to(tl.float32)
                 else:
                     total = gather_outputs(
-                        grad_ptr, grad_strides, n, c, r, q, (h, w), result_scales[k], H, W,
+                        grad_ptr, grad_strides, n, c, r, q, (h, w), size_ratios[k], H, W,
                         supports[k][0], supports[k][1], tl.constexpr(KINDS[k]),
                     )  # fmt: skip
                 ptr = element_pointer(result_ptrs[k], result_strides[k], n, c, r, q)
                 tl.store(ptr, (total * alpha).to(ptr.dtype.element_ty), mask=mask)
-
-
-def _plan_elements(grad: Geometry, results: tuple[Geometry, ...], mode: str) -> Launch:
-    largest = max((result.shape for result in results), key=math.prod)
-    elements = Elements(largest, grad.channels_last)
-    N, C, H, W = grad.shape
-    sizes = tuple(result.shape[2:] for result in results)
-    return Launch(
-        _resample_adjoint_elements_kernel,
-        (*elements.grid, len(results)),
-        {
-            "grad_strides": grad.strides,
-            "result_strides": tuple(result.strides for result in results),
-            "result_sizes": sizes,
-            "result_scales": tuple(nearest_scales(size, (H, W)) for size in sizes),
-            "supports": tuple(_supports(size, (H, W)) for size in sizes),
-            "N": N,
-            "C": C,
-            "H": H,
-            "W": W,
-        },
-        elements.constants(sizes, mode, (H, W)),
-    )
 
 
 def _supports(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
@@ -139,23 +94,19 @@ def _supports(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]
 @functools.lru_cache(maxsize=4096)
 def _plan(grad: Geometry, results: tuple[Geometry, ...], mode: str) -> Launch:
     cells = cut_into_cells([grad], results, chain_large_cells=True)
-    if cells is None:
-        return _plan_elements(grad, results, mode)
-    unit, strides = strides_in_units(grad, cells.channels_last)
-    result_units, result_strides = all_strides_in_units(results, cells.channels_last)
-    return Launch(
-        _resample_adjoint_cells_kernel,
-        cells.grid,
-        {
-            "grad_strides": strides,
-            "result_strides": result_strides,
-            **cells.args(grad.shape[1]),
-        },
-        {
-            "GRAD_UNIT": unit,
-            "RESULT_UNITS": result_units,
-            **cells.constants(mode),
-        },
+    if cells is not None:
+        kernel, maps = _resample_adjoint_cells_kernel, {"grad": grad}
+        return plan_cells(kernel, cells, maps, {"result": results}, mode)
+    supports = tuple(_supports(result.shape[2:], grad.shape[2:]) for result in results)
+    return plan_elements(
+        _resample_adjoint_elements_kernel,
+        {"grad": grad},
+        "result",
+        results,
+        mode,
+        max(math.prod(result.shape) for result in results),
+        {"supports": supports, "N": grad.shape[0]},
+        passes=(len(results),),
     )
 
 
@@ -179,7 +130,7 @@ library.define(
     "resample_adjoint(Tensor grad, SymInt[] sizes, float alpha, str interpolation, "
     "ScalarType dtype) -> Tensor[]"
 )
-# Key CPU is implemented in csrc/resample_adjoint.cpp.
+# Key CPU: csrc/resample/adjoint.cpp.
 library.impl("resample_adjoint", _resample_adjoint_cuda, "CUDA")
 
 
@@ -187,25 +138,10 @@ def _pairs(sizes: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(sizes[::2], sizes[1::2], strict=True))
 
 
-def _check(grad, sizes, alpha, mode, dtype) -> None:
-    op = "resample_adjoint"
-    check_maps(op, "grad", grad)
-    check_sizes(op, sizes)
-    for k, size in enumerate(sizes):
-        check_size(op, f"sizes[{k}]", size, grad.shape[2:])
-    check_number(op, "alpha", alpha)
-    check_mode(op, mode)
-    if dtype is not None:
-        if dtype not in DTYPES:
-            raise TypeError(f"{op}: dtype must be a floating-point torch.dtype, got {dtype}")
-        check_precision(op, "dtype", dtype, "grad", grad.dtype)
-    check_float64_is_on_cpu(op, grad)
-
-
 @torch.library.register_fake("revbifpn::resample_adjoint", lib=library)
 def _resample_adjoint_fake(grad, sizes, alpha, mode, dtype):
     pairs = _pairs(sizes)
-    _check(grad, pairs, alpha, mode, dtype)
+    check_adjoint("resample_adjoint", grad, pairs, alpha, mode, dtype)
     return [empty_maps(grad, size, dtype) for size in pairs]
 
 
@@ -254,7 +190,7 @@ def resample_adjoint(
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it.
     """
-    _check(grad, sizes, alpha, mode, dtype)
+    check_adjoint("resample_adjoint", grad, sizes, alpha, mode, dtype)
     check_no_tangents("resample_adjoint", [grad])
     dtype = grad.dtype if dtype is None else dtype
     flat = [side for size in sizes for side in size]

@@ -1,23 +1,43 @@
-"""Fusions of what transforms return, where some leave their last norm to the fusion.
+"""Fusions that apply the last norm of a transform while they read what it returns.
 
-A `ScaledSource` stands for scale · maps + shift. In the graph, the gradient of its maps is that of
-this sum: the adjoint of resampling gives it, and the transform's own gradient starts from it.
+The transform then returns a `ScaledSource`, which stands for scale · maps + shift, so the normed
+map is never written. In the graph the gradient of its maps is that of this whole expression: the
+adjoint of resampling gives it, and the transform's own gradient starts from it.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..layout import Geometry, in_format
 from .add import resample_add, resample_add_out
-from .scaled_sources import ScaledSource, Source, keep_for_gradients, maps_of, source_gradients
+from .gradients import save_for_gradients, source_gradients
 from .undo import resample_undo
+
+
+class ScaledSource(NamedTuple):
+    """Stands for scale · maps + shift: a transform's result before its last norm."""
+
+    maps: Tensor  # (N, C, h, w)
+    scale: Tensor  # (N, C), as shift
+    shift: Tensor
+
+    def detach(self) -> "ScaledSource":
+        return self._replace(maps=self.maps.detach())
+
+
+Source = Tensor | ScaledSource
+
+
+def maps_of(source: Source) -> Tensor:
+    return source.maps if isinstance(source, ScaledSource) else source
 
 
 def fuse(x: Tensor, sources: Sequence[Source], **options) -> Tensor:
     """`resample_add` of sources some of which may be scaled; differentiable."""
-    maps, factors = _apart(sources)
+    maps, factors = _maps_and_factors(sources)
     if not factors:
         return resample_add(x, maps, **options)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *maps)):
@@ -27,7 +47,7 @@ def fuse(x: Tensor, sources: Sequence[Source], **options) -> Tensor:
 
 def fuse_out(x: Tensor, sources: Sequence[Source], out: Tensor, **options) -> None:
     """`fuse` into `out`; no autograd."""
-    maps, factors = _apart(sources)
+    maps, factors = _maps_and_factors(sources)
     resample_add_out(x, maps, out, **factors, **options)
 
 
@@ -35,7 +55,7 @@ def undo(
     y: Tensor, grad: Tensor, sources: Sequence[Source], **options
 ) -> tuple[Tensor, list[Tensor]]:
     """`resample_undo` of a fusion; the gradients are those of the scaled sources."""
-    maps, factors = _apart(sources)
+    maps, factors = _maps_and_factors(sources)
     return resample_undo(y, grad, maps, **factors, **options)
 
 
@@ -44,7 +64,7 @@ class _Fusion(torch.autograd.Function):
     def forward(ctx, x: Tensor, factors: dict, options: dict, *maps: Tensor) -> Tensor:
         ctx.alpha, ctx.mode = options.get("alpha", 1.0), options.get("mode", "bilinear")
         ctx.channels_last = Geometry.of(x).channels_last
-        keep_for_gradients(ctx, maps, [], [])  # as if they were the scaled sources
+        save_for_gradients(ctx, maps, [], [])  # as if they were the scaled sources
         return resample_add(x, maps, **factors, **options)
 
     @staticmethod
@@ -54,18 +74,17 @@ class _Fusion(torch.autograd.Function):
         return grad, None, None, *source_gradients(ctx, grad, needed, ctx.alpha)[0]
 
 
-def _apart(sources: Sequence[Source]) -> tuple[list[Tensor], dict]:
-    """The maps, and their scales and shifts if any has some."""
+def _maps_and_factors(sources: Sequence[Source]) -> tuple[list[Tensor], dict]:
+    """The maps, and scales and shifts of all if any has some."""
     maps = [maps_of(source) for source in sources]
     scaled = [source for source in sources if isinstance(source, ScaledSource)]
     if not scaled:
         return maps, {}
-    ones, zeros = torch.ones_like, torch.zeros_like
     like = scaled[0].scale
     pairs = [
-        (source.scale, source.shift)
+        source[1:]
         if isinstance(source, ScaledSource)
-        else (ones(like), zeros(like))
+        else (torch.ones_like(like), torch.zeros_like(like))
         for source in sources
     ]
     scales, shifts = zip(*pairs, strict=True)

@@ -1,4 +1,4 @@
-"""When a map may be overwritten. Refusals come before the kernel runs, so nothing is lost."""
+"""When a map may be overwritten. The checks run before the kernel, so a refusal loses nothing."""
 
 from collections.abc import Sequence
 
@@ -7,13 +7,7 @@ from torch import Tensor
 from torch._C._autograd import CreationMeta, _get_creation_meta
 
 
-def check_memory(
-    op: str,
-    x: Tensor,
-    sources: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    shifts: Sequence[Tensor],
-) -> None:
+def check_memory(op: str, x: Tensor, sources, scales, shifts) -> None:
     """Raise if elements of x share memory with each other or an argument that is not x itself."""
     if x.numel() == 0:
         return
@@ -43,10 +37,9 @@ def _overlaps_itself(x: Tensor) -> bool:
 
 
 def _overlap(x: Tensor, source: Tensor) -> bool:
-    """Whether the two share an element, but for x itself; in doubt, yes."""
-    if source.numel() == 0 or not _same_storage(x, source):
-        return False
-    if _is_same_view(x, source):
+    """Whether the two share an element and are not the same view; in doubt, yes."""
+    shares_storage = x.untyped_storage()._cdata == source.untyped_storage()._cdata
+    if source.numel() == 0 or not shares_storage or _view(x) == _view(source):
         return False
     first, second = sorted((x, source), key=lambda tensor: tensor.storage_offset())
     distance = second.storage_offset() - first.storage_offset()
@@ -54,14 +47,8 @@ def _overlap(x: Tensor, source: Tensor) -> bool:
     return distance <= extent and not _are_channel_slices(first, second, distance)
 
 
-def _same_storage(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
-
-
-def _is_same_view(a: Tensor, b: Tensor) -> bool:
-    return (a.storage_offset(), a.shape, a.stride(), a.dtype) == (
-        (b.storage_offset(), b.shape, b.stride(), b.dtype)
-    )
+def _view(maps: Tensor) -> tuple:
+    return maps.storage_offset(), maps.shape, maps.stride(), maps.dtype
 
 
 def _are_channel_slices(first: Tensor, second: Tensor, distance: int) -> bool:
@@ -79,7 +66,7 @@ def _are_channel_slices(first: Tensor, second: Tensor, distance: int) -> bool:
 
 
 def check_autograd_allows(op: str, x: Tensor, others: Sequence[Tensor]) -> None:
-    """Raise where autograd could not record the write, which it says only after it happened."""
+    """Raise where autograd cannot record the write, which PyTorch notices only after the write."""
     if not torch.is_grad_enabled():
         return
     if not (x.requires_grad or any(other.requires_grad for other in others)):

@@ -1,6 +1,6 @@
 """x = y − α·Σ_k R_k(s_k) and ds_k = α·R_kᵀ(g), together: the heart of RevSilo's backward.
 
-As in resample_add, s_k may be scaled and shifted; ds_k is then the gradient of the result of that.
+As in resample_add, s_k may be scaled and shifted; ds_k is then the gradient of the scaled source.
 One launch does both: 2E elements read, E written, each source and its gradient moved once.
 """
 
@@ -13,42 +13,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import (
-    check_float64_is_on_cpu,
-    check_lattice,
-    check_maps,
-    check_mode,
-    check_no_tangents,
-    check_number,
-    check_scales,
-    check_sources,
-)
-from ..launch import Launch
+from ..checks import check_fusion, check_like, check_maps, check_no_tangents
+from ..launch import Launch, run_all
 from ..layout import Geometry
 from ..library import library
-from ..tiling import CELL_COUNTS, all_strides_in_units, cut_into_cells, strides_in_units
-from .add import OPTIONS, SOURCES, lattice_and_inverse, plan_resample_add, resample_add_reference
+from ..tiling import cut_into_cells
+from .add import OPTIONS, SOURCES, fusion_operands, plan_resample_add, resample_add_reference
 from .adjoint import fuse_cotangents, plan_resample_adjoint, resample_adjoint_reference
-from .kernels.add import fuse_cells
+from .gradients import save_for_gradients, source_gradients
+from .kernels.add import add_cells
 from .kernels.adjoint import adjoint_cells
 from .kernels.cells import cell_below, load_scaling, locate_cells
-from .scaled_sources import keep_for_gradients, source_gradients
+from .plan import CELL_COUNTS, plan_cells
 
 
 def resample_undo_reference(
-    y: Tensor,
-    grad: Tensor,
-    sources: Sequence[Tensor],
-    *,
-    scales: Sequence[Tensor] | None = None,
-    shifts: Sequence[Tensor] | None = None,
-    alpha: float = 1.0,
-    mode: str = "bilinear",
-    lattice: float | None = None,
+    y, grad, sources, *, alpha=1.0, mode="bilinear", **factors_and_lattice
 ) -> tuple[Tensor, list[Tensor]]:
     """The specification in plain PyTorch."""
-    factors = {"scales": scales, "shifts": shifts}
-    x = resample_add_reference(y, sources, **factors, alpha=-alpha, mode=mode, lattice=lattice)
+    x = resample_add_reference(y, sources, alpha=-alpha, mode=mode, **factors_and_lattice)
     sizes = [tuple(source.shape[2:]) for source in sources]
     grads = resample_adjoint_reference(grad, sizes, alpha=alpha, mode=mode)
     return x, [g.to(source.dtype) for g, source in zip(grads, sources, strict=True)]
@@ -69,7 +52,7 @@ def _resample_undo_cells_kernel(
     plane = cell[0] * C + cell[1]
     scaling = load_scaling(scale_ptrs, shift_ptrs, plane, len(FACTORS), HAS_SCALES)
     for step in range(chain):
-        fuse_cells(
+        add_cells(
             x_ptr, x_strides, X_UNIT, y_ptr, y_strides, Y_UNIT,
             source_ptrs, source_strides, SOURCE_UNITS, scaling, -alpha, lattice, mask,
             cell_below(cell, step), FACTORS, MODE, CELL_H, CELL_W, HAS_LATTICE, CHANNELS_LAST,
@@ -95,46 +78,13 @@ def _plan(
     cells = cut_into_cells([x, y, grad], sources, results, chain_large_cells=True)
     if cells is None:
         return None
-    x_unit, x_strides = strides_in_units(x, cells.channels_last)
-    y_unit, y_strides = strides_in_units(y, cells.channels_last)
-    grad_unit, grad_strides = strides_in_units(grad, cells.channels_last)
-    source_units, source_strides = all_strides_in_units(sources, cells.channels_last)
-    result_units, result_strides = all_strides_in_units(results, cells.channels_last)
-    return Launch(
-        _resample_undo_cells_kernel,
-        cells.grid,
-        {
-            "x_strides": x_strides,
-            "y_strides": y_strides,
-            "grad_strides": grad_strides,
-            "source_strides": source_strides,
-            "result_strides": result_strides,
-            **cells.args(y.shape[1]),
-        },
-        {
-            "X_UNIT": x_unit,
-            "Y_UNIT": y_unit,
-            "GRAD_UNIT": grad_unit,
-            "SOURCE_UNITS": source_units,
-            "RESULT_UNITS": result_units,
-            "HAS_SCALES": has_scales,
-            "HAS_LATTICE": has_lattice,
-            **cells.constants(mode),
-        },
-    )
+    maps, small = {"x": x, "y": y, "grad": grad}, {"source": sources, "result": results}
+    flags = {"HAS_SCALES": has_scales, "HAS_LATTICE": has_lattice}
+    return plan_cells(_resample_undo_cells_kernel, cells, maps, small, mode, **flags)
 
 
 def plan_resample_undo(
-    x: Tensor,
-    results: Sequence[Tensor],
-    y: Tensor,
-    grad: Tensor,
-    sources,
-    scales,
-    shifts,
-    alpha,
-    mode,
-    lattice,
+    x, results, y, grad, sources, scales, shifts, alpha, mode, lattice
 ) -> list[tuple[Launch, dict]]:
     """The launch that restores x and computes all results, and its operands; two if not fast."""
     launch = _plan(
@@ -148,62 +98,39 @@ def plan_resample_undo(
     if launch is None:
         restore = plan_resample_add(x, y, sources, scales, shifts, -alpha, mode, lattice)
         return [restore, plan_resample_adjoint(grad, results, alpha, mode)]
-    operands = {
-        "x_ptr": x,
-        "y_ptr": y,
-        "grad_ptr": grad,
-        "source_ptrs": tuple(sources),
-        "scale_ptrs": tuple(scales),
-        "shift_ptrs": tuple(shifts),
-        "result_ptrs": tuple(results),
-        "alpha": float(alpha),
-        "lattice": lattice_and_inverse(lattice),
-    }
-    return [(launch, operands)]
+    operands = fusion_operands(sources, scales, shifts, alpha, lattice)
+    maps = {"x_ptr": x, "y_ptr": y, "grad_ptr": grad, "result_ptrs": tuple(results)}
+    return [(launch, {**maps, **operands})]
 
 
-def _resample_undo_cuda(
-    y, grad, sources, scales, shifts, alpha, mode, lattice
-) -> tuple[Tensor, list[Tensor]]:
+def _resample_undo_cuda(y, grad, sources, *arguments) -> tuple[Tensor, list[Tensor]]:
     x = torch.empty_like(y)
     results = [torch.empty_like(source) for source in sources]
-    planned = plan_resample_undo(x, results, y, grad, sources, scales, shifts, alpha, mode, lattice)
-    for launch, operands in planned:
-        launch.run(y.device, operands)
+    run_all(plan_resample_undo(x, results, y, grad, sources, *arguments), y.device)
     return x, results
 
 
 library.define(f"resample_undo(Tensor y, Tensor grad, {SOURCES}, {OPTIONS}) -> (Tensor, Tensor[])")
-# Key CPU is implemented in csrc/resample_undo.cpp.
+# Key CPU: csrc/resample/undo.cpp.
 library.impl("resample_undo", _resample_undo_cuda, "CUDA")
 
 
-def _check(y, grad, sources, scales, shifts, alpha, mode, lattice) -> None:
-    op = "resample_undo"
-    check_sources(op, "y", y, sources)
-    check_scales(op, "y", y, sources, scales, shifts)
-    check_maps(op, "grad", grad)
-    expected, got = ((tuple(t.shape), t.dtype, t.device) for t in (y, grad))
-    if got != expected:
-        raise ValueError(
-            f"{op}: grad must have y's shape, dtype and device, expected {expected}, got {got}"
-        )
-    check_number(op, "alpha", alpha)
-    check_mode(op, mode)
-    check_lattice(op, lattice, y.dtype)
-    check_float64_is_on_cpu(op, y)
+def _check(y, grad, sources, scales, shifts, *options) -> None:
+    check_fusion("resample_undo", "y", y, sources, scales, shifts, *options)
+    check_maps("resample_undo", "grad", grad)
+    check_like("resample_undo", "grad", grad, "y", y)
 
 
 @torch.library.register_fake("revbifpn::resample_undo", lib=library)
-def _resample_undo_fake(y, grad, sources, scales, shifts, alpha, mode, lattice):
-    _check(y, grad, sources, scales or None, shifts or None, alpha, mode, lattice)
+def _resample_undo_fake(y, grad, sources, scales, shifts, *options):
+    _check(y, grad, sources, scales or None, shifts or None, *options)
     return torch.empty_like(y), [torch.empty_like(source) for source in sources]
 
 
 def _setup_context(ctx, inputs, output):
     y, _, sources, scales, shifts, ctx.alpha, ctx.mode, _ = inputs
     ctx.shape, ctx.dtype = y.shape, y.dtype
-    keep_for_gradients(ctx, sources, scales, shifts)
+    save_for_gradients(ctx, sources, scales, shifts)
 
 
 def _backward(ctx, grad_x, cotangents):
@@ -228,13 +155,13 @@ def resample_undo(
     grad: Tensor,  # (N, C, H, W)
     sources: Sequence[Tensor],  # 1 to 8 of (N, C, h_k, w_k)
     *,
-    scales: Sequence[Tensor] | None = None,  # one (N, C) a source
-    shifts: Sequence[Tensor] | None = None,  # one (N, C) a source
+    scales: Sequence[Tensor] | None = None,  # one (N, C) per source
+    shifts: Sequence[Tensor] | None = None,  # one (N, C) per source
     alpha: float = 1.0,
     mode: str = "bilinear",
     lattice: float | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return x = y − α·Σ_k R_k(s_k) and [α·R_kᵀ(grad)]: what `resample_add` got, differentiated.
+    """Return x = y − α·Σ_k R_k(s_k) and [α·R_kᵀ(grad)]: `resample_add`'s inverse and gradients.
 
     Equivalent to `resample_add(y, sources, alpha=-alpha)` beside
     `resample_adjoint(grad, sizes, alpha=alpha)`, in one pass.

@@ -1,1 +1,3 @@
-"""The gates of squeeze-excite, and the gradient of a gated stage."""
+"""Squeeze-excite's gates, their gradient, and the gradient of a norm that they gate."""
+
+from . import gates, norm_act_excite_grad  # noqa: F401  (registers their ops)

@@ -1,8 +1,8 @@
 """Triton kernels of squeeze-excite's gates and their gradient: products of small matrices.
 
 A program owns a tile [ROWS, COLUMNS] of a result and walks along the terms of its sums, TERMS at a
-time. Products are float32's own: tensor cores would round gates to 11 bits. Each sum has one order,
-without atomics: the same bits on every run.
+time. Products are in full float32: tensor cores would round gates to 11 bits. Sums have a fixed
+order, without atomics: the same bits on every run.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..norm_act.kernels import activate, activate_with_slope
 
-# The batch: compiled for any, so a new one is no new kernel.
+# The batch: compiled for any value, so a new batch is no new kernel.
 COUNTS = ("N",)
 
 
@@ -54,9 +54,7 @@ def store_tile(ptr, i, j, rows, columns, values):
 @triton.jit
 def logits_tile(values_ptr, weight_ptr, bias_ptr, n, c, N, C, hidden, TERMS: tl.constexpr):
     """[n, c]: values · weightᵀ + bias."""
-    logits = product(
-        values_ptr, hidden, 1, weight_ptr, 1, hidden, n, c, N, C, hidden, TERMS
-    )  # fmt: skip
+    logits = product(values_ptr, hidden, 1, weight_ptr, 1, hidden, n, c, N, C, hidden, TERMS)
     return logits + tl.load(bias_ptr + c, mask=c < C, other=0.0)[None, :]
 
 
@@ -65,7 +63,7 @@ def _squeeze_kernel(
     values_ptr, before_ptr, means_ptr, weight_ptr, bias_ptr, N, C, hidden, ACT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """Hidden values (N, hidden), and what the activation was given, if wanted."""
+    """Hidden values (N, hidden), and if wanted the activation's inputs."""
     n, h = tile_of(tl.program_id(0), hidden, ROWS, COLUMNS)
     before = logits_tile(means_ptr, weight_ptr, bias_ptr, n, h, N, hidden, C, TERMS)
     if before_ptr is not None:
@@ -90,7 +88,7 @@ def _excite_backward_kernel(
     grad_logits_ptr, grad_gates_ptr, values_ptr, weight_ptr, bias_ptr, N, C, hidden,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the logits, (N, C), which are made again."""
+    """Gradients of the logits, (N, C), which are computed again."""
     n, c = tile_of(tl.program_id(0), C, ROWS, COLUMNS)
     z = logits_tile(values_ptr, weight_ptr, bias_ptr, n, c, N, C, hidden, TERMS)
     grad = load_matrix(grad_gates_ptr, n, c, C, 1, N, C) * (1.0 / 6.0)
@@ -102,11 +100,9 @@ def _squeeze_backward_kernel(
     grad_before_ptr, grad_logits_ptr, before_ptr, expand_ptr, N, C, hidden, ACT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of what the activation was given, (N, hidden)."""
+    """Gradients of the activation's inputs, (N, hidden)."""
     n, h = tile_of(tl.program_id(0), hidden, ROWS, COLUMNS)
-    grad = product(
-        grad_logits_ptr, C, 1, expand_ptr, hidden, 1, n, h, N, hidden, C, TERMS
-    )  # fmt: skip
+    grad = product(grad_logits_ptr, C, 1, expand_ptr, hidden, 1, n, h, N, hidden, C, TERMS)
     _, slope = activate_with_slope(load_matrix(before_ptr, n, h, hidden, 1, N, hidden), ACT)
     store_tile(grad_before_ptr, n, h, N, hidden, grad * slope)
 
@@ -116,11 +112,9 @@ def weight_gradient(
     weight_ptr, bias_ptr, pid, grads_ptr, inputs_ptr, N, outputs, inputs,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of gradsᵀ (outputs, N) · inputs (N, inputs); the first of a row adds the bias's up."""
+    """A tile of gradsᵀ (outputs, N) · inputs (N, inputs); a row's first sums the bias's."""
     o, i = tile_of(pid, inputs, ROWS, COLUMNS)
-    grad = product(
-        grads_ptr, 1, outputs, inputs_ptr, inputs, 1, o, i, outputs, inputs, N, TERMS
-    )  # fmt: skip
+    grad = product(grads_ptr, 1, outputs, inputs_ptr, inputs, 1, o, i, outputs, inputs, N, TERMS)
     store_tile(weight_ptr, o, i, outputs, inputs, grad)
     if pid % tl.cdiv(inputs, COLUMNS) == 0:
         sums = tl.zeros([ROWS, TERMS], tl.float32)
@@ -142,9 +136,7 @@ def _squeeze_excite_results_kernel(
     tiles_reduce = tl.cdiv(hidden, ROWS) * tl.cdiv(C, COLUMNS)
     if pid < tiles_means:
         n, c = tile_of(pid, C, ROWS, COLUMNS)
-        grad = product(
-            grad_before_ptr, hidden, 1, reduce_ptr, C, 1, n, c, N, C, hidden, TERMS
-        )  # fmt: skip
+        grad = product(grad_before_ptr, hidden, 1, reduce_ptr, C, 1, n, c, N, C, hidden, TERMS)
         store_tile(grad_means_ptr, n, c, N, C, grad)
     elif pid < tiles_means + tiles_reduce:
         weight_gradient(

@@ -1,4 +1,4 @@
-"""torchvision's transforms: of a picture in training, of one in evaluation, of a whole batch."""
+"""torchvision's transforms: of an image in training, of one in evaluation, of a whole batch."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +10,8 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
 from ..run.order import drawing_from, seed_of
-from .data import Sample, Skipped
+from ..run.samples import Skipped
+from .data import Sample
 from .options import Options
 
 MEAN_STD = {"L": ((0.5,), (0.5,)), "RGB": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
@@ -18,21 +19,21 @@ CROP = 0.875  # of the shorter side, in evaluation
 
 
 class CentreSquare(nn.Module):
-    """The middle of a picture at a given side. Cropped first: a strip enlarged would be vast."""
+    """The middle of an image, cropped and then resized: an enlarged strip would be vast."""
 
     def __init__(self, side: int) -> None:
         super().__init__()
         self.side = side
 
-    def forward(self, picture: Image.Image) -> Image.Image:
-        width, height = picture.size
+    def forward(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
         crop = max(1, round(CROP * min(width, height)))
         top, left = (height - crop) // 2, (width - crop) // 2
-        return functional.resized_crop(picture, top, left, crop, crop, [self.side, self.side])
+        return functional.resized_crop(image, top, left, crop, crop, [self.side, self.side])
 
 
 def for_training(options: Options, mode: str, side: int) -> nn.Module:
-    """Draws from the global generators."""
+    """The transform of `--augment`, which draws from the global generators."""
     bilinear = InterpolationMode.BILINEAR
     steps: list[nn.Module] = []
     if options.augment in ("crop", "rand", "trivial"):
@@ -69,7 +70,7 @@ class Batch(NamedTuple):
 
 
 class Collate:
-    """Samples → `Batch`, mixed by MixUp or CutMix if asked for, as the first sample's seed says."""
+    """Samples → `Batch`, mixed by MixUp or CutMix if asked; the first sample's seed fixes how."""
 
     def __init__(self, classes: int = 0, mixup: float = 0.0, cutmix: float = 0.0) -> None:
         kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))

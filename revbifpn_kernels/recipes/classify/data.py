@@ -1,43 +1,44 @@
-"""Pictures and their labels: where they come from, how they are split, a sample by its key."""
+"""Images and their labels: where they come from, how they are split, a sample by its key."""
 
 import dataclasses
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
+from ..run.errors import RunError
+from ..run.images import BadImage, open_image
 from ..run.order import Key, drawing_from, seed_of
-from ..run.pictures import BadPicture, open_picture
-from .options import TrainError
+from ..run.samples import Skipped, Views, first_readable, split
 
-MODES = {1: "L", 3: "RGB"}  # of pictures, by channels
-IGNORED = -1  # the label of what is no image: padding, a file that cannot be read
+MODES = {1: "L", 3: "RGB"}  # of images, by channels
+IGNORED = -1  # the label of padding and of files that cannot be read
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
-PATIENCE = 100  # bad files in a row until the disk is to blame, not a file
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 DIGITS_SHARES = (0.7, 0.1, 0.2)
 FOLDER_SHARES = (0.8, 0.1, 0.1)
 
-Skipped = tuple[str, str]  # the name of a file, and why
 
+@dataclass(frozen=True)
+class Source:
+    """Labelled images by number. `load` gives what transforms take, or raises `BadImage`."""
 
-class Source(Protocol):
-    """Labelled pictures by number."""
+    labels: list[int]
+    names: list[str]
 
-    labels: Sequence[int]
+    def __len__(self) -> int:
+        return len(self.labels)
 
-    def name(self, index: int) -> str: ...
-
-    def load(self, index: int): ...  # what transforms take; raises BadPicture
+    def name(self, index: int) -> str:
+        return self.names[index]
 
 
 class Data(NamedTuple):
@@ -51,36 +52,25 @@ class Data(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Digits:
+class Digits(Source):
     """scikit-learn's 1797 handwritten digits of 8×8 pixels, enlarged."""
 
     images: Tensor  # (N, C, side, side), uint8
-    labels: list[int]
-    numbers: list[int]
-
-    def name(self, index: int) -> str:
-        return f"digit {self.numbers[index]}"
 
     def load(self, index: int) -> Tensor:
         return self.images[index]
 
 
 @dataclass(frozen=True)
-class Files:
-    """Pictures on a disk."""
+class Files(Source):
+    """Images on a disk."""
 
-    root: Path
-    prefix: str  # of names: where root lies in the user's folder
-    paths: list[str]  # below root
-    labels: list[int]
+    paths: list[Path]
     mode: str
     side: int
 
-    def name(self, index: int) -> str:
-        return self.prefix + self.paths[index]
-
     def load(self, index: int):
-        return open_picture(self.root / self.paths[index], self.mode, self.side)
+        return open_image(self.paths[index], self.mode, self.side)
 
 
 def digits(channels: int, side: int, split_seed: int) -> Data:
@@ -90,8 +80,8 @@ def digits(channels: int, side: int, split_seed: int) -> Data:
     images = images.round().to(torch.uint8).expand(-1, channels, -1, -1)
     parts = []
     for numbers in split(labels.tolist(), split_seed, DIGITS_SHARES):
-        chosen = [int(labels[k]) for k in numbers]
-        parts.append(Digits(images[numbers].contiguous(), chosen, numbers))
+        chosen, named = [int(labels[k]) for k in numbers], [f"digit {k}" for k in numbers]
+        parts.append(Digits(chosen, named, images[numbers].contiguous()))
     return Data([str(k) for k in range(10)], *parts, [])
 
 
@@ -99,7 +89,7 @@ def folder(root: str, channels: int, side: int, split_seed: int) -> Data:
     """A folder with train/ and val/, perhaps test/, or with a folder for each class."""
     top = Path(root)
     if not top.is_dir():
-        raise TrainError(f"train: --data must be a folder, got {root}")
+        raise RunError(f"--data must be a folder, got {root}")
     found = {
         part: next((top / name for name in names if (top / name).is_dir()), None)
         for part, names in SPLITS.items()
@@ -107,65 +97,64 @@ def folder(root: str, channels: int, side: int, split_seed: int) -> Data:
     mode = MODES[channels]
     if found["train"] is None:
         classes = _classes(top)
-        files, skipped = listed(top, "", classes, mode, side)
-        parts = [
-            _subset(files, chosen) for chosen in split(files.labels, split_seed, FOLDER_SHARES)
-        ]
+        files, skipped = listed(top, top, classes, mode, side)
+        parts = [_subset(files, part) for part in split(files.labels, split_seed, FOLDER_SHARES)]
     else:
         if found["val"] is None:
-            raise TrainError(f"train: --data must have val/ beside train/, got {root} without it")
+            raise RunError(f"--data must have val/ beside train/, got {root} without it")
         classes = _classes(found["train"])
         parts, skipped = [], []
         for part in filter(None, found.values()):
-            files, unfit = listed(part, f"{part.name}/", classes, mode, side)
+            files, unfit = listed(part, top, classes, mode, side)
             parts.append(files)
             skipped += unfit
         parts += parts[1:] if found["test"] is None else []
     for part, files in zip(SPLITS, parts, strict=True):
         if not files.paths:
-            raise TrainError(
-                f"train: --data must have pictures to {part} on, got none in {root}; a folder that "
+            raise RunError(
+                f"--data must have images to {part} on, got none in {root}; a folder that "
                 "is to be split needs three of some class"
             )
     return Data(classes, *parts, skipped)
 
 
 def listed(
-    top: Path, prefix: str, classes: list[str], mode: str, side: int
+    folder: Path, top: Path, classes: list[str], mode: str, side: int
 ) -> tuple[Files, list[Skipped]]:
-    """The pictures below a folder, by their names, in the order of these; and what is left out."""
+    """The images below a folder, sorted by name, and what is left out; names start at `top`."""
     paths, labels, skipped = [], [], []
+
+    def skip(path: str | Path, reason: str, end: str = "") -> None:
+        skipped.append((f"{Path(path).relative_to(top)}{end}", reason))
+
     for label, name in enumerate(classes):
         before = len(paths)
-        for where, folders, files in _walk(top / name, top, prefix, skipped):
-            for file in sorted([*files, *(f for f in folders if _is_picture_name(f))]):
+        for where, folders, files in _walk(folder / name, lambda *what: skip(*what, "/")):
+            for file in sorted([*files, *(f for f in folders if _is_image_name(f))]):
                 path = Path(where, file)
                 if reason := _unfit(path):
-                    skipped.append((f"{prefix}{path.relative_to(top)}", reason))
+                    skip(path, reason)
                 else:
-                    paths.append(str(path.relative_to(top)))
+                    paths.append(path)
                     labels.append(label)
         if len(paths) == before:
-            skipped.append((f"{prefix}{name}/", "no pictures; the class keeps its output"))
-    strangers = [name for name in _classes(top) if name not in classes]
-    skipped += [(f"{prefix}{name}/", "no class of the training images") for name in strangers]
-    return Files(top, prefix, paths, labels, mode, side), skipped
+            skip(folder / name, "no images; the class keeps its output", "/")
+    for name in _classes(folder):
+        if name not in classes:
+            skip(folder / name, "no class of the training images", "/")
+    return Files(labels, [str(path.relative_to(top)) for path in paths], paths, mode, side), skipped
 
 
-def _walk(start: Path, top: Path, prefix: str, skipped: list[Skipped]) -> Iterator[tuple]:
-    """`os.walk` through links, each folder once; what cannot be read is noted."""
+def _walk(start: Path, skip: Callable[[str, str], None]) -> Iterator[tuple]:
+    """`os.walk` through links, each folder once; skips what cannot be read."""
     seen = set()
-
-    def note(path: str, reason: str) -> None:
-        skipped.append((f"{prefix}{Path(path).relative_to(top)}/", reason))
-
     for where, folders, files in os.walk(
-        start, onerror=lambda error: note(error.filename, str(error.strerror)), followlinks=True
+        start, onerror=lambda error: skip(error.filename, str(error.strerror)), followlinks=True
     ):
         status = os.stat(where)
         identity = status.st_dev, status.st_ino
         if identity in seen:
-            note(where, "a link to a folder that was read already")
+            skip(where, "a link to a folder that was read already")
             folders.clear()
             continue
         seen.add(identity)
@@ -173,35 +162,17 @@ def _walk(start: Path, top: Path, prefix: str, skipped: list[Skipped]) -> Iterat
         yield where, folders, files
 
 
-def split(labels: Sequence[int], seed: int, shares: Sequence[float]) -> list[list[int]]:
-    """Numbers of the images of each part, each class in these shares, if it can in all parts."""
-    parts: list[list[int]] = [[] for _ in shares]
-    generator = torch.Generator().manual_seed(seed)
-    members: dict[int, list[int]] = {}
-    for k, label in enumerate(labels):
-        members.setdefault(label, []).append(k)
-    for _, of_class in sorted(members.items()):
-        shuffled = [of_class[k] for k in torch.randperm(len(of_class), generator=generator)]
-        start, least = 0, int(len(of_class) >= len(shares))
-        for part, share in zip(parts[1:], shares[1:], strict=True):
-            count = max(least, round(share * len(of_class)))
-            part += shuffled[start : start + count]
-            start += count
-        parts[0] += shuffled[start:]
-    return [sorted(part) for part in parts]
-
-
 def _classes(top: Path) -> list[str]:
     with os.scandir(top) as entries:
         names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     if not names:
-        raise TrainError(f"train: --data must have a folder for each class, got none in {top}")
+        raise RunError(f"--data must have a folder for each class, got none in {top}")
     return names
 
 
 def _unfit(path: Path) -> str | None:
-    if not _is_picture_name(path.name):
-        return "no picture by its name"
+    if not _is_image_name(path.name):
+        return "no image by its name"
     try:
         is_file = stat.S_ISREG(path.stat().st_mode)
     except OSError as error:
@@ -209,13 +180,13 @@ def _unfit(path: Path) -> str | None:
     return None if is_file else "not a regular file"
 
 
-def _is_picture_name(name: str) -> bool:
+def _is_image_name(name: str) -> bool:
     return has_file_allowed_extension(name, EXTENSIONS)
 
 
 def _subset(files: Files, chosen: list[int]) -> Files:
-    paths, labels = ([values[k] for k in chosen] for values in (files.paths, files.labels))
-    return dataclasses.replace(files, paths=paths, labels=labels)
+    parts = {n: [getattr(files, n)[k] for k in chosen] for n in ("labels", "names", "paths")}
+    return dataclasses.replace(files, **parts)
 
 
 class Sample(NamedTuple):
@@ -225,48 +196,35 @@ class Sample(NamedTuple):
     skipped: tuple[Skipped, ...]
 
 
-class Training(Dataset):
-    """Samples by `Key`. In place of a file that cannot be read stands the next that can."""
+@dataclass
+class Training(Views):
+    """Samples by `Key`. A file that cannot be read is replaced by the next that can."""
 
-    def __init__(self, source: Source, transform, seed: int) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
-
-    def __len__(self) -> int:
-        return len(self.source.labels)
+    transform: Callable
+    seed: int
 
     def __getitem__(self, key: Key) -> Sample:
         seed = seed_of(self.seed, key.epoch, key.index)
-        skipped = []
-        for further in range(min(PATIENCE, len(self))):
-            index = (key.index + further) % len(self)
-            try:
-                picture = self.source.load(index)
-                with drawing_from(seed):
-                    image = self.transform(picture)
-            except BadPicture as error:
-                skipped.append((self.source.name(index), str(error)))
-            else:
-                return Sample(image, self.source.labels[index], seed, tuple(skipped))
-        raise TrainError(
-            f"train: --data must be readable, got {len(skipped)} bad files in a row, the last: "
-            f"{': '.join(skipped[-1])}"
+        index, loaded, skipped = first_readable(
+            len(self), key.index, self.source.load, self.source.name
         )
+        with drawing_from(seed):
+            image = self.transform(loaded)
+        return Sample(image, self.source.labels[index], seed, tuple(skipped))
 
 
-class Evaluation(Dataset):
-    """Samples by number. What cannot be read, and number `IGNORED`, is blank and not counted."""
+@dataclass
+class Evaluation(Views):
+    """Samples by number. Unreadable files and number `IGNORED` are blank and not counted."""
 
-    def __init__(self, source: Source, transform, blank: Tensor) -> None:
-        self.source, self.transform, self.blank = source, transform, blank
-
-    def __len__(self) -> int:
-        return len(self.source.labels)
+    transform: Callable
+    blank: Tensor
 
     def __getitem__(self, index: int) -> Sample:
         if index == IGNORED:
             return Sample(self.blank, IGNORED, 0, ())
         try:
             image = self.transform(self.source.load(index))
-        except BadPicture as error:
+        except BadImage as error:
             return Sample(self.blank, IGNORED, 0, ((self.source.name(index), str(error)),))
         return Sample(image, self.source.labels[index], 0, ())

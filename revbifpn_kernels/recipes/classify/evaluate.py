@@ -5,14 +5,15 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.utils.data import DataLoader
 
+from ..run.networks import dtype_of
 from ..run.processes import World
-from ..run.signals import Signals, ignore_signals
+from ..run.samples import loader
+from ..run.signals import Signals
 from .augment import Collate
 from .data import IGNORED, Evaluation
 from .options import Options
+from .state import ClassifierState
 
 
 class Score(NamedTuple):
@@ -23,7 +24,7 @@ class Score(NamedTuple):
 
 
 def shares(count: int, batch: int, world: World) -> Iterator[list[int]]:
-    """This rank's images in batches, as many on every rank: sharded networks run in step."""
+    """This process' images, in as many batches as each other's: sharded networks run in step."""
     per_rank = -(-count // world.size)
     numbers = [k if k < count else IGNORED for k in range(per_rank * world.size)]
     own = numbers[world.rank :: world.size]
@@ -32,24 +33,21 @@ def shares(count: int, batch: int, world: World) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def evaluate(
-    network: nn.Module, views: Evaluation, options: Options, world: World, signals: Signals
-) -> Score | None:
-    """Every image once, spread over the processes; None if a signal to any of them ended it."""
+def evaluate(run: ClassifierState, views: Evaluation, signals: Signals) -> Score | None:
+    """Scores each image once, spread over the processes; None if a signal to any of them came."""
+    network, options, world = run.result, run.options, run.world
     was_training = [module for module in network.modules() if module.training]
     network.eval()
     batch = max(1, options.batch_size // (options.accumulate * world.size))
-    loader = DataLoader(
+    batches = loader(
         views,
+        options.workers if options.dataset == "folder" else 0,
         batch_sampler=list(shares(len(views), batch, world)),
         collate_fn=Collate(),
-        num_workers=options.workers if options.dataset == "folder" else 0,
-        worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # not the global one, which training goes on with
     )
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)
     skipped = []
-    for images, labels, unread in loader:
+    for images, labels, unread in batches:
         if world.any(signals.received is not None)[0]:
             return None
         images, labels = images.to(world.device), labels.to(world.device)
@@ -63,13 +61,11 @@ def evaluate(
     for module in was_training:
         module.training = True
     loss, right, count = world.total(sums).tolist()
-    nan = float("nan")
-    return Score(
-        loss / count if count else nan, right / count if count else nan, int(count), tuple(skipped)
-    )
+    if not count:
+        return Score(float("nan"), float("nan"), 0, tuple(skipped))
+    return Score(loss / count, right / count, int(count), tuple(skipped))
 
 
 def autocast(options: Options, world: World):
-    is_on = options.amp != "none"
-    dtype = getattr(torch, options.amp) if is_on else torch.bfloat16
-    return torch.autocast(world.device.type, dtype, enabled=is_on)
+    dtype = dtype_of(options)
+    return torch.autocast(world.device.type, dtype or torch.bfloat16, enabled=dtype is not None)

@@ -11,34 +11,34 @@ from torch.export import Dim
 
 from ...models.revbifpn import RevBiFPN
 from ..run.checkpoint import make_folder
+from ..run.errors import RunError
 from .augment import CROP, MEAN_STD
 from .data import MODES, Evaluation
-from .options import TrainError
 
 PROGRAM, ONNX, ABOUT = "network.pt2", "network.onnx", "network.json"
 IMAGES = 4
-# Largest error over the largest logit: other runtimes add in another order, nothing worse.
+# Largest error over the largest logit: other runtimes only add in another order.
 TOLERANCE = 1e-4
 
 
 def prepare_folder(out: Path) -> None:
-    """Make the folder; raise if that or an export is impossible, before a long training."""
+    """Makes the folder; raises if that or an export is impossible, before a long training."""
     make_folder("--export", out)
     for name in ("onnxscript", "onnxruntime"):
         if importlib.util.find_spec(name) is None:
-            raise TrainError(f"train: --export needs {name}: pip install {name}")
+            raise RunError(f"--export needs {name}: pip install {name}")
 
 
 def export(network: RevBiFPN, out: Path, views: Evaluation, classes: list[str]) -> str:
-    """Write the network in evaluation, for any number of images of one size; say how it agrees.
+    """Exports the network in evaluation, for any number of images; returns how well it agrees.
 
-    Beside it lies what a caller must know: classes, side, mean and standard deviation.
+    network.json beside it has what a caller must know: classes, side, mean, standard deviation.
 
     Raises:
-        TrainError: An export does not compute what the network does.
+        RunError: An export does not compute what the network does.
     """
     network = network.eval()
-    # Of a single image, exporters would take the number of images for fixed.
+    # Several: with a single image, exporters would take the number of images for fixed.
     images = torch.stack([views[k % len(views)].image for k in range(IMAGES)])
     with torch.no_grad():
         expected = network(images)
@@ -50,8 +50,8 @@ def export(network: RevBiFPN, out: Path, views: Evaluation, classes: list[str]) 
     errors = {n: (y - expected).abs().max().item() / largest for n, y in outputs.items()}
     for name, error in errors.items():
         if not error <= TOLERANCE:
-            raise TrainError(
-                f"train: --export: {out / name} must agree with the network to {TOLERANCE} of the "
+            raise RunError(
+                f"--export: {out / name} must agree with the network to {TOLERANCE} of the "
                 f"largest logit, got {error:.3g}"
             )
     mode = MODES[network.config.in_chans]
@@ -88,5 +88,5 @@ def _through_onnx(network: RevBiFPN, images: Tensor, path: Path) -> Tensor:
 
 
 def _parts(images: Tensor) -> tuple[Tensor, ...]:
-    """One image, then the others: the number of images is free."""
+    """One image, then the others, to try two numbers of images."""
     return tuple(part for part in (images[:1], images[1:]) if len(part))

@@ -1,4 +1,4 @@
-"""timm's optimizers, as far as they go on from a checkpoint; the learning rate's schedule."""
+"""timm's optimizers, if they can continue from a checkpoint; the learning rate's schedule."""
 
 import copy
 import dataclasses
@@ -13,26 +13,27 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..run.checkpoint import WHOLE
-from .options import Options, TrainError
+from ..run.errors import RunError
+from .options import Options
 
 PROBED_LR = 1e-3
 PROBED_STEPS = 3, 8  # before and after a checkpoint: Lookahead's period of 6 begins before
 
 
 def optimizer_of(options: Options, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer by name; raises TrainError if timm has none."""
+    """The optimizer by name; raises RunError if timm has none."""
     try:
         return create_optimizer_v2(
             model, opt=options.opt, lr=options.lr, weight_decay=options.weight_decay
         )
     except (AssertionError, ValueError, RuntimeError, ImportError) as error:
-        raise TrainError(f"train: --opt must be an optimizer of timm's: {error}") from error
+        raise RunError(f"--opt must be an optimizer of timm's: {error}") from error
 
 
 def refuse_forgetful(options: Options) -> None:
-    """Raise for an optimizer that keeps state where no checkpoint sees it.
+    """Raises for an optimizer that keeps state where no checkpoint sees it.
 
-    Found out on a network of three layers, before processes join: a process has the state alone.
+    Tried on a network of three layers, before processes join: its states belong to one process.
     """
     options = dataclasses.replace(options, lr=PROBED_LR)
     with torch.random.fork_rng(devices=[]):
@@ -46,7 +47,7 @@ def refuse_forgetful(options: Options) -> None:
         _steps(model, whole, before, PROBED_LR)
         _steps(model, whole, after, PROBED_LR / 2)
         _steps(stopped, first, before, PROBED_LR)
-        # To ask for the state changes it, if it is kept elsewhere.
+        # Copied: reading the state changes it, where an optimizer keeps it elsewhere.
         state = copy.deepcopy(get_optimizer_state_dict(stopped, first, options=WHOLE))
         set_optimizer_state_dict(stopped, again, state, options=WHOLE)
         _steps(stopped, again, after, PROBED_LR / 2)
@@ -56,9 +57,9 @@ def refuse_forgetful(options: Options) -> None:
         pairs = zip(model.parameters(), stopped.parameters(), strict=True)
         reason = "" if all(torch.equal(a, b) for a, b in pairs) else f"{options.opt} differs"
     if reason:
-        raise TrainError(
-            "train: --opt must go on from a checkpoint as if it had not stopped, and on gradients "
-            f"alone; {reason}"
+        raise RunError(
+            "--opt must go on from a checkpoint as if it had not stopped, and on gradients alone; "
+            f"{reason}"
         )
 
 

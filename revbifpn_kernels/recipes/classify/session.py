@@ -1,33 +1,32 @@
-"""A whole run: put together, trained, tested, written down."""
+"""A whole training: put together, trained, tested, written down."""
 
-import itertools
-import os
-import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch.utils.data import DataLoader
 
 from ...models.cost import training_memory
 from ...models.revbifpn import RevBiFPN
 from ...models.sizes import Config
 from ..run import checkpoint
-from ..run.order import Parts
-from ..run.processes import World, joined
-from ..run.signals import Signals, ignore_signals
-from . import augment, data, evaluate, loop, networks, state
+from ..run.errors import RunError
+from ..run.networks import MADE_WITH, dtype_of, parameter_count
+from ..run.processes import joined
+from ..run.samples import training_loader
+from ..run.session import WEIGHTS, begun, carry_out, folder_of
+from ..run.tables import MIB
+from . import augment, data, evaluate, networks, state
+from .loop import ClassifierLoop
 from .optimizers import refuse_forgetful
-from .options import Options, TrainError
-from .report import MIB, Report
-from .state import Run
-
-WEIGHTS = "weights.safetensors"
+from .options import Options, parse
+from .report import Report
+from .state import ClassifierState
 
 
-def main(options: Options) -> int:
-    """Train as asked; 0 if the last step was reached, 128 + the signal if one came before."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains as asked; returns 0 if the end was reached, 128 + the signal if one came before."""
+    options = parse(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if not options.memory:
@@ -41,24 +40,11 @@ def main(options: Options) -> int:
         if options.export is not None:
             from .export import prepare_folder
 
-            prepare_folder(Path(options.export))  # what is missing is told before the training
-        out = _out(options, world)
-        run = _begun(options, world, config, found, out / checkpoint.NAME)
-        keeper = checkpoint.Keeper(
-            out,
-            options.checkpoint_minutes,
-            lambda text: report.warn(text),
-            lambda: state.capture(run),
-            world.is_first,
-        )
-        if keeper.path.exists():
-            keeper.step = run.step
+            prepare_folder(Path(options.export))  # tells what is missing before the training
+        out = folder_of(options, world)
+        run = begun(out, lambda is_new: state.start(options, world, config, found, is_new))
         report = Report(run, out)
-        with Signals() as signals:
-            is_complete = _train(run, found, side, report, keeper, signals)
-        if not is_complete:
-            return report.stopped(signals.received, keeper)
-        return 0
+        return carry_out(run, report, lambda *control: _train(run, found, side, report, *control))
 
 
 def prepare(options: Options) -> tuple[data.Data, Config, int]:
@@ -72,75 +58,29 @@ def prepare(options: Options) -> tuple[data.Data, Config, int]:
     return found, networks.config(options, len(found.classes)), side
 
 
-def _out(options: Options, world: World) -> Path:
-    """The run's folder, the same on all ranks; a run that is in it already is not overwritten."""
-    name = Path(options.data).resolve().name if options.data else "digits"
-    out = Path(world.gathered(options.out or new_folder(f"runs/{name}-"))[0])
-    refuse_used(out, options.resume)
-    checkpoint.make_folder("--out", out)
-    world.any(False)  # no rank writes there before all have looked
-    return out
-
-
-def refuse_used(out: Path, resume: str, error: type[TrainError] = TrainError) -> None:
-    """Raise `error` where a run has left something, and this one is not to continue it."""
-    found = [name for name in (checkpoint.NAME, WEIGHTS) if (out / name).exists()]
-    if found and resume == "never":
-        raise error(
-            f"{error.command}: --out must be a new folder without --resume auto, got {out} with "
-            f"{found[0]}"
-        )
-
-
-def new_folder(start: str) -> str:
-    """With the time, and a number if another run began in the same second."""
-    stem = start + time.strftime("%Y%m%d-%H%M%S")
-    names = itertools.chain([stem], (f"{stem}-{k}" for k in itertools.count(2)))
-    return next(name for name in names if not os.path.exists(name))
-
-
-def _begun(options: Options, world: World, config: Config, found: data.Data, path: Path) -> Run:
-    """The run that a checkpoint is of, or a new one. The file's content is not kept."""
-    content = checkpoint.load(path)
-    run = state.start(options, world, config, found, is_new=content is None)
-    _agree(run, content)
-    if content is not None:
-        state.restore(run, content)
-    return run
-
-
-def _agree(run: Run, content: dict | None) -> None:
-    """Raise where processes would go on from different states, or on different images."""
-    step = "no checkpoint" if content is None else f"a checkpoint of step {content.get('step')}"
-    seen = run.world.gathered(f"{step}, {run.digest}")
-    if len(set(seen)) > 1:
-        listed = "; ".join(f"process {rank}: {what}" for rank, what in enumerate(seen))
-        raise TrainError(
-            "train: --out and --data must be the same folders for every process, got " + listed
-        )
-
-
-def _train(run: Run, found: data.Data, side: int, report: Report, keeper, signals) -> bool:
+def _train(run: ClassifierState, found: data.Data, side: int, report: Report, keeper, signals):
+    """Trains and tests; returns whether no signal came before the end."""
     options, mode = run.options, data.MODES[run.config.in_chans]
     transform = augment.for_evaluation(options, mode, side)
     blank = torch.zeros(run.config.in_chans, side, side)
     val, test = (data.Evaluation(part, transform, blank) for part in (found.val, found.test))
     report.say(
-        f"{len(found.train.labels)} images to train on, {len(val)} to validate, {len(test)} to "
+        f"{len(found.train)} images to train on, {len(val)} to validate, {len(test)} to "
         f"test{' (the same)' if found.test is found.val else ''}, {len(found.classes)} classes; "
-        f"{sum(p.numel() for p in run.model.parameters()):,} parameters; from step {run.step} of "
-        f"{run.steps}"
+        f"{parameter_count(run.model):,} parameters; from step {run.step} of {run.steps}"
     )
     report.skip(found.skipped)
-    is_complete = loop.train(
+    views = data.Training(found.train, augment.for_training(options, mode, side), options.seed)
+    collate = augment.Collate(len(found.classes), options.mixup, options.cutmix)
+    loop = ClassifierLoop(
         run,
-        iter(_batches(run, found, mode, side)),
-        lambda: evaluate.evaluate(run.result, val, options, run.world, signals),
+        iter(training_loader(run, views, collate, options.accumulate)),
         report,
         keeper,
         signals,
+        validate=lambda: evaluate.evaluate(run, val, signals),
     )
-    score = is_complete and evaluate.evaluate(run.result, test, options, run.world, signals)
+    score = loop.train() and evaluate.evaluate(run, test, signals)
     if score:
         report.skip(score.skipped)
         try:
@@ -150,36 +90,22 @@ def _train(run: Run, found: data.Data, side: int, report: Report, keeper, signal
     return bool(score)
 
 
-def _batches(run: Run, found: data.Data, mode: str, side: int) -> DataLoader:
-    """All parts of all steps that are left."""
-    options, world = run.options, run.world
-    order = Parts(run.order, run.step, run.steps, options.accumulate, world.rank, world.size)
-    views = data.Training(found.train, augment.for_training(options, mode, side), options.seed)
-    return DataLoader(
-        views,
-        batch_sampler=order,
-        collate_fn=augment.Collate(len(found.classes), options.mixup, options.cutmix),
-        num_workers=options.workers,
-        worker_init_fn=ignore_signals,
-        pin_memory=world.device.type == "cuda",
-        generator=torch.Generator(),  # not the global one, whose state is part of the run
-    )
-
-
-def write_result(run: Run, classes: list[str], test: data.Evaluation, report: Report) -> None:
-    """The weights that were tested, and what is to be exported."""
+def write_result(
+    run: ClassifierState, classes: list[str], test: data.Evaluation, report: Report
+) -> None:
+    """Writes the weights that were tested, and exports them if asked."""
     weights = state.get_model_state_dict(run.result, options=checkpoint.WHOLE)
     if not run.world.is_first:
         return
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     path = report.out / WEIGHTS
     try:
-        about = {networks.MADE_WITH: networks.model_options(run.options)}
+        about = {MADE_WITH: networks.model_options(run.options)}
         checkpoint.write_atomically(path, safetensors.torch.save(tensors, about))
     except OSError as error:
-        raise TrainError(
-            f"train: {path} not written: {error}; the run is kept in {report.out}: make room and "
-            "run again with --resume auto"
+        raise RunError(
+            f"{path} not written: {error}; the run is kept in {report.out}: make room and run "
+            "again with --resume auto"
         ) from error
     if run.options.export is not None:
         from .export import export
@@ -191,13 +117,12 @@ def write_result(run: Run, classes: list[str], test: data.Evaluation, report: Re
 
 def print_memory(options: Options, config: Config, side: int) -> None:
     """What a step takes on top of weights, gradients and optimizer, counted on fake tensors."""
-    dtype = None if options.amp == "none" else getattr(torch, options.amp)
     print(f"{'images':>6}{'mode':>14}{'held MiB':>12}{'peak MiB':>12}")
     for images in (2, 16):
         for reversible in (True, False):
             model = RevBiFPN(config, reversible=reversible)
             shape = (images, config.in_chans, side, side)
-            held, peak = (n / MIB for n in training_memory(model, shape, autocast=dtype))
+            memory = training_memory(model, shape, autocast=dtype_of(options))
+            held, peak = (count / MIB for count in memory)
             name = "reversible" if reversible else "stored"
-            print(f"{images:6}{name:>14}{held:12.1f}{peak:12.1f}")
-    sys.stdout.flush()
+            print(f"{images:6}{name:>14}{held:12.1f}{peak:12.1f}", flush=True)

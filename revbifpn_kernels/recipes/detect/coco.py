@@ -1,28 +1,28 @@
-"""COCO annotations, checked: what can be trained on, and what is left out, named, and why.
+"""COCO annotations, checked: what can be trained on, and what is left out, and why.
 
-An image without objects is kept: it teaches what is none. Boxes that reach over the image's edge
-are cut off there; boxes of no area, of unknown categories or images, and objects without a usable
-outline where outlines are asked for, are left out. Nothing here opens a picture. Reasons name their
-kind before a colon, by which they are counted.
+Images without objects are kept: detectors learn from them, too. Boxes that reach over the image's
+edge are cut off there. Left out are boxes without area, of unknown categories or images, and with
+masks, objects without a usable outline. No image is opened. A reason names its kind before a
+colon; kinds are counted.
 """
 
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 from pycocotools import mask as rle
 
-from .options import DetectError
+from ..run.errors import RunError
 from .outlines import Unfit, is_number, run_lengths
 
 LEAST_SIDE = 0.1  # of a box, in pixels
 MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # beyond which Pillow opens nothing
-CUT, TURNED = "cut to the image", "turned upright"  # kinds of what is used, though changed
+CUT, TURNED = "cut to the image", "turned upright"  # kinds of objects that are used, but changed
 REQUIRED = ("images", "annotations", "categories")
 
 
@@ -46,63 +46,71 @@ class Annotated:
         return self.width, self.height
 
 
+class View(NamedTuple):
+    """An image, perhaps shrunk, and its objects in pixels of the annotations."""
+
+    image: Image.Image
+    annotated: Annotated
+    notes: tuple[str, ...] = ()
+
+
 @dataclass
 class Annotations:
-    """What a document holds, and what of it is not used."""
+    """The usable part of a document, and the names of the rest."""
 
     classes: list[str]
     images: list[Annotated]
     skipped: list[tuple[str, str]]
 
     def truth(self) -> dict[str, Any]:
-        """A document of what is used, for pycocotools; categories are labels, images numbered."""
-        annotations = []
-        for k, image in enumerate(self.images):
-            for n, box in enumerate(image.boxes):
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": k,
-                        "category_id": image.labels[n],
-                        "bbox": [*box[:2], box[2] - box[0], box[3] - box[1]],
-                        "area": image.areas[n],
-                        "iscrowd": int(image.crowds[n]),
-                        "segmentation": image.outlines[n],
-                    }
-                )
-        images = [
-            {"id": k, "width": image.width, "height": image.height}
-            for k, image in enumerate(self.images)
+        """What is used, as a document for pycocotools: categories are labels, images numbered."""
+        objects = [(k, i, n) for k, i in enumerate(self.images) for n in range(len(i.boxes))]
+        annotations = [
+            {
+                "id": number,
+                "image_id": k,
+                "category_id": image.labels[n],
+                "bbox": bbox_of(image.boxes[n]),
+                "area": image.areas[n],
+                "iscrowd": int(image.crowds[n]),
+                "segmentation": image.outlines[n],
+            }
+            for number, (k, image, n) in enumerate(objects, 1)
         ]
+        sizes = ({"width": image.width, "height": image.height} for image in self.images)
+        images = [{"id": k} | size for k, size in enumerate(sizes)]
         categories = [{"id": k + 1, "name": name} for k, name in enumerate(self.classes)]
         return {"images": images, "annotations": annotations, "categories": categories}
 
 
+def bbox_of(box: Sequence[float]) -> list[float]:
+    """COCO's left, top, width, height of a box's edges."""
+    left, top, right, bottom = box
+    return [left, top, right - left, bottom - top]
+
+
 def load(path: Path) -> dict[str, Any]:
-    """The JSON of a file.
+    """The document in a file.
 
     Raises:
-        DetectError: It is not there, is no JSON, or is no COCO document.
+        RunError: There is no such file, or it is no JSON, or no COCO document.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise DetectError(f"detect: --data must have JSON in {path}, got: {error}") from error
-    missing = [
-        key
-        for key in REQUIRED
-        if not isinstance(document, dict) or not isinstance(document.get(key), list)
-    ]
+        raise RunError(f"--data must have JSON in {path}, got: {error}") from error
+    entries = document if isinstance(document, dict) else {}
+    missing = [key for key in REQUIRED if not isinstance(entries.get(key), list)]
     if missing:
-        raise DetectError(
-            f"detect: --data must have lists {', '.join(REQUIRED)} in {path}, got none of "
+        raise RunError(
+            f"--data must have lists {', '.join(REQUIRED)} in {path}, got none of "
             f"{', '.join(missing)}"
         )
     return document
 
 
 def read(document: dict[str, Any], where: str, masks: bool) -> Annotations:
-    """Check all of a document; `where` names it in what is told of it."""
+    """Checks a document; `where` names it in messages."""
     classes, label_of = _categories(document["categories"], where)
     images, skipped = _images(document["images"], where)
     for k, entry in enumerate(document["annotations"]):
@@ -128,13 +136,13 @@ def _categories(entries: list, where: str) -> tuple[list[str], dict[Any, int]]:
         pairs = sorted((entry["id"], str(entry["name"])) for entry in entries)
         label_of = {key: k + 1 for k, (key, _) in enumerate(pairs)}
     except (TypeError, KeyError) as error:
-        raise DetectError(
-            f"detect: --data must have categories with id and name in {where}, got "
+        raise RunError(
+            f"--data must have categories with id and name in {where}, got "
             f"{type(error).__name__}: {error}"
         ) from error
     if not label_of or len(label_of) < len(pairs):
-        raise DetectError(
-            f"detect: --data must have categories, each id once, in {where}, got "
+        raise RunError(
+            f"--data must have categories, each id once, in {where}, got "
             f"{[key for key, _ in pairs]}"
         )
     return [name for _, name in pairs], label_of
@@ -162,7 +170,7 @@ def _images(entries: list, where: str) -> tuple[dict[Any, Annotated], list[tuple
 
 
 def _is_name(value: Any) -> bool:
-    """Whether a file can be called so: JSON may hold halves of characters."""
+    """Whether a file can have this name: JSON may hold halves of characters."""
     try:
         return isinstance(value, str) and bool(os.fsencode(value))
     except UnicodeEncodeError:
@@ -170,7 +178,7 @@ def _is_name(value: Any) -> bool:
 
 
 def _add(image: Annotated, entry: dict, label_of: dict[Any, int], masks: bool) -> str | None:
-    """Note an object; what had to be changed about it."""
+    """Adds an object to its image; returns what had to be changed, if anything."""
     category = entry.get("category_id")
     if not isinstance(category, int | str) or category not in label_of:
         raise Unfit(f"category is unknown: {category!r}")
@@ -197,7 +205,7 @@ def _box(given: Any, image: Annotated) -> tuple[tuple[float, ...], bool]:
     box = (max(0.0, x), max(0.0, y), min(image.width, x + w), min(image.height, y + h))
     if box[2] - box[0] < LEAST_SIDE or box[3] - box[1] < LEAST_SIDE:
         raise Unfit(f"box is outside of the image: {list(given)} of {image.width}×{image.height}")
-    # Annotators round: a pixel over the edge is none of the user's concern.
+    # Annotators round, so a pixel over the edge is not worth a message.
     is_cut = max(abs(a - b) for a, b in zip(box, (x, y, x + w, y + h), strict=True)) > 1
     return tuple(map(float, box)), is_cut
 
@@ -207,7 +215,7 @@ def _kind(reason: str) -> str:
 
 
 def is_used(reason: str) -> bool:
-    """Whether what it was said of is trained on, though changed."""
+    """Whether an entry with this reason is used, but changed."""
     return _kind(reason) in (CUT, TURNED)
 
 
@@ -218,5 +226,5 @@ def summary(skipped: Iterable[tuple[str, str]]) -> str:
 
 
 def because(skipped: Collection[tuple[str, str]]) -> str:
-    """The end of a message that there is not enough."""
+    """The end of a message that there are too few images or objects."""
     return f"; left out: {summary(skipped)}" if skipped else ""

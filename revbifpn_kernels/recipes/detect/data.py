@@ -5,33 +5,26 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image
 from pycocotools import mask as rle
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from ..classify.data import PATIENCE, Skipped
+from ..run.errors import RunError
+from ..run.images import BadImage, open_image
 from ..run.order import Key, drawing_from, seed_of
-from ..run.pictures import BadPicture, open_picture
-from . import coco, scenes
-from .coco import Annotated, Annotations
-from .options import DetectError, Options
+from ..run.samples import Skipped, Views, first_readable
+from . import coco
+from .coco import Annotated, Annotations, View
+from .options import Options
+from .scenes import Scenes
 
 PARTS = ("train", "val")
-WORST_STRETCH = 0.02  # between a picture's sides and those that its annotations name
+WORST_STRETCH = 0.02  # between an image's sides and those that its annotations name
 SIDEWAYS = (5, 6, 7, 8)  # EXIF's orientations that exchange width and height
-
-
-class View(NamedTuple):
-    """A picture, and what is on it in pixels of the annotations: it may have fewer of its own."""
-
-    picture: Image.Image
-    annotated: Annotated
-    notes: tuple[str, ...] = ()
 
 
 class Sample(NamedTuple):
@@ -40,40 +33,9 @@ class Sample(NamedTuple):
     skipped: tuple[Skipped, ...]
 
 
-class Source(Protocol):
-    def __len__(self) -> int: ...
-
-    def load(self, key: Key) -> View: ...  # raises BadPicture
-
-    def name(self, index: int) -> str: ...
-
-
-@dataclass(frozen=True)
-class Digits:
-    """Scenes to train on: an epoch's are made when they are asked for."""
-
-    scenes: scenes.Scenes
-    masks: bool
-
-    def __len__(self) -> int:
-        return len(self.scenes)
-
-    def name(self, index: int) -> str:
-        return self.scenes.name(index)
-
-    def load(self, key: Key) -> View:
-        image, annotations = self.scenes.scene(key)
-        document = {
-            "images": [self.scenes.entry(key.index) | {"id": 0}],
-            "annotations": annotations,
-            "categories": scenes.CATEGORIES,
-        }
-        return View(image, coco.read(document, "digits", self.masks).images[0])
-
-
 @dataclass(frozen=True)
 class Folder:
-    """Pictures on a disk, shrunk to a longest side."""
+    """Images on a disk, shrunk to a longest side."""
 
     images: list[Annotated]
     paths: list[Path]
@@ -88,22 +50,22 @@ class Folder:
     def load(self, key: Key) -> View:
         annotated = self.images[key.index]
         notes: list[str] = []
-        picture = open_picture(
+        image = open_image(
             self.paths[key.index],
             "RGB",
             self.side,
             lambda stored: _is_annotated_upright(stored, annotated.size, notes),
         )
-        if _stretch(picture.size, annotated.size) > WORST_STRETCH:
-            got, wanted = ("×".join(map(str, size)) for size in (picture.size, annotated.size))
-            raise BadPicture(f"of another shape: {got} pixels, its annotations are for {wanted}")
-        return View(_shrunk(picture, self.side), annotated, tuple(notes))
+        if _stretch(image.size, annotated.size) > WORST_STRETCH:
+            got, wanted = ("×".join(map(str, size)) for size in (image.size, annotated.size))
+            raise BadImage(f"of another shape: {got} pixels, its annotations are for {wanted}")
+        return View(_shrunk(image, self.side), annotated, tuple(notes))
 
 
 def _is_annotated_upright(
     stored: Image.Image, annotated: tuple[int, int], notes: list[str]
 ) -> bool:
-    """Whether annotations are of the picture as viewers turn it: by its shape, else by custom."""
+    """Whether annotations are of the image as viewers turn it; a shape that fits both: yes."""
     orientation = stored.getexif().get(ExifTags.Base.Orientation)
     if orientation not in range(2, 9):
         return True
@@ -115,21 +77,21 @@ def _is_annotated_upright(
 
 
 def _stretch(size: tuple[int, int], wanted: tuple[int, int]) -> float:
-    """How much more one side has to be enlarged than the other."""
+    """By which share one side has to be enlarged more than the other."""
     return abs(size[0] * wanted[1] / (size[1] * wanted[0]) - 1)
 
 
-def _shrunk(picture: Image.Image, side: int) -> Image.Image:
-    longest = max(picture.size)
+def _shrunk(image: Image.Image, side: int) -> Image.Image:
+    longest = max(image.size)
     if longest <= side:
-        return picture
-    size = tuple(max(1, round(length * side / longest)) for length in picture.size)
-    return picture.resize(size, Image.Resampling.BILINEAR)
+        return image
+    size = tuple(max(1, round(length * side / longest)) for length in image.size)
+    return image.resize(size, Image.Resampling.BILINEAR)
 
 
 class Data(NamedTuple):
-    train: Source
-    val: Source
+    train: Scenes | Folder
+    val: Scenes | Folder
     truth: Annotations  # of val
     skipped: list[Skipped]
 
@@ -144,35 +106,34 @@ def prepare(options: Options) -> Data:
         return _folder(Path(options.data), options)
     train, val = digits(options)
     truth = coco.read(val.document(), "digits", options.masks)
-    return Data(Digits(train, options.masks), Digits(val, options.masks), truth, truth.skipped)
+    return Data(train, val, truth, truth.skipped)
 
 
-def digits(options: Options) -> tuple[scenes.Scenes, scenes.Scenes]:
-    side = options.image_size
+def digits(options: Options) -> tuple[Scenes, Scenes]:
+    side, seed, masks = options.image_size, options.seed, options.masks
     counts = (options.train_images, options.val_images)
-    train, val = (scenes.Scenes(k, count, side, options.seed) for k, count in enumerate(counts))
+    train, val = (Scenes(k, count, side, seed, masks) for k, count in enumerate(counts))
     return train, val
 
 
 def _folder(top: Path, options: Options) -> Data:
     if not top.is_dir():
-        raise DetectError(f"detect: --data must be a folder, got {top}")
+        raise RunError(f"--data must be a folder, got {top}")
     (train, known), (val, truth) = (_part(top, part, options) for part in PARTS)
     if known.classes != truth.classes:
-        raise DetectError(
-            f"detect: --data must have the same categories in both files, got {known.classes} "
+        raise RunError(
+            f"--data must have the same categories in both files, got {known.classes} "
             f"to train and {truth.classes} to measure on"
         )
     if all(is_crowd for image in train.images for is_crowd in image.crowds):
-        raise DetectError(
-            f"detect: --data must have objects to train on, got none in {top}"
-            + coco.because(known.skipped)
+        raise RunError(
+            f"--data must have objects to train on, got none in {top}" + coco.because(known.skipped)
         )
     return Data(train, val, truth, known.skipped + truth.skipped)
 
 
 def _part(top: Path, part: str, options: Options) -> tuple[Folder, Annotations]:
-    """The pictures of an annotation file that are there, and the annotations of these."""
+    """The images of an annotation file that exist, and their annotations."""
     file = _annotation_file(top, part)
     found = coco.read(coco.load(file), file.name, options.masks)
     roots = [top / "images", top / "images" / part, *sorted(top.glob(f"{part}*/")), top]
@@ -185,8 +146,8 @@ def _part(top: Path, part: str, options: Options) -> tuple[Folder, Annotations]:
             images.append(image)
             paths.append(path)
     if not images:
-        raise DetectError(
-            f"detect: --data must have pictures of {file} in {roots[0]}, got none of "
+        raise RunError(
+            f"--data must have images of {file} in {roots[0]}, got none of "
             f"{len(found.images)}{coco.because(skipped)}"
         )
     return Folder(images, paths, options.image_size), Annotations(found.classes, images, skipped)
@@ -198,15 +159,15 @@ def _annotation_file(top: Path, part: str) -> Path:
     found = [path for path in plain if os.path.isfile(path)][:1]
     found = found or sorted((top / "annotations").glob(f"instances_{part}*.json"))
     if len(found) != 1:
-        raise DetectError(
-            f"detect: --data must have {part}.json, or annotations/instances_{part}*.json, one of "
+        raise RunError(
+            f"--data must have {part}.json, or annotations/instances_{part}*.json, one of "
             f"them, got {' and '.join(path.name for path in found) or 'neither'} in {top}"
         )
     return found[0]
 
 
 def _located(name: str, roots: Sequence[Path]) -> tuple[Path | None, str]:
-    """Where a picture is, or None and why."""
+    """An image's path, or None and why."""
     reason = f"no such file: in {roots[0]}"
     for root in roots:
         path = root / name
@@ -222,21 +183,21 @@ def _located(name: str, roots: Sequence[Path]) -> tuple[Path | None, str]:
 
 
 def sample_of(
-    picture: Image.Image, annotated: Annotated, masks: bool
+    image: Image.Image, annotated: Annotated, masks: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The image and what torchvision's detectors are trained by; crowds are no objects."""
+    """An image and its target as torchvision's detectors take them, without crowds."""
     single = [k for k, is_crowd in enumerate(annotated.crowds) if not is_crowd]
-    scale = torch.tensor(picture.size * 2) / torch.tensor(annotated.size * 2)
+    scale = torch.tensor(image.size * 2) / torch.tensor(annotated.size * 2)
     boxes = torch.tensor([annotated.boxes[k] for k in single]).reshape(-1, 4) * scale
     labels = torch.tensor([annotated.labels[k] for k in single], dtype=torch.int64)
     target: dict[str, Any] = {"boxes": boxes, "labels": labels}
     if masks:
-        target["masks"] = masks_of([annotated.outlines[k] for k in single], picture.size)
-    return image_of(picture), target
+        target["masks"] = masks_of([annotated.outlines[k] for k in single], image.size)
+    return image_of(image), target
 
 
-def image_of(picture: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+def image_of(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
 def masks_of(outlines: Sequence[dict[str, Any]], size: tuple[int, int]) -> Tensor:
@@ -260,34 +221,22 @@ def mirrored(image: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str
     return image.flip(2), flipped
 
 
-class Training(Dataset):
-    """Samples by `Key`. In place of a picture that cannot be read stands the next that can."""
+@dataclass
+class Training(Views):
+    """Samples by `Key`. An image that cannot be read is replaced by the next that can."""
 
-    def __init__(self, source: Source, options: Options) -> None:
-        self.source, self.options = source, options
-
-    def __len__(self) -> int:
-        return len(self.source)
+    options: Options
 
     def __getitem__(self, key: Key) -> Sample:
-        skipped = []
-        for further in range(min(PATIENCE, len(self))):
-            index = (key.index + further) % len(self)
-            try:
-                view = self.source.load(Key(key.epoch, index))
-            except BadPicture as error:
-                skipped.append((self.source.name(index), str(error)))
-                continue
-            skipped += [(self.source.name(index), note) for note in view.notes]
-            image, target = sample_of(view.picture, view.annotated, self.options.masks)
-            with drawing_from(seed_of(self.options.seed, key.epoch, key.index)):
-                if torch.rand(()) < self.options.flip:
-                    image, target = mirrored(image, target)
-            return Sample(image, target, tuple(skipped))
-        raise DetectError(
-            f"detect: --data must be readable, got {len(skipped)} bad files in a row, the last: "
-            f"{': '.join(skipped[-1])}"
+        index, view, skipped = first_readable(
+            len(self), key.index, lambda k: self.source.load(Key(key.epoch, k)), self.source.name
         )
+        skipped += [(self.source.name(index), note) for note in view.notes]
+        image, target = sample_of(view.image, view.annotated, self.options.masks)
+        with drawing_from(seed_of(self.options.seed, key.epoch, key.index)):
+            if torch.rand(()) < self.options.flip:
+                image, target = mirrored(image, target)
+        return Sample(image, target, tuple(skipped))
 
 
 class Batch(NamedTuple):
@@ -309,19 +258,13 @@ class Measured(NamedTuple):
     skipped: tuple[Skipped, ...]
 
 
-class Evaluation(Dataset):
+class Evaluation(Views):
     """Images by number."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def __getitem__(self, number: int) -> Measured:
         name = self.source.name(number)
         try:
             view = self.source.load(Key(0, number))
-        except BadPicture as error:
+        except BadImage as error:
             return Measured(number, None, ((name, str(error)),))
-        return Measured(number, image_of(view.picture), tuple((name, n) for n in view.notes))
+        return Measured(number, image_of(view.image), tuple((name, n) for n in view.notes))

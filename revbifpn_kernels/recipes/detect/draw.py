@@ -1,4 +1,4 @@
-"""A picture of predictions beside the truth."""
+"""A figure of predictions beside the truth."""
 
 import io
 import warnings
@@ -15,11 +15,11 @@ NAME = "predictions.png"
 COLUMNS = 4
 LEAST_SCORE = 0.5  # of what is drawn
 TRUTH, PREDICTED = "white", "#ffb347"
-EDGE = [withStroke(linewidth=2.2, foreground="#000000b0")]  # seen on any photograph
+EDGE = [withStroke(linewidth=2.2, foreground="#000000b0")]  # visible on any photograph
 
 
 def grid(data: Data, found: dict[int, Found], count: int) -> bytes:
-    """PNG: the first images that were measured on, true boxes thin and white, found ones orange."""
+    """PNG of the first measured images: true boxes dashed and white, found ones orange."""
     numbers = sorted(found)[:count]
     rows = max(1, -(-len(numbers) // COLUMNS))
     figure = Figure(figsize=(3 * COLUMNS, 3.2 * rows), layout="constrained")
@@ -32,20 +32,20 @@ def grid(data: Data, found: dict[int, Found], count: int) -> bytes:
         + ("" if any((found[k]["scores"] >= LEAST_SCORE).any() for k in numbers) else " (none)"),
         fontsize=10,
     )
-    picture = io.BytesIO()
+    content = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of classes' names
-        figure.savefig(picture, format="png", dpi=100)
-    return picture.getvalue()
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # in names of classes
+        figure.savefig(content, format="png", dpi=100)
+    return content.getvalue()
 
 
 def _draw(axes, data: Data, number: int, found: Found) -> None:
-    picture, annotated, _ = data.val.load(Key(0, number))
+    image, annotated, _ = data.val.load(Key(0, number))
     extent = (0, annotated.width, annotated.height, 0)  # boxes count from the edge of a pixel
-    axes.imshow(picture, extent=extent)
+    axes.imshow(image, extent=extent)
     shown = [k for k, score in enumerate(found["scores"]) if score >= LEAST_SCORE]
     if "outlines" in found:
-        masks = masks_of([found["outlines"][k] for k in shown], picture.size)
+        masks = masks_of([found["outlines"][k] for k in shown], image.size)
         shade = (masks.sum(0) > 0).float().numpy()
         axes.imshow(shade, cmap="autumn", alpha=0.5 * shade, extent=extent)
     for box, label in zip(annotated.boxes, annotated.labels, strict=True):

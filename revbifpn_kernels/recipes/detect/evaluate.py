@@ -11,18 +11,17 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from ..classify.data import Skipped
-from ..run.signals import Signals, ignore_signals
-from .coco import Annotations
+from ..run.samples import Skipped, loader
+from ..run.signals import Signals
+from .coco import Annotations, bbox_of
 from .data import Data, Evaluation
-from .run import Run
+from .state import DetectorState
 
 # Names of pycocotools' first six numbers: over IoUs of 0.5 to 0.95, at one, and by area.
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
-# Boxes, labels, scores as torchvision returns them, in pixels of the annotations; with masks their
+# Boxes, labels, scores as torchvision returns them, in pixels of the annotations; with masks also
 # outlines, as run lengths.
 Found = dict[str, Any]
 
@@ -34,49 +33,39 @@ class Result(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(run: Run, data: Data, signals: Signals) -> Result | None:
-    """Detect on all images to measure on, and compare; those that cannot be read do not count.
+def evaluate(run: DetectorState, data: Data, signals: Signals) -> Result | None:
+    """Detects on all images to measure on, and scores those that can be read.
 
     None if a signal came meanwhile.
     """
-    found, skipped = {}, []
+    options, found, skipped = run.options, {}, []
     run.model.eval()
-    for batch in _loader(run, data):
+    views = Evaluation(data.val)
+    for batch in loader(views, options.workers, batch_size=options.batch_size, collate_fn=list):
         skipped += (entry for one in batch for entry in one.skipped)
         read = [one for one in batch if one.image is not None]
         if read:
-            outputs = run.model([one.image.to(run.device) for one in read])
+            outputs = run.model([one.image.to(run.world.device) for one in read])
             for one, output in zip(read, outputs, strict=True):
                 size = data.truth.images[one.number].size
                 found[one.number] = _kept(output, one.image.shape[:0:-1], size)
         if signals.received is not None:
             return None
-    return Result(precisions(data.truth, found, run.options.masks), found, skipped)
-
-
-def _loader(run: Run, data: Data) -> DataLoader:
-    return DataLoader(
-        Evaluation(data.val),
-        run.options.batch_size,
-        collate_fn=list,
-        num_workers=run.options.workers,
-        worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # not the global one, which training goes on with
-    )
+    return Result(precisions(data.truth, found, options.masks), found, skipped)
 
 
 def _kept(output: Found, seen: tuple[int, int], annotated: tuple[int, int]) -> Found:
-    """On the CPU, from the pixels that the network has seen to those of the annotations."""
+    """Moves an output to the CPU, and scales it to the pixels of the annotations."""
     kept = {key: output[key].cpu() for key in ("boxes", "labels", "scores")}
     kept["boxes"] *= torch.tensor(annotated * 2) / torch.tensor(tuple(seen) * 2)
     if "masks" in output:
-        # Run lengths at once: the masks of all images would not fit a machine's memory.
+        # Run lengths at once: the masks of all images would not fit into memory.
         kept["outlines"] = [_outline(mask, annotated) for mask in output["masks"]]
     return kept
 
 
 def _outline(mask: Tensor, size: tuple[int, int]) -> dict[str, Any]:
-    """Run lengths of one (1, H, W) of probabilities, for a picture of another size."""
+    """Run lengths of one mask of probabilities (1, H, W), for an image of another size."""
     if mask.shape[1:] != size[::-1]:
         mask = F.interpolate(mask[None], size[::-1], mode="bilinear")[0]
     return rle.encode(np.asfortranarray((mask[0] > 0.5).cpu().numpy().view(np.uint8)))
@@ -99,7 +88,8 @@ def _summary(truth: Annotations, found: dict[int, Found], kind: str) -> list[flo
         known = COCO()
         known.dataset = truth.truth()
         known.createIndex()
-        detections = known.loadRes(_detections(found, kind)) if _count(found) else COCO()
+        entries = _detections(found, kind)
+        detections = known.loadRes(entries) if entries else COCO()
         counted = COCOeval(known, detections, kind)
         counted.params.imgIds = sorted(found)
         counted.evaluate()
@@ -108,21 +98,14 @@ def _summary(truth: Annotations, found: dict[int, Found], kind: str) -> list[flo
     return [float(value) if value >= 0 else float("nan") for value in counted.stats[:6]]
 
 
-def _count(found: dict[int, Found]) -> int:
-    return sum(len(one["scores"]) for one in found.values())
-
-
 def _detections(found: dict[int, Found], kind: str) -> list[dict]:
     entries = []
     for number, one in found.items():
-        for k, (x0, y0, x1, y1) in enumerate(one["boxes"].tolist()):
-            entry = {
-                "image_id": number,
-                "category_id": int(one["labels"][k]),
-                "score": float(one["scores"][k]),
-            }
+        for k, box in enumerate(one["boxes"].tolist()):
+            entry = {"image_id": number, "category_id": int(one["labels"][k])}
+            entry["score"] = float(one["scores"][k])
             if kind == "bbox":
-                entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+                entry["bbox"] = bbox_of(box)
             else:
                 entry["segmentation"] = one["outlines"][k]
             entries.append(entry)

@@ -1,11 +1,10 @@
-"""Bytes that a detector's backbone holds for its backward, beside those of the usual ones.
+"""Bytes that a detector's backbone holds for its backward, beside those of usual backbones.
 
-Counted allocation by allocation on fake tensors: no arithmetic, the same on every machine.
+Counted per allocation on fake tensors: nothing is computed, each machine gives the same numbers.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,35 +12,30 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
 from ...models.cost import Memory, training_memory
+from ..run.errors import RunError
+from ..run.networks import dtype_of, parameter_count
+from ..run.tables import MIB
 from . import networks
-from .options import DetectError, Options
+from .options import Options
 
-MIB = 2**20
 SHOWN = ("revbifpn_s0", "revbifpn_s3")  # the smallest, and the one nearest to ResNet-50's size
 NAME_WIDTH = 40
-BATCHES = (2, 4)  # an image's share is the difference
-
-
-class Row(NamedTuple):
-    name: str
-    parameters: int
-    held_mib: float  # of an image, between forward and backward
-    peak_mib: float
+BATCHES = (2, 4)  # their difference is the share per image
 
 
 def _resnet50_fpn(norm_layer: type[nn.Module], layers: int) -> nn.Module:
-    """The last of its five layers are trained, and the pyramid."""
+    """Trained are the pyramid and the last `layers` of ResNet's five."""
     return resnet_fpn_backbone(
         backbone_name="resnet50", weights=None, norm_layer=norm_layer, trainable_layers=layers
     )
 
 
 def _hrnet_w18() -> nn.Module:
-    """The four maps of its last stage, neither widened as for its classifier nor with a neck."""
+    """The four maps of its last stage, without a neck or the layers before its classifier."""
     try:
         import timm
     except ModuleNotFoundError as error:
-        raise DetectError(f"detect: --memory needs timm for HRNet-W18: {error}") from error
+        raise RunError(f"--memory needs timm for HRNet-W18: {error}") from error
     maps = {"features_only": True, "feature_location": "", "out_indices": (1, 2, 3, 4)}
     return timm.create_model("hrnet_w18", **maps)
 
@@ -53,29 +47,26 @@ def candidates(options: Options) -> Iterator[tuple[str, Callable[[], nn.Module]]
             mode = "reversible" if reversible else "stored"
             yield f"{name}, {mode}", lambda chosen=chosen: networks.backbone(chosen)
     yield "ResNet-50-FPN", lambda: _resnet50_fpn(nn.BatchNorm2d, 5)
-    # What torchvision trains where weights are given: norms are constants, two layers are not kept.
+    # What torchvision trains from given weights: constant norms, two frozen layers.
     yield "ResNet-50-FPN, frozen norms, 3 layers", lambda: _resnet50_fpn(FrozenBatchNorm2d, 3)
     yield "HRNet-W18", _hrnet_w18
 
 
-def measured(name: str, model: nn.Module, side: int, dtype: torch.dtype | None) -> Row:
-    few, many = (
-        training_memory(model, (images, 3, side, side), autocast=dtype) for images in BATCHES
-    )
-    each = BATCHES[1] - BATCHES[0]
-    share = Memory(*((b - a) / each / MIB for a, b in zip(few, many, strict=True)))
-    return Row(name, networks.parameters(model), share.held, share.peak)
+def measured(model: nn.Module, side: int, dtype: torch.dtype | None) -> Memory:
+    """MiB per image: held between forward and backward, and at the peak."""
+    shapes = [(images, 3, side, side) for images in BATCHES]
+    few, many = (training_memory(model, shape, autocast=dtype) for shape in shapes)
+    images = BATCHES[1] - BATCHES[0]
+    return Memory(*((b - a) / images / MIB for a, b in zip(few, many, strict=True)))
 
 
 def print_table(options: Options) -> None:
-    dtype = networks.dtype_of(options)
-    side = options.image_size
+    dtype, side = dtype_of(options), options.image_size
     print(f"MiB an image of {side}×{side} adds to a step, {dtype or torch.float32}; trained with")
     print("all layers and batch norms unless said")
     print(f"{'backbone':<{NAME_WIDTH}}{'parameters':>12}{'held':>9}{'peak':>9}")
     for name, make in candidates(options):
-        row = measured(name, make(), side, dtype)
-        print(
-            f"{row.name:<{NAME_WIDTH}}{row.parameters:>12,}{row.held_mib:>9.1f}{row.peak_mib:>9.1f}",
-            flush=True,
-        )
+        model = make()
+        held, peak = measured(model, side, dtype)
+        count = parameter_count(model)
+        print(f"{name:<{NAME_WIDTH}}{count:>12,}{held:>9.1f}{peak:>9.1f}", flush=True)

@@ -17,21 +17,22 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from ...models.create import create_model
 from ...models.detection import DetectionBackbone
-from ..classify.networks import freeze, hint_of, refuse_settings
-from .options import DetectError, Options
+from ..run.errors import RunError
+from ..run.networks import dtype_of, freeze, hint_of, refuse_settings
+from .options import Options
 
-DROPPED = {"drop_rate": 0.0}  # the classifier's, which a backbone has not
-TRUNK = "backbone.model"  # of a detector
-BOX_BINS, MASK_BINS = 7, 14  # a side, of what is pooled
+DROPPED = {"drop_rate": 0.0}  # the classifier's, which a backbone does not have
+TRUNK = "backbone.model"  # the name of a RevBiFPN in a detector
+BOX_BINS, MASK_BINS = 7, 14  # per side, of what is pooled
 
 
 class Heads(NamedTuple):
-    """What suits the size of images and objects."""
+    """Numbers that depend on the size of images and objects."""
 
     anchors: tuple[float, ...]  # roots of their areas, in pixels of their level
-    ratios: tuple[float, ...]  # its height to its width
+    ratios: tuple[float, ...]  # of height to width
     extra: int  # levels beyond the pyramid's
-    points: int  # a side, that a bin averages; their gradient is slow on CPUs
+    points: int  # per side of a bin; their gradient is slow on CPUs
     representation: int
     box_layers: tuple[int, ...]  # channels of convolutions; none: two linear layers
     mask_layers: tuple[int, ...]
@@ -78,15 +79,10 @@ class Trunk(DetectionBackbone):
         return OrderedDict((name, x.float()) for name, x in maps.items())
 
 
-def dtype_of(options: Options) -> torch.dtype | None:
-    """What autocast computes in."""
-    return None if options.amp == "none" else getattr(torch, options.amp)
-
-
 def backbone(options: Options) -> Trunk:
-    """As it is without autocast."""
+    """The model's backbone, without autocast."""
     settings = dict(options.settings)
-    refuse_settings(settings, DetectError)
+    refuse_settings(settings)
     if options.lattice is not None:
         settings["lattice"] = options.lattice
     try:
@@ -99,9 +95,9 @@ def backbone(options: Options) -> Trunk:
         )
     except (OSError, TypeError, ValueError) as error:
         hint = _hint_of(options.checkpoint) if options.checkpoint else ""
-        raise DetectError(f"detect: --model, --set or --checkpoint: {error}{hint}") from error
+        raise RunError(f"--model, --set or --checkpoint: {error}{hint}") from error
     if model.config.in_chans != 3:
-        raise DetectError(f"detect: --set in_chans must be 3, got {model.config.in_chans}")
+        raise RunError(f"--set in_chans must be 3, got {model.config.in_chans}")
     freeze(model, options.freeze)
     return Trunk(
         model,
@@ -112,17 +108,17 @@ def backbone(options: Options) -> Trunk:
 
 
 def _hint_of(weights: str) -> str:
-    """What a file holds that does not fit, if one of our commands wrote it."""
+    """Says what a file that does not fit holds, if one of our commands wrote it."""
     try:
         held = torch.load(weights, map_location="cpu", weights_only=True)["model"]
         is_detector = any(name.startswith(f"{TRUNK}.") for name in held)
-    except Exception:  # whatever else it is, loading has told what is wrong
+    except Exception:  # not PyTorch's: the error itself says what is wrong
         return hint_of(weights)
     return "; it is of a detector's run, which --resume auto continues" if is_detector else ""
 
 
 def build(options: Options, classes: int) -> FasterRCNN:
-    """The detector in its state before the first step; label 0 is the background."""
+    """The detector before the first step; label 0 is the background."""
     torch.manual_seed(options.seed)
     trunk, heads = backbone(options), HEADS[options.dataset]
     trunk.autocast = dtype_of(options)
@@ -169,7 +165,3 @@ def _box_head(channels: int, heads: Heads) -> nn.Module:
 def _pool(names: list[str], bins: int, heads: Heads) -> MultiScaleRoIAlign:
     """A box of 28 times the smallest anchor is pooled at stride 16, as torchvision's of 224."""
     return MultiScaleRoIAlign(names, bins, heads.points, canonical_scale=28 * heads.anchors[0])
-
-
-def parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())

@@ -1,7 +1,7 @@
-"""Outlines of COCO's three forms as run lengths, checked: pycocotools trusts what it is given.
+"""Outlines of COCO's three forms as run lengths, checked: pycocotools checks nothing.
 
-Polygons that are not finite or far away crash it; counts of another sum than the image's pixels
-make masks of memory that is not theirs.
+Polygons that are not finite or far away crash it; with counts of another sum than the image's
+pixels it reads memory beyond the mask.
 """
 
 import math
@@ -14,11 +14,11 @@ FEWEST = 6  # numbers of a polygon; shorter ones have no area
 
 
 class Unfit(Exception):
-    """Why an entry is left out: its kind, and the case behind a colon."""
+    """Why an entry is left out: the kind of fault, a colon, the case."""
 
 
 def run_lengths(given: Any, width: int, height: int) -> dict[str, Any]:
-    """Of polygons, of a list of counts, or of counts packed in a string.
+    """Run lengths of polygons, of a list of counts, or of counts packed in a string.
 
     Raises:
         Unfit: They are none, of another image's size, or of no area.
@@ -47,7 +47,7 @@ def _polygons(given: list, width: int, height: int) -> list[list[float]]:
 
 
 def _counts(given: Any, size: list[int]) -> list[int]:
-    """Pixels without and with the object in turn, column by column, of all of the image."""
+    """Numbers of pixels outside and inside the object in turn, column by column."""
     if not isinstance(given, dict) or not {"size", "counts"} <= given.keys():
         raise Unfit(f"outline is unusable: expected polygons or run lengths, got {given!r:.80}")
     height, width = size

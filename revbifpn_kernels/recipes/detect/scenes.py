@@ -17,15 +17,16 @@ from PIL import Image
 from pycocotools import mask as rle
 from sklearn.datasets import load_digits, load_sample_images
 
-from ..classify.data import split
+from ..run.errors import RunError
 from ..run.order import Key, seed_of
-from .options import DetectError
+from ..run.samples import split
+from . import coco
 
 HEIGHTS = (16, 80)  # of digits, in pixels, drawn evenly on a logarithmic scale
-MOST = 6  # digits of a scene
-EMPTY = 0.05  # share of scenes without one
+MOST = 6  # digits per scene
+EMPTY = 0.05  # share of scenes without digits
 OVERLAP = 0.1  # most of a box that another may cover
-CONTRAST = 0.3  # least difference of a digit's brightness from what lies beneath, of white's
+CONTRAST = 0.3  # least difference in brightness of a digit and its background; 1: white to black
 SHARES = (0.8, 0.2)  # of the digits, to train and to measure on
 CUT = 0.6  # of the photographs' width
 CATEGORIES = [{"id": k + 1, "name": str(k)} for k in range(10)]
@@ -83,12 +84,12 @@ def scene(seed: int, side: int, part: int) -> Scene:
 
 
 def _background(draw: np.random.Generator, side: int, part: int) -> np.ndarray:
-    photographs = _photographs(part)
-    picture = photographs[draw.integers(len(photographs))]
-    crop = round(min(picture.size) * draw.uniform(0.3, 1.0))
-    left, top = (draw.integers(length - crop + 1) for length in picture.size)
+    choices = _photographs(part)
+    photograph = choices[draw.integers(len(choices))]
+    crop = round(min(photograph.size) * draw.uniform(0.3, 1.0))
+    left, top = (draw.integers(length - crop + 1) for length in photograph.size)
     box = (left, top, left + crop, top + crop)
-    pixels = np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR, box))
+    pixels = np.asarray(photograph.resize((side, side), Image.Resampling.BILINEAR, box))
     if draw.random() < 0.5:
         pixels = pixels[:, ::-1]
     return pixels * draw.uniform(0.6, 1.1) + draw.uniform(-20, 40, 3)
@@ -110,7 +111,7 @@ def _digit(draw: np.random.Generator, side: int, part: int) -> tuple[int, np.nda
 
 
 def _place(draw, boxes, shape: tuple[int, int], side: int) -> tuple[int, int] | None:
-    """Where it covers next to nothing of the others, if that is found soon."""
+    """A place where it covers little of the others; None after ten tries."""
     h, w = shape
     for _ in range(10):
         x, y = int(draw.integers(side - w + 1)), int(draw.integers(side - h + 1))
@@ -128,7 +129,7 @@ def _shared(one, other) -> float:
 
 
 def _paste(draw, canvas: np.ndarray, alpha: np.ndarray, x: int, y: int) -> np.ndarray:
-    """Paint a digit; its mask."""
+    """Paints a digit; returns its mask."""
     h, w = alpha.shape
     beneath = canvas[y : y + h, x : x + w]
     brightness = beneath.mean() / 255
@@ -160,12 +161,13 @@ def _annotation(number: int, label: int, mask: np.ndarray) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Scenes:
-    """Scenes by key: new ones in each epoch to train on, the same ones always to measure on."""
+    """Scenes by key, made when asked for: each epoch has new ones, evaluations epoch 0's."""
 
     part: int
     count: int
     side: int
     seed: int
+    masks: bool = False
 
     def __len__(self) -> int:
         return self.count
@@ -176,14 +178,19 @@ class Scenes:
     def scene(self, key: Key) -> Scene:
         return scene(seed_of(self.seed, self.part, key.epoch, key.index), self.side, self.part)
 
+    def load(self, key: Key) -> coco.View:
+        image, annotations = self.scene(key)
+        images = [self.entry(key.index) | {"id": 0}]
+        document = {"images": images, "annotations": annotations, "categories": CATEGORIES}
+        return coco.View(image, coco.read(document, "digits", self.masks).images[0])
+
     def document(self, epoch: int = 0) -> dict[str, Any]:
-        """All of an epoch, as COCO's JSON."""
-        images, annotations = [], []
+        """An epoch's scenes as a COCO document."""
+        annotations = []
         for k in range(self.count):
-            found = self.scene(Key(epoch, k)).annotations
-            images.append(self.entry(k))
-            first = len(annotations) + 1
-            annotations += [a | {"image_id": k, "id": first + n} for n, a in enumerate(found)]
+            for found in self.scene(Key(epoch, k)).annotations:
+                annotations.append(found | {"image_id": k, "id": len(annotations) + 1})
+        images = [self.entry(k) for k in range(self.count)]
         return {"images": images, "annotations": annotations, "categories": CATEGORIES}
 
     def entry(self, index: int) -> dict[str, Any]:
@@ -192,9 +199,9 @@ class Scenes:
 
 
 def write(folder: Path, parts: dict[str, Scenes]) -> None:
-    """images/ and an annotation file for each part, as `--data` reads them."""
+    """Writes images/ and an annotation file per part, as `--data` reads them."""
     if folder.exists():
-        raise DetectError(f"detect: --write must be a new folder, got {folder}, which exists")
+        raise RunError(f"--write must be a new folder, got {folder}, which exists")
     (folder / "images").mkdir(parents=True)
     for name, scenes in parts.items():
         for k in range(len(scenes)):

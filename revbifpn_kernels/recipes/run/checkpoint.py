@@ -1,10 +1,9 @@
-"""Files that are whole or were never there, and generators of random numbers as tensors."""
+"""Files that are whole or absent, and the states of random number generators."""
 
 import contextlib
 import io
 import os
 import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,24 +12,23 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 
-from ..classify.options import TrainError
+from . import clock
+from .errors import RunError
 
 NAME = "checkpoint.pt"
-# Whole tensors on the CPU, under the bare model's names, however they are spread over processes.
+# Whole tensors on the CPU, under the bare model's names, also where they are sharded.
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def make_folder(option: str, path: Path, error: type[TrainError] = TrainError) -> None:
+def make_folder(option: str, path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as cause:
-        raise error(
-            f"{error.command}: {option} must be a folder to write to, got {path}: {cause}"
-        ) from None
+    except OSError as error:
+        raise RunError(f"{option} must be a folder to write to, got {path}: {error}") from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`: at every moment, also after a power cut, old or new is there.
+    """Replaces a file: at each moment, also after a power cut, the old or the new one is there.
 
     Raises:
         OSError: The disk is full or gone; then the old file is untouched.
@@ -49,7 +47,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """A rename is on the disk when its folder is; some network file systems cannot say."""
+    """Writes a rename to the disk, where the file system can sync folders."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -58,15 +56,15 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
+def save(path: Path, content: dict[str, Any]) -> None:
     # In memory first: PyTorch's own writer turns a full disk into an error without a number.
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(content, buffer)
     write_atomically(path, buffer.getbuffer())
 
 
 def load(path: Path) -> dict[str, Any] | None:
-    """The content, None without a file. Nothing in it is executed."""
+    """Returns the content, None without a file. Nothing in it is executed."""
     if not path.exists():
         return None
     try:
@@ -76,8 +74,8 @@ def load(path: Path) -> dict[str, Any] | None:
         return content
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise TrainError(
-            f"train: --resume: {path} is damaged ({type(error).__name__}: {reason}); "
+        raise RunError(
+            f"--resume: {path} is damaged ({type(error).__name__}: {reason}); "
             "start anew in another --out"
         ) from error
 
@@ -105,11 +103,11 @@ def set_generators(state: dict[str, Any]) -> None:
 
 
 class Keeper:
-    """Writes the checkpoint when it is due, and keeps the old one if that fails.
+    """Writes the checkpoint when it is due; if that fails, the old one stays.
 
     Args:
-        capture: Returns the content; every rank must call `save`, which calls it.
-        is_first: Whether this rank writes.
+        capture: Returns the content; each process must call `save`, which calls it.
+        is_first: Whether this process writes.
     """
 
     def __init__(
@@ -122,25 +120,25 @@ class Keeper:
     ) -> None:
         self.path, self.interval, self.warn = out / NAME, 60 * minutes, warn
         self.capture, self.is_first = capture, is_first
-        self.last_time = time.monotonic()
+        self.last_time = clock.now()
         self.step: int | None = None  # of the file
 
     @property
     def is_due(self) -> bool:
-        return time.monotonic() - self.last_time >= self.interval
+        return clock.now() - self.last_time >= self.interval
 
     def save(self, step: int) -> bool:
-        """Whether the file is now of this step."""
+        """Writes the state after a step; returns whether that worked."""
         content = self.capture()
-        self.last_time = time.monotonic()
+        self.last_time = clock.now()
         if self.is_first:
             try:
                 save(self.path, content)
             except OSError as error:
-                held = (
+                old = (
                     "there is none yet" if self.step is None else f"that of step {self.step} stays"
                 )
-                self.warn(f"checkpoint of step {step} not written to {self.path}: {error}; {held}")
+                self.warn(f"checkpoint of step {step} not written to {self.path}: {error}; {old}")
                 return False
         self.step = step
         return True

@@ -1,42 +1,43 @@
-"""What every command tells on the terminal: a progress bar, warnings once each, how it stopped."""
+"""The terminal and the files of rows: progress bar, warnings once each, how a run stopped."""
 
 import signal
 import sys
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tqdm import tqdm
 
-from ..classify.data import Skipped
 from .checkpoint import Keeper, write_atomically
+from .samples import Skipped
+from .state import RunState
+from .tables import Table, peak_mib
 
 SHOWN = 20  # skipped entries on the terminal; the file has all
 SKIPPED = "skipped.txt"
 
 
 class Console:
-    """A run's, of which `step` and `steps` are read. A full disk costs rows, not the run.
-
-    Args:
-        is_on: False tells nothing but warnings.
-    """
+    """What a run tells. Only the first process tells; a full disk costs rows, not the run."""
 
     command: str
+    step_columns: list[str]
 
-    def __init__(self, run, out: Path, is_on: bool = True) -> None:
-        self.run, self.out, self.is_on = run, out, is_on
-        self.skipped: dict[Hashable, Skipped] = {}
+    def __init__(self, run: RunState, out: Path) -> None:
+        self.run, self.out, self.is_on = run, out, run.world.is_first
+        self.skipped: dict[Skipped, None] = {}  # in the order in which they were found
         self.waited = self.stepped = 0.0  # seconds, since this process began
         self.has_failed = False
         self.bar = tqdm(
             total=run.steps,
             initial=run.step,
             unit="step",
-            disable=None if is_on and run.options.progress else True,
+            disable=None if self.is_on and run.options.progress else True,
             dynamic_ncols=True,
         )
-        if is_on:
+        self.steps = Table(out / "steps.csv", self.step_columns)
+        if self.is_on:
             self.write(self._remember_skipped)
+            self.write(lambda: self.steps.begin(run.step))
 
     def say(self, text: str) -> None:
         if self.is_on:
@@ -46,34 +47,63 @@ class Console:
     def warn(self, text: str) -> None:
         tqdm.write(f"{self.command}: {text}", file=sys.stderr)
 
-    def key_of(self, entry: Skipped) -> Hashable:
-        """What tells entries apart that are named once each."""
-        return entry
+    def write(self, action: Callable[[], None]) -> None:
+        """Calls what writes a file; warns once if that fails."""
+        try:
+            action()
+        except OSError as error:
+            if not self.has_failed:
+                self.warn(f"a report could not be written, training goes on: {error}")
+            self.has_failed = True
+
+    def columns_of(self, means: dict[str, float]) -> dict[str, str]:
+        """An application's columns of losses and gradient."""
+        raise NotImplementedError
+
+    def log(
+        self, steps: int, means: dict[str, float], lr: float, seconds: float, waited: float
+    ) -> dict:
+        """Writes the means of some steps and how long they took; returns the row."""
+        run = self.run
+        self.waited, self.stepped = self.waited + waited, self.stepped + seconds
+        row = {
+            "step": run.step,
+            "epoch": f"{run.epoch:.3f}",
+            "lr": f"{lr:.6g}",
+            "images_per_s": f"{steps * run.options.batch_size / seconds:.1f}",
+            "data_share": f"{waited / seconds:.4f}",
+            "peak_mib": f"{peak_mib(run.world.device):.0f}",
+        } | self.columns_of(means)
+        self.bar.update(steps)
+        self.bar.set_postfix_str(
+            f"{row['images_per_s']} images/s, loss {float(row['loss']):.4f}, "
+            f"peak {row['peak_mib']} MiB"
+        )
+        if self.is_on:
+            self.write(lambda: self.steps.add(row))
+        return row
 
     def told(self, entry: Skipped) -> str:
         return f"skipped {': '.join(entry)}"
 
     def skip(self, found: Iterable[Skipped]) -> None:
-        """Name each entry that was left out or changed, once, here and in the file."""
-        new = {}
-        for entry in map(_in_a_line, found):
-            key = self.key_of(entry)
-            if key in self.skipped:
-                continue
-            self.skipped[key] = new[key] = entry
+        """Names each entry that was left out or changed, once, here and in the file."""
+        new = dict.fromkeys(e for e in map(_in_a_line, found) if e not in self.skipped)
+        for entry in new:
+            self.skipped[entry] = None
             if len(self.skipped) <= SHOWN:
                 self.warn(self.told(entry))
             elif len(self.skipped) == SHOWN + 1:
                 self.warn(f"skipped more; {SKIPPED} names them")
         if new and self.is_on:
-            self.write(lambda: self._note(new.values()))
+            self.write(lambda: self._note(new))
 
     def _note(self, entries: Iterable[Skipped]) -> None:
         with open(self.out / SKIPPED, "a", encoding="utf-8", errors="surrogateescape") as file:
             file.writelines("\t".join(entry) + "\n" for entry in entries)
 
     def _remember_skipped(self) -> None:
-        """What a run that goes on has found, without a line that a kill cut off."""
+        """Reads what a resumed run has named, without a line that a kill cut off."""
         path = self.out / SKIPPED
         if not self.run.step:
             path.unlink(missing_ok=True)
@@ -81,9 +111,13 @@ class Console:
             whole, end, _ = path.read_bytes().rpartition(b"\n")
             write_atomically(path, whole + end)
             lines = whole.decode(errors="surrogateescape").split("\n") if end else []
-            for line in lines:
-                name, _, reason = line.partition("\t")
-                self.skipped[self.key_of((name, reason))] = (name, reason)
+            self.skipped |= {line.partition("\t")[::2]: None for line in lines}
+
+    def gather_skipped(self) -> None:
+        """Lets the first process write what the others have skipped; each process must call it."""
+        for found in self.run.world.gathered(list(self.skipped)):
+            if self.is_on:
+                self.skip(found)
 
     def tell_skipped(self) -> None:
         if self.skipped:
@@ -95,7 +129,8 @@ class Console:
             self.say(f"waiting for images took {share:.1f} % of the steps")
 
     def stopped(self, received: int | None, keeper: Keeper) -> int:
-        """The exit status after a signal."""
+        """Tells how to continue after a signal; returns the exit status."""
+        self.gather_skipped()
         kind = signal.Signals(received or signal.SIGTERM)
         self.bar.close()
         self.say(
@@ -103,14 +138,6 @@ class Console:
             f"{keeper.described()}; continue with --out {self.out} --resume auto"
         )
         return 128 + kind
-
-    def write(self, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except OSError as error:
-            if not self.has_failed:
-                self.warn(f"a report could not be written, training goes on: {error}")
-            self.has_failed = True
 
 
 def _in_a_line(entry: Skipped) -> Skipped:

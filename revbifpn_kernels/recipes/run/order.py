@@ -1,4 +1,4 @@
-"""Which sample stands where in which step: a function of the seed and the step alone.
+"""Which sample is in which step: a function of the seed and the step alone.
 
 So a run can be continued at any step, with any number of workers, on any number of processes.
 """
@@ -16,25 +16,25 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from ..classify.options import TrainError
+from .errors import RunError
 
 
 class Key(NamedTuple):
-    """A sample in training: the image, and the epoch, which with the seed fixes what is drawn."""
+    """A training sample: its image and epoch, which with the seed fix its augmentation."""
 
     epoch: int
     index: int
 
 
 def seed_of(*numbers: int) -> int:
-    """63 bits that look unrelated for each tuple, the same on every machine."""
+    """Hashes numbers to a seed of 63 bits, the same on every machine."""
     packed = struct.pack(f"<{len(numbers)}q", *numbers)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 
 
 @contextlib.contextmanager
 def drawing_from(seed: int) -> Iterator[None]:
-    """Let Python, NumPy and PyTorch draw from `seed`; their generators then go on as before."""
+    """Seeds Python's, NumPy's and PyTorch's generators, and restores their states afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
@@ -49,9 +49,9 @@ def drawing_from(seed: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Order:
-    """Steps of `batch_size` of `count` images, shuffled anew in each epoch; the rest is left out.
+    """Steps of `batch_size` of `count` images, shuffled anew in each epoch.
 
-    An epoch leaves out fewer than `batch_size` images, others each time.
+    Each epoch leaves out its last images, fewer than `batch_size`.
     """
 
     count: int
@@ -60,8 +60,8 @@ class Order:
 
     def __post_init__(self) -> None:
         if self.count < self.batch_size:
-            raise TrainError(
-                f"train: --batch-size must be at most the {self.count} training images, got "
+            raise RunError(
+                f"--batch-size must be at most the {self.count} training images, got "
                 f"{self.batch_size}; give a smaller one"
             )
 
@@ -83,7 +83,7 @@ def _shuffled(count: int, seed: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Parts(Sampler):
-    """Of the steps from `first` to `last`, one process' share of each part, as lists of keys."""
+    """One process' share of each part of the steps from `first` to `last`, as lists of keys."""
 
     order: Order
     first: int
@@ -94,8 +94,8 @@ class Parts(Sampler):
 
     def __post_init__(self) -> None:
         if self.order.batch_size % (self.parts * self.ranks):
-            raise TrainError(
-                f"train: --batch-size must be a multiple of --accumulate {self.parts} times "
+            raise RunError(
+                f"--batch-size must be a multiple of --accumulate {self.parts} times "
                 f"{self.ranks} processes, got {self.order.batch_size}"
             )
 

@@ -1,7 +1,7 @@
-"""One process or many: torchrun's environment, DDP or FSDP2, and what ranks must agree on.
+"""One process or many: torchrun's environment, DDP or FSDP2, and what all processes agree on.
 
-Every rank holds the same weights, running statistics and position after each step, so the first
-one's checkpoint is everybody's.
+After each step each process has the same weights, running statistics and step, so the first
+process writes the checkpoint of all.
 """
 
 import contextlib
@@ -20,16 +20,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ...models.revbifpn import RevBiFPN
-from ..classify.options import Options, TrainError
+from .errors import RunError
 
-# Gradients are reduced while the backward goes on, so the last bucket alone is waited for.
-# PyTorch's 25 MiB would hold all of S0's.
+# Small, so that gradients are reduced during the backward: PyTorch's 25 MiB hold all of S0's.
 BUCKET_MIB = 4
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of the run."""
+    """This process among all processes of the run."""
 
     rank: int
     size: int
@@ -40,7 +39,7 @@ class World:
         return self.rank == 0
 
     def any(self, *flags: bool) -> list[bool]:
-        """Whether each flag is raised on any rank; by gloo, so no GPU is waited for."""
+        """Returns whether each flag is set on any process; by gloo, so no GPU is waited for."""
         if self.size == 1:
             return list(flags)
         raised = torch.tensor(flags, dtype=torch.int32)
@@ -48,13 +47,13 @@ class World:
         return raised.bool().tolist()
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum of all ranks'."""
+        """Returns the sum over all processes."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def gathered(self, value) -> list:
-        """Every rank's value, by rank."""
+        """Returns each process' value, by rank."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -62,25 +61,31 @@ class World:
         return values
 
 
+def device_of(kind: str, local_rank: int = 0) -> torch.device:
+    """The device that `--device` names."""
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise RunError("--device cuda needs a GPU, found none")
+    return torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
+
+
 @contextlib.contextmanager
-def joined(options: Options) -> Iterator[World]:
+def joined(options) -> Iterator[World]:
     """The world that torchrun describes, or this process alone."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    is_cuda = torch.cuda.is_available() if options.device == "auto" else options.device == "cuda"
-    if is_cuda and not torch.cuda.is_available():
-        raise TrainError("train: --device cuda needs a GPU, found none")
-    device = torch.device("cuda", local) if is_cuda else torch.device("cpu")
+    device = device_of(options.device, int(os.environ.get("LOCAL_RANK", 0)))
+    is_cuda = device.type == "cuda"
     if is_cuda:
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         if options.fsdp:
-            raise TrainError(
-                "train: --fsdp needs processes to shard over: torchrun --nproc-per-node=2 -m "
+            raise RunError(
+                "--fsdp needs processes to shard over: torchrun --nproc-per-node=2 -m "
                 "revbifpn_kernels.train --fsdp …, got one process"
             )
         yield World(0, 1, device)
         return
-    # torchrun's restarts may share a store with their predecessors, whose addresses are in it.
+    # A restart by torchrun may get the store of the run before, with that run's addresses.
     store, rank, size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if is_cuda else "gloo"
@@ -88,16 +93,16 @@ def joined(options: Options) -> Iterator[World]:
     try:
         yield World(rank, size, device)
     finally:
-        # Gloo's threads drop the last collective's tensors, for which they need the interpreter;
-        # whoever destroys the group holds it and waits for the threads, for ever (torch 2.12).
+        # Gloo's threads need the interpreter lock to drop the last collective's tensors;
+        # destroying the group holds that lock and waits for the threads, for ever (torch 2.12).
         time.sleep(0.2)
         dist.destroy_process_group()
 
 
 def synchronised(model: RevBiFPN, world: World) -> nn.Module:
-    """Norms over all processes' images where PyTorch has them, on GPUs.
+    """Returns the model with SyncBatchNorm on GPUs, where PyTorch has it.
 
-    Elsewhere each process normalises by its own, and `share_statistics` averages what they keep.
+    On CPUs each process normalises its own images; `share_statistics` averages the statistics.
     """
     if world.size > 1 and world.device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -105,12 +110,12 @@ def synchronised(model: RevBiFPN, world: World) -> nn.Module:
 
 
 def distributed(model: RevBiFPN, world: World, fsdp: bool) -> nn.Module:
-    """What steps call: the model, sharded in place, or DDP around it."""
+    """Returns what a step calls: the model, sharded in place, or DDP around it."""
     if world.size == 1:
         return shard(model, world) if fsdp else model
     if fsdp:
         return shard(model, world)
-    # Of 1×1 convolutions in channels_last: two ways to write one layout, nothing is copied slowly.
+    # About 1×1 convolutions in channels_last, whose two strides describe the same layout.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     return DistributedDataParallel(
         model,
@@ -122,7 +127,7 @@ def distributed(model: RevBiFPN, world: World, fsdp: bool) -> nn.Module:
 
 
 def shard(model: RevBiFPN, world: World) -> RevBiFPN:
-    """FSDP2: each reversible block gathers its weights when it runs, and again in the backward."""
+    """Shards by FSDP2: each reversible block gathers its weights in forward and in backward."""
     mesh = init_device_mesh(world.device.type, (world.size,))
     for part in (*model.body, model.neck, model.head):
         if part is not None:
@@ -132,7 +137,7 @@ def shard(model: RevBiFPN, world: World) -> RevBiFPN:
 
 @contextlib.contextmanager
 def reducing(net: nn.Module, is_last: bool) -> Iterator[None]:
-    """Gradients of a step's last part are reduced over processes, those before are added up."""
+    """Adds up gradients; those of a step's last part are then reduced over processes."""
     if isinstance(net, FSDPModule):
         net.set_requires_gradient_sync(is_last)
         yield
@@ -144,7 +149,7 @@ def reducing(net: nn.Module, is_last: bool) -> Iterator[None]:
 
 
 def share_statistics(model: nn.Module, world: World) -> None:
-    """Give all ranks the mean of their running statistics, in one all-reduce."""
+    """Averages running statistics over all processes, in one all-reduce."""
     if world.size == 1:
         return
     statistics = [

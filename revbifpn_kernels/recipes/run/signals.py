@@ -8,9 +8,9 @@ KINDS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Signals:
-    """Notes what came, so that a run ends between two steps; the same again ends it at once.
+    """Notes a signal, so that a run ends between two steps; the same signal again ends it at once.
 
-    Not the other kind: torchrun answers Ctrl-C, which all processes get, with SIGTERM to each.
+    The other kind does not: torchrun sends SIGTERM to each process after Ctrl-C reached them all.
     """
 
     def __init__(self) -> None:
@@ -30,15 +30,15 @@ class Signals:
 
 
 def ignore_signals(worker: int) -> None:
-    """A DataLoader's `worker_init_fn`: whoever signals a whole group still gets a checkpoint."""
+    """A DataLoader's `worker_init_fn`: a signal to the whole group does not end the loaders."""
     for kind in KINDS:
         signal.signal(kind, signal.SIG_IGN)
 
 
 @atexit.register
 def _end_workers() -> None:
-    """Before Python waits for them: after an error a traceback holds them, and SIGTERM does not."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would raise at each one's end
+    """Ends loaders before Python waits for them: they ignore SIGTERM, a traceback keeps them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise as each one ends
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

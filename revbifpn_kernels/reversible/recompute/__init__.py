@@ -1,26 +1,24 @@
-"""What the second run of a transform must repeat of its first: all of it is here.
+"""What the recompute of a transform must repeat of its forward.
 
 A reversible block runs its transforms twice: in the forward without a graph, and in the backward,
-on restored inputs, with one. The second run must use the random numbers (`draws`) and the batch
-statistics (`norms`, `sync`) of the first, under the same autocast (`runs`) and with what the
-modules held then (`held`), and must not move running statistics again (`observe`). Nothing is kept
-on modules, and no generator is asked for its state unless a transform draws.
+on restored inputs, with one. The recompute must use the forward's random numbers (`rng`) and batch
+statistics (`batch_norm`) under the same autocast (`trace`) and with the same modes, parameters and
+buffers (`module_state`), and must not move running statistics again (`modes`). Nothing is saved on
+modules, and no generator is asked for its state unless a transform draws.
 """
 
-from .modes import call, recorder
-from .sharing import shared, sharing
-from .step import Step
-from .trace import Replay, Tracked, is_replaying, may_leave_norm, run
+from .modes import call, current_recorder, decide
+from .rng import shared_draws, sharing_draws
+from .trace import BlockTrace, TrackedModule, is_traced, run_transform
 
 __all__ = [
-    "Replay",
-    "Step",
-    "Tracked",
+    "BlockTrace",
+    "TrackedModule",
     "call",
-    "is_replaying",
-    "may_leave_norm",
-    "recorder",
-    "run",
-    "shared",
-    "sharing",
+    "current_recorder",
+    "decide",
+    "is_traced",
+    "run_transform",
+    "shared_draws",
+    "sharing_draws",
 ]

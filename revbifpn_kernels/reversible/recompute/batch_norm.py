@@ -1,19 +1,22 @@
-"""Normalisation by batch statistics: running statistics move in the first run alone, and the
-second reuses the batch's mean and inverse standard deviation instead of reducing again, unless the
-maps are small.
+"""Batch norm: running statistics move in the forward alone, and on large maps the recompute reuses
+the batch's mean and inverse standard deviation instead of reducing again.
 
-Both runs round alike, bit for bit, and like `torch.nn.functional.batch_norm` on CPUs.
+Forward and recompute round alike, bit for bit, and like `torch.nn.functional.batch_norm` on CPUs.
+`torch.nn.SyncBatchNorm` neither reduces its batch nor gathers from other processes again: PyTorch
+calls an autograd Function there that no mode sees, so the module's `forward` is overridden for as
+long as a recompute takes.
 """
 
-from collections.abc import Iterator
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
-
-from .rng import NotRepeatable
-from .sync_batch_norm import first_gather
+from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm as _PyTorchFunction
 
 # Elements below which reducing a batch again is cheaper than a Function called from Python.
 SMALL = 32768
@@ -24,9 +27,7 @@ class Statistics(NamedTuple):
 
     mean: Tensor
     invstd: Tensor
-
-    def tensors(self) -> Iterator[Tensor]:
-        yield from self
+    counts: Tensor | None = None  # samples of each process, where the statistics are over all
 
 
 class _Normalise(torch.autograd.Function):
@@ -53,51 +54,42 @@ class _Normalise(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def _first_batch_norm(
-    run, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1,
-    eps=1e-5,
-):  # fmt: skip
-    if not training or _has_one_value_a_channel(input):
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    y, mean, invstd = torch.native_batch_norm(
-        input, weight, bias, running_mean, running_var, True, momentum, eps
-    )
-    if input.numel() >= SMALL:
-        run.events.append(Statistics(mean, invstd))
-    run.moved += [running for running in (running_mean, running_var) if running is not None]
-    return y
+class _NormaliseTogether(torch.autograd.Function):
+    """The end of PyTorch's synchronised Function, from statistics known already; its backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, statistics, group, eps):
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            x = x.contiguous()
+        mean, invstd, counts = statistics
+        ctx.save_for_backward(x, weight, mean, invstd, counts)
+        ctx.process_group = group
+        if x.numel() == 0:
+            return torch.empty_like(x)
+        return torch.batch_norm_elemt(x, weight, bias, mean, invstd, eps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *_PyTorchFunction.backward(ctx, grad)[:3], None, None, None
 
 
-def _second_batch_norm(
-    events, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1,
-    eps=1e-5,
+def _batch_norm(
+    recorder, input, running_mean, running_var, weight=None, bias=None, training=False,
+    momentum=0.1, eps=1e-5,
 ):  # fmt: skip
-    if not training or _has_one_value_a_channel(input):
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if input.numel() >= SMALL:
-        statistics = next(events, None)
-        if not isinstance(statistics, Statistics):
-            raise NotRepeatable("normalised a batch, which it did not do there in its first run")
+    running = running_mean, running_var
+    if not training or input.numel() == input.size(1):  # PyTorch refuses one value per channel
+        return F.batch_norm(input, *running, weight, bias, training, momentum, eps)
+    is_large = input.numel() >= SMALL
+    if recorder.is_recording:
+        y, *found = torch.native_batch_norm(input, weight, bias, *running, True, momentum, eps)
+        recorder.save(Statistics(*found) if is_large else None, moved=running)
+        return y
+    if is_large:
+        mean, invstd, _ = recorder.saved(Statistics)
         if input.is_cuda or _is_dense(input):  # strided maps take a kernel that rounds otherwise
-            return _Normalise.apply(input, weight, bias, *statistics, eps)
+            return _Normalise.apply(input, weight, bias, mean, invstd, eps)
     return torch.native_batch_norm(input, weight, bias, None, None, True, 0.0, eps)[0]
-
-
-def _first_instance_norm(run, input, running_mean=None, running_var=None, *args, **kwargs):
-    if running_mean is not None and kwargs.get("use_input_stats", True):
-        run.moved += [running_mean, running_var]
-    return F.instance_norm(input, running_mean, running_var, *args, **kwargs)
-
-
-def _second_instance_norm(events, input, running_mean=None, running_var=None, *args, **kwargs):
-    if kwargs.get("use_input_stats", True):
-        running_mean = running_var = None
-    return F.instance_norm(input, running_mean, running_var, *args, **kwargs)
-
-
-def _has_one_value_a_channel(x: Tensor) -> bool:
-    """PyTorch refuses it, with a message of its own."""
-    return x.numel() == x.size(1)
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -107,12 +99,68 @@ def _is_dense(x: Tensor) -> bool:
     return x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
 
 
-def _first_torch_batch_norm(run, x, weight, bias, mean, var, training, momentum, eps, cudnn):
-    return _first_batch_norm(run, x, mean, var, weight, bias, training, momentum, eps)
+def _torch_batch_norm(recorder, x, weight, bias, mean, var, training, momentum, eps, cudnn):
+    return _batch_norm(recorder, x, mean, var, weight, bias, training, momentum, eps)
 
 
-def _second_torch_batch_norm(events, x, weight, bias, mean, var, training, momentum, eps, cudnn):
-    return _second_batch_norm(events, x, mean, var, weight, bias, training, momentum, eps)
+def _instance_norm(recorder, input, running_mean=None, running_var=None, *args, **kwargs):
+    if running_mean is not None and kwargs.get("use_input_stats", True):
+        if recorder.is_recording:
+            recorder.save(None, moved=(running_mean, running_var))
+        else:
+            running_mean = running_var = None
+    return F.instance_norm(input, running_mean, running_var, *args, **kwargs)
+
+
+def _gather_statistics(
+    recorder, input, means, invstds, running_mean, running_var, momentum, eps, counts
+):
+    """The statistics over all processes, from those that SyncBatchNorm gathered."""
+    if not recorder.is_recording:
+        return tuple(recorder.saved(Statistics)[:2])
+    mean, invstd = torch.batch_norm_gather_stats_with_counts(
+        input, means, invstds, running_mean, running_var, momentum, eps, counts
+    )
+    statistics = Statistics(mean, invstd, counts.view(-1, 1).to(torch.int32))
+    recorder.save(statistics, moved=(running_mean, running_var))
+    return mean, invstd
+
+
+@contextlib.contextmanager
+def reused(parts: Sequence[nn.Module], recorder) -> Iterator[None]:
+    """Let all synchronised norms among `parts` take their statistics from `recorder`."""
+    norms = [part for part in parts if _is_synchronised(part)]
+    own = [norm.__dict__.get("forward") for norm in norms]
+    for norm in norms:
+        norm.forward = functools.partial(_normalise_together, norm, recorder)
+    try:
+        yield
+    finally:
+        for norm, forward in zip(norms, own, strict=True):
+            del norm.forward
+            if forward is not None:
+                norm.forward = forward
+
+
+def _normalise_together(norm: nn.SyncBatchNorm, recorder, x: Tensor) -> Tensor:
+    statistics = recorder.saved(Statistics)
+    return _NormaliseTogether.apply(
+        x, norm.weight, norm.bias, statistics, _group_of(norm), norm.eps
+    )
+
+
+def _is_synchronised(part: nn.Module) -> bool:
+    return (
+        isinstance(part, nn.SyncBatchNorm)
+        and part.training
+        and dist.is_available()
+        and dist.is_initialized()
+        and dist.get_world_size(_group_of(part)) > 1
+    )
+
+
+def _group_of(norm: nn.SyncBatchNorm) -> dist.ProcessGroup:
+    return norm.process_group or dist.group.WORLD
 
 
 # They move running statistics without a new version, so that nobody could tell.
@@ -120,14 +168,9 @@ HIDDEN = frozenset(
     "native_batch_norm _native_batch_norm_legit _batch_norm_impl_index _batch_norm_with_update "
     "cudnn_batch_norm miopen_batch_norm batch_norm_update_stats batch_norm_gather_stats".split()
 )
-FIRST = {
-    torch.batch_norm: _first_torch_batch_norm,
-    F.batch_norm: _first_batch_norm,
-    F.instance_norm: _first_instance_norm,
-    torch.batch_norm_gather_stats_with_counts: first_gather,
-}
-SECOND = {
-    torch.batch_norm: _second_torch_batch_norm,
-    F.batch_norm: _second_batch_norm,
-    F.instance_norm: _second_instance_norm,
+NORMS = {
+    torch.batch_norm: _torch_batch_norm,
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+    torch.batch_norm_gather_stats_with_counts: _gather_statistics,
 }

@@ -1,17 +1,20 @@
-"""What a block returns, and with `check` whether it can be taken back."""
+"""What a block or a transform must not do, and the errors that say so."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from .trace import Replay
+
+class NotRepeatable(RuntimeError):
+    """A transform does something that its recompute did not, or could not, repeat."""
 
 
 def tuple_of_streams(
     block: nn.Module, streams, method: str, count: int | None = None
 ) -> tuple[Tensor, ...]:
-    """What `method` of a block returned; raise unless it is a tuple of (`count`) tensors."""
+    """Return what `method` of a block returned; raise unless it is `count` tensors."""
     is_tuple = isinstance(streams, (tuple, list)) and all(isinstance(s, Tensor) for s in streams)
     if not is_tuple or (count is not None and len(streams) != count):
         wanted = "a tuple of tensors" if count is None else f"a tuple of {count} tensors"
@@ -20,13 +23,21 @@ def tuple_of_streams(
     return tuple(streams)
 
 
+def check_equal(forward, recomputed) -> None:
+    """Raise unless a transform's recompute returned the forward's bits, NaNs included."""
+    for y, again in zip(tree_leaves(forward), tree_leaves(recomputed), strict=True):
+        if isinstance(y, Tensor) and not ((y == again) | (y.isnan() & again.isnan())).all():
+            difference = (y - again).abs().max().item()
+            raise NotRepeatable(
+                f"is not deterministic: two runs on one input differ by {difference:.3g}; expected "
+                "the same bits (numbers from PyTorch's generators are repeated, others are not)"
+            )
+
+
 def check_inverse(
-    block: nn.Module, replay: Replay, xs: Sequence[Tensor], ys: Sequence[Tensor]
+    block: nn.Module, xs: Sequence[Tensor], ys: Sequence[Tensor], restored: Sequence[Tensor]
 ) -> None:
-    """Raise unless `inverse` takes `forward` back, to rounding."""
-    with replay.second(is_reversed=True):
-        restored = tuple_of_streams(block, block.inverse(*ys), "inverse")
-    replay.positions = None
+    """Raise unless `restored`, which `inverse` made of `ys`, are the inputs, to rounding."""
     for k, (x, back) in enumerate(zip(xs, restored, strict=False)):
         is_exact = block.lattice is not None
         allowed = torch.finfo(x.dtype).eps ** 0.5 * max(y.abs().max() for y in ys if y.numel())
@@ -41,7 +52,7 @@ def check_inverse(
 
 
 def check_range(block: nn.Module, ys: Sequence[Tensor]) -> None:
-    """Raise if a stream is where its lattice, of 2²⁴ steps to either side, no longer is exact."""
+    """Raise if a stream exceeds the 2²⁴ steps of its lattice that float32 adds exactly."""
     if block.lattice is None:
         return
     for k, y in enumerate(ys):

@@ -1,8 +1,8 @@
-"""What the modules of a block hold when it runs: modes, parameters, buffers.
+"""The modes, parameters and buffers of a block's modules at the time of its forward.
 
-The second run must see the same. Usually the modules still hold it, and nothing is touched; under
-`torch.func.functional_call` or after `eval()` the modules are given back what they held for as long
-as the second run takes. Other threads must not run them meanwhile.
+The recompute must see the same. Usually the modules still have them, and nothing is touched; under
+`torch.func.functional_call` or after `eval()` the modules are given back what they had for as long
+as the recompute takes. Other threads must not run them meanwhile.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ class Slot(NamedTuple):
     name: str
     tensor: Tensor
 
-    def is_there(self) -> bool:
+    def is_current(self) -> bool:
         return self.name in self.entries and self.entries[self.name] is self.tensor
 
 
-class Held:
+class ModuleState:
     """Modes, parameters and buffers of all modules in a block."""
 
     def __init__(self, block: nn.Module) -> None:
@@ -48,38 +48,38 @@ class Held:
             if isinstance(module, _NormBase):
                 self.counters.add(id(module.num_batches_tracked))
             for name, parameter in module._parameters.items():
+                if is_lazy(parameter):
+                    raise RuntimeError(
+                        f"{type(block).__name__}: a lazy module has no parameters yet; expected "
+                        "one forward under torch.no_grad() before the first step"
+                    )
                 if parameter is not None:
-                    _check_materialised(block, parameter)
                     self.parameters.append(Slot(module._parameters, name, parameter))
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    slot = Slot(module._buffers, name, buffer)
-                    self.buffers.append((slot, buffer._version))
+                    self.buffers.append((Slot(module._buffers, name, buffer), buffer._version))
 
     @functools.cached_property
     def unique_parameters(self) -> list[Tensor]:
         return list({id(slot.tensor): slot.tensor for slot in self.parameters}.values())
 
     def buffers_read(self, moved: Sequence[Tensor]) -> list[Tensor]:
-        """The buffers that the first run may have read; those in `moved` change in every run.
+        """Return the buffers that the forward may have read; `moved` ones change in every step.
 
         Raises:
-            RuntimeError: The run changed another buffer, which the second run would find changed.
+            RuntimeError: The forward changed another buffer, so that the recompute would differ.
         """
-        read = []
         moved_ids = {id(buffer) for buffer in moved}
-        for slot, version in self.buffers:
-            if id(slot.tensor) in moved_ids:
-                continue
+        read = [pair for pair in self.buffers if id(pair[0].tensor) not in moved_ids]
+        for slot, version in read:
             if slot.tensor._version != version:
                 raise RuntimeError(
                     f"the buffer {slot.name!r} of shape {tuple(slot.tensor.shape)} changed in the "
-                    "forward, so a second run in the backward would differ: expected transforms to "
-                    "change running statistics of PyTorch's norms at most; put the module that "
+                    "forward, so the recompute in the backward would differ: expected transforms "
+                    "to change running statistics of PyTorch's norms at most; put the module that "
                     "owns it in eval mode, or set reversible=False"
                 )
-            read.append(slot.tensor)
-        return read
+        return [slot.tensor for slot, _ in read]
 
     def stand_ins(self) -> dict[int, Tensor]:
         """Aliases of the parameters with hooks, by id: hooks must not see the inner gradient."""
@@ -87,8 +87,8 @@ class Held:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[dict[int, Tensor]]:
-        """Let the modules hold it again; yields the parameters put in place of others, by id."""
-        if self._still_holds():
+        """Give the modules this state again; yields by ids what parameters were replaced by."""
+        if self._is_current():
             yield {}
             return
         stand_ins = _aliases(self.unique_parameters)
@@ -98,39 +98,32 @@ class Held:
             modes = [(module, module.training) for module, _ in self.modes]
             present = [Slot(entries, name, entries[name]) for entries, name, _ in slots]
             try:
-                for module, training in self.modes:
-                    module.training = training
-                for entries, name, tensor in slots:
-                    entries[name] = tensor
+                _set(self.modes, slots)
                 yield stand_ins
             finally:
-                for entries, name, tensor in present:
-                    entries[name] = tensor
-                for module, training in modes:
-                    module.training = training
+                _set(modes, present)
 
-    def _still_holds(self) -> bool:
-        """Whether modules are as they were; what hides its calls has no parameters with hooks."""
+    def _is_current(self) -> bool:
+        """Whether modules are as they were; opaque ones must not see parameters with hooks."""
         if self.has_opaque and any(slot.tensor._backward_hooks for slot in self.parameters):
             return False
         return (
             all(module.training == training for module, training in self.modes)
-            and all(slot.is_there() for slot in self.parameters)
-            and all(slot.is_there() for slot, _ in self.buffers)
+            and all(slot.is_current() for slot in self.parameters)
+            and all(slot.is_current() for slot, _ in self.buffers)
         )
+
+
+def _set(modes: Iterable[tuple[nn.Module, bool]], slots: Iterable[Slot]) -> None:
+    for module, training in modes:
+        module.training = training
+    for entries, name, tensor in slots:
+        entries[name] = tensor
 
 
 def _aliases(parameters: Iterable[Tensor]) -> dict[int, Tensor]:
     """Leaves that share the parameters' memory, by the parameters' ids."""
     return {id(p): p.detach().requires_grad_(p.requires_grad) for p in parameters}
-
-
-def _check_materialised(block: nn.Module, parameter: Tensor) -> None:
-    if is_lazy(parameter):
-        raise RuntimeError(
-            f"{type(block).__name__}: a lazy module has no parameters yet; expected one forward "
-            "under torch.no_grad() before the first step"
-        )
 
 
 def _check_sharding(block: nn.Module, parts: Iterable[nn.Module]) -> None:
@@ -141,7 +134,7 @@ def _check_sharding(block: nn.Module, parts: Iterable[nn.Module]) -> None:
         if part is not block and isinstance(part, fsdp.FSDPModule):
             raise RuntimeError(
                 f"{type(block).__name__}: {type(part).__name__} is sharded by itself within the "
-                "block, whose second run FSDP does not see; expected fully_shard(block)"
+                "block, whose recompute FSDP does not see; expected fully_shard(block)"
             )
 
 
@@ -175,7 +168,7 @@ def is_opaque(module: nn.Module) -> bool:
 
 
 def running_statistics(parts: Sequence[nn.Module]) -> list[Tensor]:
-    """The buffers that norms in training mode move in each run of a module of these parts."""
+    """The buffers that norms in training mode move whenever a module of these parts runs."""
     return [
         buffer
         for norm in parts

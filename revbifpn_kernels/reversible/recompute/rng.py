@@ -1,33 +1,28 @@
-"""Random numbers: the second run of a transform sees those of the first.
+"""Random numbers: the recompute of a transform uses those of the forward.
 
-Small results, such as a mask per sample, are kept themselves: repeating them touches no generator,
-so a CUDA graph can hold it. Before a large draw the state of its generator is kept instead.
+Small results, such as a mask per sample, are saved themselves: repeating them touches no generator,
+so a CUDA graph can contain it. Before a large draw the state of its generator is saved instead.
 """
 
-from collections.abc import Iterator
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from .checks import NotRepeatable
 
 SMALL = 4096  # elements; the state of the CPU's generator takes as much memory as 1264 floats
 
 # Python functions of torch.nn.functional, whose calls inside are not seen one by one.
 _DRAWING_FUNCTIONS = {
-    F.alpha_dropout,
-    F.dropout,
-    F.dropout1d,
-    F.dropout2d,
-    F.dropout3d,
-    F.feature_alpha_dropout,
-    F.fractional_max_pool2d,
-    F.fractional_max_pool2d_with_indices,
-    F.fractional_max_pool3d,
-    F.fractional_max_pool3d_with_indices,
-    F.gumbel_softmax,
-    F.multi_head_attention_forward,
-    F.rrelu,
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+    *(F.fractional_max_pool2d, F.fractional_max_pool2d_with_indices),
+    *(F.fractional_max_pool3d, F.fractional_max_pool3d_with_indices),
+    *(F.gumbel_softmax, F.multi_head_attention_forward, F.rrelu),
 }
 _FILLS = frozenset(
     "bernoulli_ cauchy_ exponential_ geometric_ log_normal_ normal_ random_ uniform_".split()
@@ -36,29 +31,14 @@ _FACTORIES = frozenset(
     "bernoulli binomial multinomial normal poisson rand rand_like randint randint_like randn "
     "randn_like randperm".split()
 )
+_thread = threading.local()
 
 
-class NotRepeatable(RuntimeError):
-    """The second run of a transform differs from its first, or could not repeat it."""
-
-
-class Kept(NamedTuple):
-    """The numbers that were drawn."""
-
-    value: Tensor
-
-    def tensors(self) -> Iterator[Tensor]:
-        yield self.value
-
-
-class State(NamedTuple):
-    """The generator's state before a draw."""
+class SavedGenerator(NamedTuple):
+    """A generator and its state before a draw."""
 
     generator: torch.Generator
     state: Tensor
-
-    def tensors(self) -> Iterator[Tensor]:
-        yield self.state
 
 
 def is_draw(func) -> bool:
@@ -74,52 +54,55 @@ def is_draw(func) -> bool:
     return any(tag in getattr(packet, name).tags for name in packet.overloads())
 
 
-def draw_and_keep(events: list, func, args, kwargs):
-    """Call `func` and append to `events` what repeats its draw."""
+def draw_and_save(events: list, func, args, kwargs):
+    """Call `func`; append to `events` the numbers it drew, or their generator with its state."""
     if _draws_nothing(kwargs):
         return func(*args, **kwargs)
     name = func.__name__
-    if name in _FILLS and args and args[0].numel() <= SMALL:
-        result = func(*args, **kwargs)
-        events.append(Kept(result.clone()))
-        return result
-    if name in _FACTORIES and is_capturing():
-        result = func(*args, **kwargs)
-        events.append(Kept(result.clone()))
-        return result
-    state = state_of(_generator_of(args, kwargs))
+    is_small = name in _FILLS and args and args[0].numel() <= SMALL
+    event = None
+    if not is_small and not (name in _FACTORIES and is_capturing()):
+        event = saved_generator(_generator_of(args, kwargs))
     result = func(*args, **kwargs)
-    is_kept = name in _FACTORIES and result.numel() <= SMALL
-    events.append(Kept(result.clone()) if is_kept else state)
+    if event is None or (name in _FACTORIES and result.numel() <= SMALL):
+        event = result.clone()
+    events.append(event)
     return result
 
 
-def draw_again(events: Iterator, func, args, kwargs):
-    """Call `func` so that it returns what it returned when `draw_and_keep` called it."""
+def repeat_draw(events: Iterator, func, args, kwargs):
+    """Call `func` so that it returns what it returned when `draw_and_save` called it."""
     if _draws_nothing(kwargs):
         return func(*args, **kwargs)
-    drawn = next(events, None)
-    if isinstance(drawn, Kept):
-        if func.__name__ in _FILLS:
-            return args[0].copy_(drawn.value)
-        return drawn.value.clone()
-    if not isinstance(drawn, State):
-        raise NotRepeatable(f"called {func.__name__}, which it did not call there in its first run")
-    now = drawn.generator.get_state()
-    drawn.generator.set_state(drawn.state)
-    try:
+    event = next(events, None)
+    if isinstance(event, Tensor):
+        return args[0].copy_(event) if func.__name__ in _FILLS else event.clone()
+    if not isinstance(event, SavedGenerator):
+        raise NotRepeatable(f"called {func.__name__}, which it did not call there in the forward")
+    with rewound([event]):
         return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def rewound(saved: Sequence[SavedGenerator]) -> Iterator[None]:
+    """Set the generators to their saved states, and back afterwards."""
+    now = [generator.get_state() for generator, _ in saved]
+    for generator, state in saved:
+        generator.set_state(state)
+    try:
+        yield
     finally:
-        drawn.generator.set_state(now)
+        for (generator, _), state in zip(saved, now, strict=True):
+            generator.set_state(state)
 
 
-def state_of(generator: torch.Generator) -> State:
+def saved_generator(generator: torch.Generator) -> SavedGenerator:
     if is_capturing() and generator.device.type == "cuda":
         raise NotRepeatable(
-            f"draws more than {SMALL} random numbers, whose generator's state cannot be kept in a "
+            f"draws more than {SMALL} random numbers, whose generator's state cannot be saved in a "
             "CUDA graph; drop samples or channels instead of elements, or set reversible=False"
         )
-    return State(generator, generator.get_state())
+    return SavedGenerator(generator, generator.get_state())
 
 
 def generator_on(device: torch.device) -> torch.Generator:
@@ -147,3 +130,19 @@ def _generator_of(args, kwargs) -> torch.Generator:
 
 def is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+@contextlib.contextmanager
+def sharing_draws(block: nn.Module) -> Iterator[None]:
+    """Let the transforms of one call of `block` draw together, see `shared_draws`."""
+    outer = shared_draws()
+    _thread.shared = block, {}
+    try:
+        yield
+    finally:
+        _thread.shared = outer
+
+
+def shared_draws() -> tuple[nn.Module, dict] | None:
+    """The block whose call this thread is in, and numbers drawn at once for its transforms."""
+    return getattr(_thread, "shared", None)

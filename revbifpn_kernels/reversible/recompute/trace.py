@@ -1,46 +1,43 @@
-"""The two runs of a block's transforms, and what is kept between them."""
+"""The trace of one call of a block: its transforms' records, made in the forward and repeated."""
 
 import contextlib
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from . import sync_batch_norm as sync
-from .modes import Between, First, Run, Second, check_equal, first_opaque, observed, second_opaque
-from .module_state import Held, is_opaque
-from .rng import NotRepeatable
+from . import batch_norm, modes
+from .checks import NotRepeatable, check_equal
+from .module_state import ModuleState, is_opaque
 
 _thread = threading.local()
 
 
-class Replay:
-    """One call of a block: `first` keeps what its transforms do, `second` lets them repeat it."""
+class BlockTrace:
+    """One call of a block: `recording` saves what transforms do, `recomputing` repeats it."""
 
     def __init__(self, block: nn.Module, check: bool) -> None:
         self.block = block
         self.members = _members_of(block)
-        self.check = check  # run each transform twice at once, and compare
+        self.check = check  # recompute each transform at once, and compare
         self.tracks_children = any(member.calls_transforms for member in self.members)
-        self.held = Held(block)
+        self.state = ModuleState(block)
         self.stand_ins: dict[int, Tensor] = {}
-        self.runs: dict[Hashable, list[Run]] = {}
-        self.positions: dict[Hashable, int] | None = None  # None in the first run
+        self.records: dict[Hashable, list[modes.CallRecord]] = {}  # of each transform, by its key
+        self.positions: dict[Hashable, int] | None = None  # None while recording
         self.is_reversed = False
-        self.is_running = False
+        self.is_in_transform = False
         self.autocast: dict = {}
 
     def moved(self) -> list[Tensor]:
-        return [tensor for runs in self.runs.values() for run in runs for tensor in run.moved]
-
-    def kept(self) -> list[Tensor]:
-        """The tensors kept for the second run: masks, generators' states, statistics."""
-        every = (run for runs in self.runs.values() for run in runs)
-        return [tensor for run in every for event in run.events for tensor in event.tensors()]
+        """The running statistics and counters that the forward moved."""
+        return [
+            buffer for calls in self.records.values() for call in calls for buffer in call.moved
+        ]
 
     @contextlib.contextmanager
-    def first(self, x: Tensor) -> Iterator[None]:
+    def recording(self, x: Tensor) -> Iterator[None]:
         device = x.device.type
         self.autocast = {
             "device_type": device,
@@ -58,7 +55,7 @@ class Replay:
             torch.set_autocast_cache_enabled(caches)
 
     @contextlib.contextmanager
-    def second(self, *, is_reversed: bool = False) -> Iterator[None]:
+    def recomputing(self, *, is_reversed: bool = False) -> Iterator[None]:
         """Run transforms again; `is_reversed` if the calls of each come in the opposite order."""
         self.positions, self.is_reversed = {}, is_reversed
         with torch.autocast(**self.autocast), self._active():
@@ -66,79 +63,83 @@ class Replay:
 
     @contextlib.contextmanager
     def _active(self) -> Iterator[None]:
-        outer = getattr(_thread, "replay", None)
-        _thread.replay = self
+        outer = getattr(_thread, "trace", None)
+        _thread.trace = self
+        guard = contextlib.nullcontext()
+        if self.tracks_children:
+            name = type(self.block).__name__
+            guard = modes.GuardMode(name, lambda: self.is_in_transform, self.stand_ins)
         try:
-            with self._between():
+            with guard:
                 yield
         finally:
-            _thread.replay = outer
+            _thread.trace = outer
 
-    def _between(self) -> contextlib.AbstractContextManager:
-        if not self.tracks_children:
-            return contextlib.nullcontext()
-        return Between(type(self.block).__name__, lambda: self.is_running, self.stand_ins)
-
-    def run(self, module: nn.Module, x: tuple, key: Hashable):
-        is_first = self.positions is None
-        run = self._add_run(key, module) if is_first else self._run_of(key)
-        self.is_running = True
+    def run(self, module: nn.Module, function: Callable, x: tuple, key: Hashable):
+        """Return `function(*x)`, a call of `module` or of its method, recorded or repeated."""
+        is_recording = self.positions is None
+        if is_recording:
+            record = modes.CallRecord(module)
+            self.records.setdefault(key, []).append(record)
+        else:
+            record = self._record_of(key)
+        self.is_in_transform = True
         try:
-            y = (self._first if is_first else self._second)(run, module, x)
-            if run.is_checkpointed:  # not raised inside, which would leave its hooks behind
+            y = self._run(record, is_recording, function, x)
+            if record.is_checkpointed:  # not raised inside, which would leave its hooks behind
                 raise NotRepeatable(
                     "draws or normalises under torch.utils.checkpoint, which would run it a third "
                     "time; a reversible block recomputes already, so take the checkpoint out"
                 )
-            if is_first and self.check:
-                check_equal(y, self._second(run, module, x))
+            if is_recording and self.check:
+                check_equal(y, self._run(record, False, function, x))
             return y
         finally:
-            self.is_running = False
+            self.is_in_transform = False
 
-    def _first(self, run: Run, module: nn.Module, x: tuple):
-        if self._is_opaque(run):
-            return first_opaque(run, module, x)
-        return observed(First(run, self.held.counters), module, x, run.parts)
+    def _run(self, record: modes.CallRecord, is_recording: bool, function: Callable, x: tuple):
+        if self.state.has_opaque and any(map(is_opaque, record.parts)):
+            run_opaque = modes.record_opaque if is_recording else modes.replay_opaque
+            return run_opaque(record, function, x)
+        if is_recording:
+            return modes.watched(modes.RecordMode(record, self.state.counters), function, x)
+        recorder = modes.ReplayMode(record, self.stand_ins)
+        with batch_norm.reused(record.parts, recorder):
+            return modes.watched(recorder, function, x)
 
-    def _second(self, run: Run, module: nn.Module, x: tuple):
-        if self._is_opaque(run):
-            return second_opaque(run, module, x)
-        observer = Second(run, self.stand_ins)
-        with sync.reused(run.parts, observer.events):
-            return observed(observer, module, x, run.parts)
-
-    def _is_opaque(self, run: Run) -> bool:
-        return self.held.has_opaque and any(is_opaque(part) for part in run.parts)
-
-    def _add_run(self, key: Hashable, module: nn.Module) -> Run:
-        run = Run(module)
-        self.runs.setdefault(key, []).append(run)
-        return run
-
-    def _run_of(self, key: Hashable) -> Run:
-        runs, position = self.runs.get(key, []), self.positions.get(key, 0)
-        if position >= len(runs):
+    def _record_of(self, key: Hashable) -> modes.CallRecord:
+        records, position = self.records.get(key, []), self.positions.get(key, 0)
+        if position >= len(records):
             raise NotRepeatable("runs more often in the backward than it did in the forward")
         self.positions[key] = position + 1
-        return runs[-1 - position if self.is_reversed else position]
+        return records[-1 - position if self.is_reversed else position]
 
 
-class Tracked:
-    """A submodule of a block that calls its transforms itself: calls go through `run`."""
+def _members_of(block: nn.Module) -> set[nn.Module]:
+    return {block}.union(*(_members_of(member) for member in block.members()))
+
+
+def is_traced(block: nn.Module | None = None) -> bool:
+    """Whether this thread is in a recorded or recomputed call of `block`, or of any block."""
+    trace = getattr(_thread, "trace", None)
+    return trace is not None and (block is None or block in trace.members)
+
+
+class TrackedModule:
+    """A submodule of a block that calls its transforms itself: calls go through the trace."""
 
     def __init__(self, block: nn.Module, name: str, module: nn.Module) -> None:
         self._block, self._name, self._module = block, name, module
 
     def _wrap(self, name: str, value):
         if isinstance(value, nn.Module):
-            return Tracked(self._block, f"{self._name}.{name}", value)
+            return TrackedModule(self._block, f"{self._name}.{name}", value)
         return value
 
     def __call__(self, *x, **options):
         if options:
             raise NotRepeatable(f"{self._name} must be called without keyword arguments")
-        return run(self._block, self._name, self._module, *x, key=id(self._module))
+        return run_transform(self._block, self._name, self._module, *x, key=id(self._module))
 
     def __getattr__(self, name: str):
         return self._wrap(name, getattr(self._module, name))
@@ -162,52 +163,38 @@ class Tracked:
         return [value for _, value in self.items()]
 
 
-def _members_of(block: nn.Module) -> set[nn.Module]:
-    return {block}.union(*(_members_of(member) for member in block.members()))
-
-
-def is_replaying(block: nn.Module | None = None) -> bool:
-    """Whether this thread is in a run of `block`, or of any."""
-    replay = getattr(_thread, "replay", None)
-    return replay is not None and (block is None or block in replay.members)
-
-
-def may_leave_norm(module: nn.Module) -> bool:
-    """Whether who runs this transform takes a `ScaledSource` as well as maps."""
-    return getattr(_thread, "norm_left_by", None) is module
-
-
-def run(
+def run_transform(
     block: nn.Module,
     name: str,
     module: nn.Module,
     *x: Tensor,
-    key: Hashable,
-    leaves_norm: bool = False,
+    key: Hashable = None,
+    folds_norm: bool = False,
 ):
-    """Return `module(*x)`, a transform of `block`; `name` and `key` tell it from the others.
+    """Return `module(*x)`, a transform of `block`.
 
     Args:
-        leaves_norm: Whether the result may be a `ScaledSource`, maps before their last norm.
+        name: For messages; tells the transform from the others unless there is a `key`.
+        folds_norm: Whether the caller applies a norm that the transform leaves to it: a module that
+            has `forward_folded` is then called by that method, and may return a `ScaledSource`.
 
     Raises:
-        RuntimeError: The transform wrote to its input, or did not repeat its first run.
+        RuntimeError: The transform wrote to its input, or its recompute did something else.
     """
     if torch.compiler.is_compiling():
         return module(*x)
+    function = module
+    if folds_norm and hasattr(type(module), "forward_folded"):
+        function = module.forward_folded
     versions = _versions(x)
-    replay = getattr(_thread, "replay", None)
-    outer = getattr(_thread, "norm_left_by", None)
-    _thread.norm_left_by = module if leaves_norm else None
+    trace = getattr(_thread, "trace", None)
     try:
-        if replay is None or block not in replay.members:
-            y = module(*x)
+        if trace is None or block not in trace.members:
+            y = function(*x)
         else:
-            y = replay.run(module, x, (id(block), key))
+            y = trace.run(module, function, x, (id(block), key or name))
     except NotRepeatable as error:
         raise RuntimeError(f"{type(block).__name__}: {name} {error}") from error
-    finally:
-        _thread.norm_left_by = outer
     if versions != _versions(x):
         raise RuntimeError(
             f"{type(block).__name__}: {name} changed its input in place; expected a module that "

@@ -69,18 +69,10 @@ def add_update(x, sums, alpha, lattice, HAS_LATTICE: tl.constexpr):
 
 @triton.jit
 def open_source(
-    ptr,
-    strides,
-    UNIT: tl.constexpr,
-    scaling,
-    cell,
-    FACTOR: tl.constexpr,
-    MODE: tl.constexpr,
-    CELL_H: tl.constexpr,
-    CELL_W: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-):
-    """What reading a source takes (pointer, strides, borders, scaling), and its first rows."""
+    ptr, strides, UNIT: tl.constexpr, scaling, cell, FACTOR: tl.constexpr, MODE: tl.constexpr,
+    CELL_H: tl.constexpr, CELL_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """(pointer, strides, borders, scaling) for reading a source, and its first rows."""
     at_top, at_bottom, at_left, at_right = cell_borders(cell)
     ptr = cell_pointer(ptr, strides, UNIT, cell, CELL_H // FACTOR, CELL_W // FACTOR)
     stride_h = strides[2] * UNIT
@@ -99,17 +91,10 @@ def open_source(
 
 @triton.jit
 def add_row(
-    sums,
-    source,
-    rows,
-    i: tl.constexpr,
-    FACTOR: tl.constexpr,
-    MODE: tl.constexpr,
-    CELL_H: tl.constexpr,
-    CELL_W: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-):
-    """sums + row i of the resampled source, and the source rows to hold for the next row."""
+    sums, source, rows, i: tl.constexpr, FACTOR: tl.constexpr, MODE: tl.constexpr,
+    CELL_H: tl.constexpr, CELL_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """sums + row i of the resampled source, and the source rows that the next row needs."""
     ptr, stride_h, stride_w, below, sides, border, scaling = source
     if not is_bilinear(FACTOR, MODE):
         if i % FACTOR == 0:
@@ -150,32 +135,32 @@ def write_row(
 
 
 @triton.jit
-def fuse_cells(
+def add_cells(
     y_ptr, y_strides, Y_UNIT: tl.constexpr, x_ptr, x_strides, X_UNIT: tl.constexpr,
     source_ptrs, source_strides, SOURCE_UNITS: tl.constexpr, scaling, alpha, lattice, mask, cell,
     FACTORS: tl.constexpr, MODE: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr,
     HAS_LATTICE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """y = x + α·Σ_k R_k(s_k) on one cell a lane, row by row; each source row is expanded once."""
+    """y = x + α·Σ_k R_k(s_k) on one cell per lane, row by row; each source row is expanded once."""
     x_ptr = cell_pointer(x_ptr, x_strides, X_UNIT, cell, CELL_H, CELL_W)
     y_ptr = cell_pointer(y_ptr, y_strides, Y_UNIT, cell, CELL_H, CELL_W)
     sources = ()
     rows = ()
     for k in tl.static_range(len(FACTORS)):
-        source, held = open_source(
+        source, first_rows = open_source(
             source_ptrs[k], source_strides[k], SOURCE_UNITS[k], scaling[k], cell,
             FACTORS[k], MODE, CELL_H, CELL_W, CHANNELS_LAST,
         )  # fmt: skip
         sources = sources + (source,)
-        rows = rows + (held,)
+        rows = rows + (first_rows,)
     for i in tl.static_range(CELL_H):
         sums = ()
         next_rows = ()
         for k in tl.static_range(len(FACTORS)):
-            sums, held = add_row(
+            sums, carried = add_row(
                 sums, sources[k], rows[k], i, FACTORS[k], MODE, CELL_H, CELL_W, CHANNELS_LAST
             )
-            next_rows = next_rows + (held,)
+            next_rows = next_rows + (carried,)
         rows = next_rows
         write_row(
             y_ptr + i * (y_strides[2] * Y_UNIT), y_strides[3],
@@ -193,10 +178,10 @@ def blend_columns(ptr, stride_w, scaling, j_0, j_1, weight):
 
 
 @triton.jit
-def add_resampled(sums, ptr, strides, size, scales, scaling, place, H, W, KIND: tl.constexpr):
+def add_resampled(sums, ptr, strides, size, ratios, scaling, place, H, W, KIND: tl.constexpr):
     """sums + R(source) at each lane's place, for one source of any size.
 
-    `scales` are its sides over the target's, `scaling` is what its values are multiplied by.
+    `ratios` are the source's sides over the target's; `scaling` is (scale, shift) of its values.
     """
     n, c, i, j = place
     h, w = size
@@ -220,8 +205,8 @@ def add_resampled(sums, ptr, strides, size, scales, scaling, place, H, W, KIND: 
         sums += scale_value(mean, scaling)
     else:
         if KIND == "nearest":
-            i = nearest_tap(i, h, H, scales[0])
-            j = nearest_tap(j, w, W, scales[1])
+            i = nearest_tap(i, h, H, ratios[0])
+            j = nearest_tap(j, w, W, ratios[1])
         value = tl.load(element_pointer(ptr, strides, n, c, i, j)).to(tl.float32)
         sums += scale_value(value, scaling)
     return sums

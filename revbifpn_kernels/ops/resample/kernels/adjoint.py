@@ -2,8 +2,8 @@
 
 Sums are gathered in a fixed order, without atomics: the same bits on every run.
 
-On cells a lane walks down its chain once and keeps the sums of the source rows it is between, so it
-loads every row of the gradient once, for all sources.
+On cells a lane walks down its chain once and carries the sums of the source rows that it is
+between, so it loads every row of the gradient once, for all sources.
 """
 
 import triton
@@ -59,9 +59,9 @@ def is_last_of_tap(i, factor):
 
 @triton.jit
 def end_weights(at_start, at_end, FACTOR: tl.constexpr):
-    """What the leading and the trailing outputs of a cell give to its first and last source pixel.
+    """Weights of a cell's leading outputs in its first source pixel, of the trailing in its last.
 
-    At a border that is everything, because the coordinate is clamped there.
+    At a border they are 1, because the coordinate is clamped there.
     """
     leading = ()
     trailing = ()
@@ -162,17 +162,17 @@ def store_result_row(ptr, result, r, columns, alpha, mask, CHANNELS_LAST: tl.con
 
 @triton.jit
 def gather_row(
-    held, result, step, ends, columns, alpha, mask, i: tl.constexpr, FACTOR: tl.constexpr,
+    carried, result, step, ends, columns, alpha, mask, i: tl.constexpr, FACTOR: tl.constexpr,
     BILINEAR: tl.constexpr, CELL_H: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """Add output row i of a step to the sums of the source rows it reaches; store what is complete.
 
-    Rows count from the step's cell on, so some are negative. `held` are the sums of the source rows
-    above and below the output row (bilinear) or of the one it lies in.
+    Rows count from the step's cell on, so some are negative. `carried` are the sums of the source
+    rows above and below the output row (bilinear) or of the one it lies in.
     """
     ptr = result[0]
     first_row = step * (CELL_H // FACTOR)
-    upper, lower = held
+    upper, lower = carried
     if BILINEAR:
         at_top, at_bottom = ends
         if is_trailing(i, FACTOR, 0):
@@ -203,13 +203,13 @@ def open_result(
     ptr, strides, UNIT: tl.constexpr, cell, chain, FACTOR: tl.constexpr, BILINEAR: tl.constexpr,
     CELL_H: tl.constexpr, CELL_W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What storing a result takes: pointer, strides, rows of the chain; its weights; empty sums."""
+    """(pointer, strides, rows of the chain) for storing a result, its weights, and zero sums."""
     ptr = cell_pointer(ptr, strides, UNIT, cell, CELL_H // FACTOR, CELL_W // FACTOR)
     _, _, at_left, at_right = cell_borders(cell)
     result = (ptr, strides[2] * UNIT, strides[3], chain * (CELL_H // FACTOR))
     zeros = zero_columns(CELL_W // FACTOR, BLOCK)
-    held = (zeros, zeros if BILINEAR else ())
-    return result, end_weights(at_left, at_right, FACTOR), held
+    carried = (zeros, zeros if BILINEAR else ())
+    return result, end_weights(at_left, at_right, FACTOR), carried
 
 
 @triton.jit
@@ -231,7 +231,7 @@ def adjoint_cells(
     stride_h, stride_w = grad_strides[2] * GRAD_UNIT, grad_strides[3]
     results = ()
     weights = ()
-    held = ()
+    carried = ()
     for k in tl.static_range(len(FACTORS)):
         result, column_weights, sums = open_result(
             result_ptrs[k], result_strides[k], RESULT_UNITS[k], cell, chain, FACTORS[k],
@@ -239,7 +239,7 @@ def adjoint_cells(
         )  # fmt: skip
         results = results + (result,)
         weights = weights + (column_weights,)
-        held = held + (sums,)
+        carried = carried + (sums,)
     for step in range(chain + (1 if HALO > 0 else 0)):
         ends = (row + step == 0, row + step == cells_h)
         step_ptr = grad_ptr + step * (CELL_H * stride_h)
@@ -249,22 +249,22 @@ def adjoint_cells(
                 step_ptr + i * stride_h, stride_w, in_map, at_left, at_right,
                 HALO, CELL_W, CHANNELS_LAST,
             )  # fmt: skip
-            next_held = ()
+            next_carried = ()
             for k in tl.static_range(len(FACTORS)):
                 columns = gather_columns(
                     window, weights[k], HALO, FACTORS[k], is_bilinear(FACTORS[k], MODE), CELL_W
                 )
                 sums = gather_row(
-                    held[k], results[k], step, ends, columns, alpha, mask, i, FACTORS[k],
+                    carried[k], results[k], step, ends, columns, alpha, mask, i, FACTORS[k],
                     is_bilinear(FACTORS[k], MODE), CELL_H, CHANNELS_LAST,
                 )  # fmt: skip
-                next_held = next_held + (sums,)
-            held = next_held
+                next_carried = next_carried + (sums,)
+            carried = next_carried
 
 
 @triton.jit
 def gather_outputs(
-    grad_ptr, strides, n, c, r, q, size, scales, H, W, SUPPORT_H, SUPPORT_W, KIND: tl.constexpr,
+    grad_ptr, strides, n, c, r, q, size, ratios, H, W, SUPPORT_H, SUPPORT_W, KIND: tl.constexpr,
 ):  # fmt: skip
     """Rᵀ(grad) at each lane's source pixel (r, q): a weighted sum over the outputs it reaches."""
     h, w = size
@@ -279,8 +279,8 @@ def gather_outputs(
                 weight_i = bilinear_gradient_weight(i, r, h, H)
                 weight = weight_i * bilinear_gradient_weight(j, q, w, W)
             else:
-                weight_i = nearest_gradient_weight(i, r, h, H, scales[0])
-                weight = weight_i * nearest_gradient_weight(j, q, w, W, scales[1])
+                weight_i = nearest_gradient_weight(i, r, h, H, ratios[0])
+                weight = weight_i * nearest_gradient_weight(j, q, w, W, ratios[1])
             reached = (i < H) & (j < W) & (weight > 0)
             ptr = element_pointer(grad_ptr, strides, n, c, i, j)
             value = tl.load(ptr, mask=reached, other=0.0).to(tl.float32)

@@ -3,7 +3,7 @@
 A lane owns one cell of one plane, so the source values around a cell are loaded once and shared by
 all its outputs. `CHANNELS_LAST` decides what the next lane holds: the next cell of the row, whose
 values then move CELL_W at a time (16 bytes), or the next channel. Values of a cell are tuples of
-[BLOCK] tensors, one a column. All weights of the factors 2, 4 and 8 are dyadic, so exact.
+[BLOCK] tensors, one per column. All weights of the factors 2, 4 and 8 are dyadic, so exact.
 
 The arithmetic is spelled out as `fma` and compiled without contraction: every kernel computes the
 same bits for the same element, which the lattice relies on.
@@ -207,14 +207,9 @@ def scale_columns(columns, scaling):
 
 @triton.jit
 def expand_row(
-    ptr,
-    stride_w,
-    sides,
-    scaling,
-    FACTOR: tl.constexpr,
-    CELL_W: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-):
+    ptr, stride_w, sides, scaling,
+    FACTOR: tl.constexpr, CELL_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
     """The row of source pixels at `ptr`, scaled, interpolated along the width: CELL_W values."""
     before, after, border = sides
     COUNT: tl.constexpr = CELL_W // FACTOR

@@ -1,4 +1,4 @@
-"""Triton building blocks for every pair of sizes: one element a lane, which computes its own taps.
+"""Triton building blocks for any pair of sizes: a lane per element, which computes its own taps.
 
 Coordinates are exact: floor and remainder of whole numbers (float32's for sides up to 2²²), rounded
 once when the weight is formed.
@@ -48,9 +48,9 @@ def bilinear_taps(i, size, target):
 
 
 @triton.jit
-def nearest_tap(i, size, target, scale):
-    """PyTorch's rule, with its rounding: `scale` is size/target in float32."""
-    scaled = (i.to(tl.float32) * scale).to(i.dtype)
+def nearest_tap(i, size, target, ratio):
+    """PyTorch's rule, with its rounding: `ratio` is size/target in float32."""
+    scaled = (i.to(tl.float32) * ratio).to(i.dtype)
     tap = tl.where(2 * size == target, i // 2, tl.minimum(scaled, size - 1))
     return tl.where(size == target, i, tap)
 
@@ -70,5 +70,5 @@ def bilinear_gradient_weight(i, r, size, target):
 
 
 @triton.jit
-def nearest_gradient_weight(i, r, size, target, scale):
-    return tl.where(nearest_tap(i, size, target, scale) == r, 1.0, 0.0)
+def nearest_gradient_weight(i, r, size, target, ratio):
+    return tl.where(nearest_tap(i, size, target, ratio) == r, 1.0, 0.0)

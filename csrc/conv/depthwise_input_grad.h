@@ -1,0 +1,72 @@
+// The gradient of a depthwise convolution's input, in channels_last: lanes run over channels.
+
+/// The taps onto one place of the input along an axis: tap first + t * stride reads the result's
+/// gradient at place - t, for t in [begin, end).
+struct TapRange {
+  int64_t first, place, count, size, begin = 0, end = 0;
+
+  REVBIFPN_INLINE TapRange(int64_t padded, int64_t kernel_size, int64_t stride, int64_t grad_size)
+      : first(padded % stride), place(padded / stride),
+        count(std::max<int64_t>(0, (kernel_size - first + stride - 1) / stride)), size(grad_size) {
+    stay_inside();
+  }
+
+  /// To the place of the input `stride` further on, which the same taps reach.
+  REVBIFPN_INLINE void advance() {
+    ++place;
+    stay_inside();
+  }
+
+  REVBIFPN_INLINE void stay_inside() {
+    begin = std::max<int64_t>(0, place - size + 1);
+    end = std::min(count, place + 1);
+  }
+};
+
+/// One row of the input's gradient, for a block of channels.
+template <class T>
+REVBIFPN_INLINE void depthwise_input_row(const DepthwiseInputJob<accumulator_t<T>> &job, int64_t n,
+                                         const accumulator_t<T> *weights, int64_t channel,
+                                         int64_t row, int64_t lanes) {
+  const int64_t size = job.kernel_size, stride = job.stride;
+  const int64_t tap_step = stride * job.channels, tap_row_step = tap_step * size;
+  const TapRange rows(row + job.padding, size, stride, job.grad.height);
+  for (int64_t phase = 0; phase < std::min(stride, job.result.width); ++phase) {
+    TapRange columns(phase + job.padding, size, stride, job.grad.width);
+    const accumulator_t<T> *taps =
+        weights + (rows.first * size + columns.first) * job.channels + channel;
+    for (int64_t column = phase; column < job.result.width; column += stride) {
+      lane_vector<accumulator_t<T>> sum = {};
+      for (int64_t t = rows.begin; t < rows.end; ++t) {
+        const T *grad = job.grad.template at<const T>(n, channel, rows.place - t, columns.place);
+        const accumulator_t<T> *tap = taps + t * tap_row_step;
+        for (int64_t u = columns.begin; u < columns.end; ++u)
+          sum += load_lanes(grad - u * job.grad.stride_w, lanes) *
+                 load_lanes(tap + u * tap_step, lanes);
+      }
+      store_lanes<T>(sum, job.result.template at<T>(n, channel, row, column), lanes);
+      columns.advance();
+    }
+  }
+}
+
+template <class T>
+void depthwise_input_units(const DepthwiseInputJob<accumulator_t<T>> &job, int64_t begin,
+                           int64_t end, accumulator_t<T> *weights) {
+  const int64_t lanes = std::min(LANES, job.channels);
+  const T *given = static_cast<const T *>(job.weights);
+  for (int64_t c = 0; c < job.channels; ++c)
+    for (int64_t tap = 0; tap < job.taps(); ++tap)
+      weights[tap * job.channels + c] = widen(given[c * job.taps() + tap]);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t n = unit / job.result.height, row = unit % job.result.height;
+    for (int64_t first = 0; first < job.channels; first += LANES) {
+      // The last block reaches back into the one before it, whose results it repeats.
+      const int64_t channel = std::min(first, job.channels - lanes);
+      if (lanes == LANES)
+        depthwise_input_row<T>(job, n, weights, channel, row, LANES);
+      else
+        depthwise_input_row<T>(job, n, weights, channel, row, lanes);
+    }
+  }
+}

@@ -1,0 +1,21 @@
+// The kernels for x86-64 machines with AVX2.
+
+#include "kernels.h"
+
+#ifdef __x86_64__
+#include <immintrin.h>
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,f16c")
+#endif
+
+#define REVBIFPN_ISA avx2
+#define REVBIFPN_REGISTER 32
+#include "instantiate.h"
+
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,156 @@
+// y = x + alpha * sum_k R_k(s_k) on CPUs: checks, division of the work, registration. Kernel:
+// add.h.
+
+#include <bit>
+#include <cmath>
+#include <limits>
+
+#include "resample.h"
+#include "taps.h"
+
+namespace revbifpn {
+namespace {
+
+// Elements of a row of a strip. Three sources keep 8 rows in use: 64 KiB of float32.
+constexpr int64_t STRIP_SIZE = 1024;
+// Elements of a step between which pages are mapped: they fit the second-level cache.
+constexpr int64_t STEP_SIZE = int64_t{1} << 17;
+
+template <class Acc> Acc snap_of(const char *op, std::optional<double> lattice) {
+  if (!lattice.has_value())
+    return 0;
+  STD_TORCH_CHECK(*lattice > 0, op, ": lattice must be a positive power of two, got ", *lattice);
+  const Acc snap = static_cast<Acc>(std::ldexp(*lattice, std::numeric_limits<Acc>::digits - 1));
+  STD_TORCH_CHECK(std::isfinite(snap), op, ": lattice is too large for the dtype of the sums, got ",
+                  *lattice);
+  return snap;
+}
+
+template <class Acc>
+Source<Acc> source_of(const char *op, const Addends &addends, size_t k, const Maps &y) {
+  const Tensor &tensor = addends.sources[k];
+  Source<Acc> source = {};
+  source.maps = maps_of(op, tensor);
+  if (!addends.scales.empty()) {
+    const int64_t planes = tensor.size(0) * tensor.size(1);
+    source.scale = values_of<Acc>(op, "scales", addends.scales[k], planes);
+    source.shift = values_of<Acc>(op, "shifts", addends.shifts[k], planes);
+  }
+  const int64_t h = source.maps.height, w = source.maps.width;
+  source.kind = kind_of(op, h, w, y.height, y.width, addends.mode);
+  source.block_h = h / y.height;
+  source.block_w = w / y.width;
+  source.enlarge_w = whole_factor(source.kind, w, y.width);
+  source.rows = taps_of<Acc>(source.kind, h, y.height);
+  source.columns = taps_of<Acc>(source.kind, w, y.width);
+  return source;
+}
+
+/// Resampled rows that one run of the target's rows reads at most, as a power of two.
+template <class Acc> int64_t ring_rows_of(const Source<Acc> &source, int64_t run_rows) {
+  const std::vector<int32_t> &first = source.rows.first;
+  const std::vector<int32_t> &last = source.kind == Kind::bilinear ? source.rows.second : first;
+  const int64_t height = static_cast<int64_t>(first.size());
+  int64_t most = 1;
+  for (int64_t row = 0; row < height; ++row)
+    most = std::max<int64_t>(most, last[std::min(row + run_rows, height) - 1] - first[row] + 1);
+  return std::bit_ceil<uint64_t>(most);
+}
+
+template <class Acc> void size_workspace(AddJob<Acc> &job) {
+  const int64_t lanes = job.groups.lane_block, size = job.strip_columns * lanes;
+  job.run_rows = std::clamp<int64_t>(RUN_SIZE / size, 1, job.chunk_rows);
+  job.strip_size = size + PADDING;
+  job.run_size = job.run_rows * size + PADDING;
+  int64_t scratch = 0;
+  for (Source<Acc> &source : job.sources) {
+    source.ring_rows = ring_rows_of(source, job.run_rows);
+    const int64_t width = std::min(source.maps.width, job.strip_columns + 2);
+    scratch = std::max(scratch, source.kind == Kind::area ? job.strip_columns * source.block_w
+                                                          : source.ring_rows * width);
+  }
+  job.scratch_size = scratch * lanes + PADDING;
+}
+
+/// Divides the maps into units: strips first, and chunks of rows where there are few planes for the
+/// threads.
+template <class Acc> void divide_work(AddJob<Acc> &job, int64_t images, int64_t channels) {
+  const Maps &y = job.y;
+  job.groups = groups_of(y, channels, STRIP_SIZE);
+  job.strips = ceil_div(y.width, STRIP_SIZE / job.groups.lane_block);
+  job.strip_columns = ceil_div(y.width, job.strips);
+  job.strips = ceil_div(y.width, job.strip_columns);
+
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t units = std::max<int64_t>(1, images * job.groups.per_image() * job.strips);
+  int64_t wanted_chunks = threads == 1 ? 1 : ceil_div(4 * threads, units);
+  // The strips of a chunk fill its memory together, so that a step is a chunk or more.
+  if (job.strips > 1)
+    wanted_chunks = std::max(wanted_chunks, y.height * y.width * job.groups.lane_block / STEP_SIZE);
+  job.row_chunks = std::clamp<int64_t>(wanted_chunks, 1, ceil_div(y.height, 16));
+  job.chunk_rows = ceil_div(y.height, job.row_chunks);
+  job.row_chunks = ceil_div(y.height, job.chunk_rows);
+}
+
+template <class T>
+void run_add(const char *op, const Tensor &x, const Tensor &y, const Addends &addends) {
+  using Acc = accumulator_t<T>;
+  AddJob<Acc> job;
+  job.x = maps_of(op, x);
+  job.y = maps_of(op, y);
+  job.alpha = static_cast<Acc>(addends.alpha);
+  job.snap = snap_of<Acc>(op, addends.lattice);
+  for (size_t k = 0; k < addends.sources.size(); ++k)
+    job.sources.push_back(source_of<Acc>(op, addends, k, job.y));
+  divide_work(job, x.size(0), x.size(1));
+  size_workspace(job);
+  const int64_t units = x.size(0) * job.groups.per_image() * job.strips * job.row_chunks;
+  const int64_t elements_per_unit = x.numel() / std::max<int64_t>(1, units);
+  const int64_t chunks = ceil_div(STEP_SIZE, std::max<int64_t>(1, elements_per_unit * job.strips));
+  std::vector<FreshMemory> fresh;
+  if (job.x.data != job.y.data)
+    fresh.emplace_back(y);
+  run_units(job, units, x.numel(), REVBIFPN_BEST_KERNEL(add_units, T), fresh, chunks * job.strips);
+}
+
+Tensor resample_add_cpu(const Tensor &x, const TensorList &sources, const TensorList &scales,
+                        const TensorList &shifts, double alpha, const std::string &mode,
+                        std::optional<double> lattice) {
+  Tensor y = torch::stable::empty_like(x);
+  resample_add_into("resample_add", x, y, {sources, scales, shifts, alpha, mode, lattice});
+  return y;
+}
+
+void resample_add_cpu_(const Tensor &x, const TensorList &sources, const TensorList &scales,
+                       const TensorList &shifts, double alpha, const std::string &mode,
+                       std::optional<double> lattice) {
+  resample_add_into("resample_add_", x, x, {sources, scales, shifts, alpha, mode, lattice});
+}
+
+void resample_add_out_cpu(const Tensor &x, const TensorList &sources, const TensorList &scales,
+                          const TensorList &shifts, const Tensor &out, double alpha,
+                          const std::string &mode, std::optional<double> lattice) {
+  const char *op = "resample_add_out";
+  check_like(op, "out", out, "x", x);
+  resample_add_into(op, x, out, {sources, scales, shifts, alpha, mode, lattice});
+}
+
+} // namespace
+
+void resample_add_into(const char *op, const Tensor &x, const Tensor &y, const Addends &addends) {
+  const auto &[sources, scales, shifts, alpha, mode, lattice] = addends;
+  const Dtype dtype = check_sources(op, x, sources);
+  STD_TORCH_CHECK(scales.size() == shifts.size() &&
+                      (scales.empty() || scales.size() == sources.size()),
+                  op, ": takes one scale and one shift for each source, or none, got ",
+                  scales.size(), " and ", shifts.size(), " for ", sources.size(), " sources");
+  dispatch_dtype(dtype, [&]<class T>() { run_add<T>(op, x, y, addends); });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(revbifpn, CPU, m) {
+  m.impl("resample_add", TORCH_BOX(&resample_add_cpu));
+  m.impl("resample_add_", TORCH_BOX(&resample_add_cpu_));
+  m.impl("resample_add_out", TORCH_BOX(&resample_add_out_cpu));
+}
+
+} // namespace revbifpn

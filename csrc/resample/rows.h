@@ -1,0 +1,186 @@
+// Rows of pixels: reading and writing them in any layout, and the weighted sums of rows.
+//
+// A row in the workspace is dense: `lanes` values for each pixel, pixel after pixel. After it
+// comes PADDING, so that loops may run on to a whole vector instead of finishing one by one, which
+// matters for narrow maps; the values that they write there are overwritten or never read.
+
+constexpr int64_t whole_vectors(int64_t count) { return (count + LANES - 1) & ~(LANES - 1); }
+
+/// The part of a group of planes that is worked on.
+struct Tile {
+  int64_t n, c, lanes;
+  int64_t row_begin, row_end, column_begin, column_end;
+
+  int64_t columns() const { return column_end - column_begin; }
+};
+
+inline Tile tile_of_group(const PlaneGroups &groups, int64_t group) {
+  const int64_t n = group / groups.per_image();
+  const int64_t c = group % groups.per_image() * groups.lane_block;
+  return {n, c, std::min(groups.lane_block, groups.channels - c), 0, 0, 0, 0};
+}
+
+/// Whether the lanes of a pixel sit side by side, so that loops can run over them where they lie.
+inline bool has_adjacent_lanes(const Maps &maps, const Tile &tile) {
+  return tile.lanes == 1 ? maps.stride_w == 1 : maps.stride_c == 1;
+}
+
+/// Whether moreover the pixels of a row sit side by side.
+inline bool has_dense_rows(const Maps &maps, const Tile &tile) {
+  return has_adjacent_lanes(maps, tile) && maps.stride_w == tile.lanes;
+}
+
+/// Whether `count` pixels of one row after another are one dense run.
+inline bool has_dense_planes(const Maps &maps, const Tile &tile, int64_t count) {
+  return has_dense_rows(maps, tile) && maps.stride_h == count * tile.lanes;
+}
+
+/// Prefetches the `count` pixels of row `row`, which are used next. The row may lie after the last
+/// one, where the next plane of a contiguous tensor begins.
+template <class T>
+void prefetch_row(const Maps &maps, const Tile &tile, int64_t row, int64_t column, int64_t count) {
+  if (!has_dense_rows(maps, tile))
+    return;
+  const auto begin = reinterpret_cast<uintptr_t>(maps.at<const T>(tile.n, tile.c, row, column));
+  for (uintptr_t line = begin; line < begin + count * tile.lanes * sizeof(T); line += 64)
+    __builtin_prefetch(reinterpret_cast<const void *>(line));
+}
+
+template <class T>
+void load_dense(const T *__restrict values, int64_t count, accumulator_t<T> *__restrict out) {
+  for (int64_t i = 0; i < count; ++i)
+    out[i] = widen(values[i]);
+}
+
+template <class T>
+void store_dense(const accumulator_t<T> *__restrict values, int64_t count, T *__restrict out) {
+  for (int64_t i = 0; i < count; ++i)
+    out[i] = narrow<T>(values[i]);
+}
+
+#ifdef __F16C__
+template <>
+inline void load_dense(const Half *__restrict values, int64_t count, float *__restrict out) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(
+        out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(values + i))));
+  for (; i < count; ++i)
+    out[i] = _cvtsh_ss(values[i].bits);
+}
+
+template <>
+inline void store_dense(const float *__restrict values, int64_t count, Half *__restrict out) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(out + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT));
+  for (; i < count; ++i)
+    out[i].bits = _cvtss_sh(values[i], _MM_FROUND_TO_NEAREST_INT);
+}
+#endif
+
+// How elements move from memory into the workspace, and back with one rounding.
+struct Load {
+  template <class T, class Acc> static void one(const T &pixel, Acc &value) {
+    value = widen(pixel);
+  }
+  template <class T, class Acc> static void run(const T *pixels, int64_t count, Acc *values) {
+    load_dense(pixels, count, values);
+  }
+};
+
+struct Store {
+  template <class T, class Acc> static void one(T &pixel, Acc value) { pixel = narrow<T>(value); }
+  template <class T, class Acc> static void run(T *pixels, int64_t count, const Acc *values) {
+    store_dense(values, count, pixels);
+  }
+};
+
+/// Moves `count` pixels of a row, from `column` on.
+template <class Move, class T, class Acc>
+void move_row(const Maps &maps, const Tile &tile, int64_t row, int64_t column, int64_t count,
+              Acc *__restrict values) {
+  T *pixels = maps.at<T>(tile.n, tile.c, row, column);
+  const int64_t lanes = tile.lanes, stride_w = maps.stride_w, stride_c = maps.stride_c;
+  if (has_dense_rows(maps, tile))
+    return Move::run(pixels, count * lanes, values);
+  if (has_adjacent_lanes(maps, tile)) {
+    for (int64_t pixel = 0; pixel < count; ++pixel)
+      Move::run(pixels + pixel * stride_w, lanes, values + pixel * lanes);
+    return;
+  }
+  for (int64_t pixel = 0; pixel < count; ++pixel)
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      Move::one(pixels[pixel * stride_w + lane * stride_c], values[pixel * lanes + lane]);
+}
+
+/// Moves rows [begin, end), one after the other; in one run where they are dense, which is faster
+/// for narrow rows.
+template <class Move, class T, class Acc>
+void move_rows(const Maps &maps, const Tile &tile, int64_t begin, int64_t end, int64_t column,
+               int64_t count, Acc *values) {
+  if (has_dense_planes(maps, tile, count))
+    return move_row<Move, T>(maps, tile, begin, column, (end - begin) * count, values);
+  for (int64_t row = begin; row < end; ++row, values += count * tile.lanes)
+    move_row<Move, T>(maps, tile, row, column, count, values);
+}
+
+/// The same where the type of the elements is not known when the kernel is compiled, as that of x
+/// or grad is.
+template <class Move, class Acc>
+void move_rows_of_any(const Maps &maps, const Tile &tile, int64_t begin, int64_t end,
+                      int64_t column, int64_t count, Acc *values) {
+  if constexpr (std::is_same_v<std::remove_const_t<Acc>, double>)
+    move_rows<Move, double>(maps, tile, begin, end, column, count, values);
+  else if (maps.dtype == Dtype::float32)
+    move_rows<Move, float>(maps, tile, begin, end, column, count, values);
+  else if (maps.dtype == Dtype::bfloat16)
+    move_rows<Move, BFloat16>(maps, tile, begin, end, column, count, values);
+  else
+    move_rows<Move, Half>(maps, tile, begin, end, column, count, values);
+}
+
+/// Rows `stride` apart; with a mask, rows of a ring.
+template <class T> struct Rows {
+  T *data;
+  int64_t stride, mask = -1;
+
+  T *operator[](int64_t i) const { return data + (i & mask) * stride; }
+};
+
+/// out (= or +=) TERMS weighted rows from `begin` on, added in order.
+template <int TERMS, bool IS_FIRST, class T, class Acc>
+REVBIFPN_INLINE void add_weighted_rows(Acc *out, const Rows<const T> &rows, int64_t begin,
+                                       const Acc *weights, int64_t count) {
+  const T *row[TERMS];
+  Acc weight[TERMS];
+  for (int term = 0; term < TERMS; ++term) {
+    row[term] = rows[begin + term];
+    weight[term] = weights[term];
+  }
+  REVBIFPN_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) {
+    Acc sum = weight[0] * widen(row[0][i]);
+    if (!IS_FIRST)
+      sum = out[i] + sum;
+    for (int term = 1; term < TERMS; ++term)
+      sum = sum + weight[term] * widen(row[term][i]);
+    out[i] = sum;
+  }
+}
+
+/// out = the sum of `terms` weighted rows from `begin` on, added in order whatever the grouping.
+template <class T, class Acc>
+void sum_weighted_rows(Acc *out, const Rows<const T> &rows, int64_t begin, const Acc *weights,
+                       int64_t terms, int64_t count) {
+  int64_t term = std::min<int64_t>(terms, 4);
+  if (term == 0)
+    std::fill_n(out, count, Acc(0));
+  with_constant<1, 2, 3, 4>(
+      term, [&]<int TERMS>() { add_weighted_rows<TERMS, true>(out, rows, begin, weights, count); });
+  for (; term + 4 <= terms; term += 4)
+    add_weighted_rows<4, false>(out, rows, begin + term, weights + term, count);
+  for (; term < terms; ++term)
+    add_weighted_rows<1, false>(out, rows, begin + term, weights + term, count);
+}

@@ -1,0 +1,305 @@
+"""The gradient of batch norm, activation and gate, in two passes.
+
+With xc = x − mean, z = xc · invstd · weight + bias and d = g·gate + m for the result's gradient g
+and m, each pixel's share of the gradient of squeeze-excite's means:
+
+    dz = d·act′(z),  dx = invstd·weight·(dz − Σdz/M − xc·invstd²·Σ(dz·xc)/M),  M = N·H·W
+
+`norm_act_sums` reads 2E for E elements of x, `norm_act_grad` reads 2E and writes E. Neither needs
+more than x, the statistics and the gate: z and act(z) are computed again.
+
+On GPUs a launch of its own folds the N sums of each channel. Otherwise every streaming program
+would read 2 to 6 numbers for each of its channels and each of N images, beside 2 numbers per pixel
+of some of the images: at 64 images of 7×7, more than its own maps.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..checks import check_like
+from ..launch import Launch, run_all
+from ..library import library
+from .arguments import ACTIVATIONS, NORM, check_norm, sums_dtype
+from .forward import norm_act_reference, per_channel
+from .kernels import (
+    COUNTS,
+    activate_with_slope,
+    load_factors,
+    load_tile,
+    locate,
+    tile_mask,
+    tile_pointers,
+)
+from .tiles import (
+    contiguous,
+    empty_result,
+    filled,
+    in_planes,
+    norm_operands,
+    plan_channels,
+    plan_tiles,
+)
+
+GATED_SUMS, PLAIN_SUMS = 5, 2
+OF_GATES = 4  # the gates' gradient among the gated sums
+
+
+def _act_and_slope(z: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        y = ACTIVATIONS[act](leaf) * 1
+        (slope,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+    return y.detach(), slope
+
+
+def norm_act_sums_reference(
+    grad, x, mean, invstd, weight=None, bias=None, act: str = "identity", gated: bool = False
+) -> Tensor:
+    """The specification of the sums that the gradient needs."""
+    grad, xc = grad.to(mean.dtype), x.to(mean.dtype) - mean[:, None, None]
+    z = xc * invstd[:, None, None] * per_channel(weight, 1.0) + per_channel(bias, 0.0)
+    y, slope = _act_and_slope(z, act)
+    terms = [grad * slope, grad * slope * xc]
+    if gated:
+        terms += [slope, slope * xc, grad * y]
+    return torch.stack([term.sum((2, 3)) for term in terms])
+
+
+def norm_act_grad_reference(
+    grad, x, mean, invstd, weight=None, bias=None, gate=None, grad_means=None,
+    act: str = "identity", is_batch: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The specification of dx, dweight, dbias, by autograd through the statistics."""
+    with torch.enable_grad():
+        leaf = x.detach().to(mean.dtype).requires_grad_()
+        factor = mean.new_ones(mean.shape) if weight is None else weight.detach()
+        factor = factor.clone().requires_grad_()
+        shift = (mean.new_zeros(mean.shape) if bias is None else bias.detach()).clone()
+        shift.requires_grad_()
+        center, spread = mean, invstd
+        if is_batch:
+            # invstd² = 1/(var + eps), so eps need not be known.
+            var, center = torch.var_mean(leaf, (0, 2, 3), correction=0)
+            spread = (var + (invstd**-2 - var.detach())).rsqrt()
+        y = norm_act_reference(leaf, center, spread, factor, shift, None, act)
+        grad = grad.to(mean.dtype)
+        if gate is not None:
+            grad = grad * gate[:, :, None, None]
+        if grad_means is not None:
+            grad = grad + grad_means[:, :, None, None] / y[0, 0].numel()
+        dx, dweight, dbias = torch.autograd.grad(y, [leaf, factor, shift], grad)
+    return dx.to(x.dtype), dweight, dbias
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _norm_act_sums_kernel(
+    sums_ptr, grad_ptr, grad_strides, x_ptr, x_strides, mean_ptr, invstd_ptr, weight_ptr, bias_ptr,
+    N, C, pixels, blocks, chunks, images, chunk, ACT: tl.constexpr, GATED: tl.constexpr,
+    UNIT: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """(chunks, 2 or 5, N, C): the gradient's sums over the pixels of each chunk."""
+    C, c, n_first, n_end, t_first, t_end = locate(
+        N, C, pixels, blocks, chunks, images, chunk, UNIT, CHANNELS, PIXELS, CHANNELS_LAST
+    )
+    mean, scale, bias = load_factors(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, c, C)
+    row = (tl.program_id(0) // blocks % chunks).to(tl.int64) * (N * (5 if GATED else 2))
+    size = N.to(tl.int64) * C
+    for n in range(n_first, n_end):
+        sum_g = tl.zeros([CHANNELS, PIXELS], tl.float32)
+        sum_gx = tl.zeros([CHANNELS, PIXELS], tl.float32)
+        if GATED:
+            sum_s = tl.zeros([CHANNELS, PIXELS], tl.float32)
+            sum_sx = tl.zeros([CHANNELS, PIXELS], tl.float32)
+            sum_gy = tl.zeros([CHANNELS, PIXELS], tl.float32)
+        for t in range(t_first, t_end):
+            mask = tile_mask(c, C, t, pixels, UNIT, PIXELS, CHANNELS_LAST)
+            xc = load_tile(x_ptr, x_strides, n, c, t, mask, UNIT, PIXELS, CHANNELS_LAST) - mean
+            grad = load_tile(grad_ptr, grad_strides, n, c, t, mask, UNIT, PIXELS, CHANNELS_LAST)
+            y, slope = activate_with_slope(tl.fma(xc, scale, bias), ACT)
+            sloped = grad * slope
+            sum_g += sloped
+            sum_gx = tl.fma(sloped, xc, sum_gx)
+            if GATED:
+                slope = tl.where(mask, slope, 0.0)
+                sum_s += slope
+                sum_sx = tl.fma(slope, xc, sum_sx)
+                sum_gy = tl.fma(grad, y, sum_gy)
+        ptr = sums_ptr + (row + n) * C + c
+        tl.store(ptr, tl.sum(sum_g, 1, keep_dims=True), mask=c < C)
+        tl.store(ptr + size, tl.sum(sum_gx, 1, keep_dims=True), mask=c < C)
+        if GATED:
+            tl.store(ptr + 2 * size, tl.sum(sum_s, 1, keep_dims=True), mask=c < C)
+            tl.store(ptr + 3 * size, tl.sum(sum_sx, 1, keep_dims=True), mask=c < C)
+            tl.store(ptr + 4 * size, tl.sum(sum_gy, 1, keep_dims=True), mask=c < C)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _norm_act_totals_kernel(
+    dweight_ptr, dbias_ptr, sums_ptr, invstd_ptr, gate_ptr, grad_means_ptr, share,
+    N, C, CHANNELS: tl.constexpr, IMAGES: tl.constexpr,
+):  # fmt: skip
+    """dbias = Σdz and dweight = invstd·Σ(dz·xc), from the sums of all images."""
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
+    size = N.to(tl.int64) * C
+    totals = tl.zeros([CHANNELS, IMAGES], tl.float32)
+    totals_x = tl.zeros([CHANNELS, IMAGES], tl.float32)
+    for first in range(0, N, IMAGES):
+        n = first + tl.arange(0, IMAGES)[None, :]
+        mask = (c < C) & (n < N)
+        offs = n.to(tl.int64) * C + c
+        sum_g = tl.load(sums_ptr + offs, mask=mask, other=0.0)
+        sum_gx = tl.load(sums_ptr + size + offs, mask=mask, other=0.0)
+        if gate_ptr is not None:
+            gate = tl.load(gate_ptr + offs, mask=mask, other=0.0)
+            sum_g *= gate
+            sum_gx *= gate
+        if grad_means_ptr is not None:
+            extra = tl.load(grad_means_ptr + offs, mask=mask, other=0.0) * share
+            sum_s = tl.load(sums_ptr + 2 * size + offs, mask=mask, other=0.0)
+            sum_sx = tl.load(sums_ptr + 3 * size + offs, mask=mask, other=0.0)
+            sum_g = tl.fma(extra, sum_s, sum_g)
+            sum_gx = tl.fma(extra, sum_sx, sum_gx)
+        totals += sum_g
+        totals_x += sum_gx
+    invstd = tl.load(invstd_ptr + c, mask=c < C, other=0.0)
+    tl.store(dbias_ptr + c, tl.sum(totals, 1, keep_dims=True), mask=c < C)
+    tl.store(dweight_ptr + c, tl.sum(totals_x, 1, keep_dims=True) * invstd, mask=c < C)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _norm_act_grad_kernel(
+    dx_ptr, dx_strides, grad_ptr, grad_strides, x_ptr, x_strides,
+    mean_ptr, invstd_ptr, weight_ptr, bias_ptr, gate_ptr, grad_means_ptr, dweight_ptr, dbias_ptr,
+    share, inverse_count, N, C, pixels, blocks, chunks, images, chunk, ACT: tl.constexpr,
+    UNIT: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """dx; the statistics are constants where dweight_ptr and dbias_ptr are None."""
+    C, c, n_first, n_end, t_first, t_end = locate(
+        N, C, pixels, blocks, chunks, images, chunk, UNIT, CHANNELS, PIXELS, CHANNELS_LAST
+    )
+    mean, scale, bias = load_factors(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, c, C)
+    if dbias_ptr is not None:
+        mean_dz = tl.load(dbias_ptr + c, mask=c < C, other=0.0) * inverse_count
+        invstd = tl.load(invstd_ptr + c, mask=c < C, other=0.0)
+        along_x = tl.load(dweight_ptr + c, mask=c < C, other=0.0) * invstd * inverse_count
+    for n in range(n_first, n_end):
+        if gate_ptr is not None:
+            gate = tl.load(gate_ptr + n * C + c, mask=c < C, other=0.0)
+        if grad_means_ptr is not None:
+            extra = tl.load(grad_means_ptr + n * C + c, mask=c < C, other=0.0) * share
+        for t in range(t_first, t_end):
+            mask = tile_mask(c, C, t, pixels, UNIT, PIXELS, CHANNELS_LAST)
+            xc = load_tile(x_ptr, x_strides, n, c, t, mask, UNIT, PIXELS, CHANNELS_LAST) - mean
+            grad = load_tile(grad_ptr, grad_strides, n, c, t, mask, UNIT, PIXELS, CHANNELS_LAST)
+            if gate_ptr is not None:
+                grad *= gate
+            if grad_means_ptr is not None:
+                grad += extra
+            _, slope = activate_with_slope(tl.fma(xc, scale, bias), ACT)
+            dz = grad * slope
+            if dbias_ptr is not None:
+                dz = tl.fma(-xc, along_x, dz - mean_dz)
+            ptr = tile_pointers(dx_ptr, dx_strides, n, c, t, UNIT, PIXELS, CHANNELS_LAST)
+            tl.store(ptr, (dz * scale).to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def plan_norm_act_sums(
+    grad, x, mean, invstd, weight, bias, act, gated
+) -> tuple[Launch, dict, Tensor]:
+    """The launch that writes the sums of each chunk, and these: (chunks, 2 or 5, N, C)."""
+    maps, vectors = {"grad": grad, "x": x}, 1 if gated else 2
+    launch = plan_tiles(_norm_act_sums_kernel, maps, "plane", vectors, ACT=act, GATED=gated)
+    shape = (launch.args["chunks"], GATED_SUMS if gated else PLAIN_SUMS, *x.shape[:2])
+    sums = torch.empty(shape, dtype=torch.float32, device=x.device)
+    factors = norm_operands(mean, invstd, weight, bias)
+    return launch, {"sums_ptr": sums, "grad_ptr": grad, "x_ptr": x, **factors}, sums
+
+
+def norm_act_sums_cuda(grad, x, *arguments) -> Tensor:
+    x, grad = in_planes(x, grad)
+    launch, operands, sums = plan_norm_act_sums(grad, x, *arguments)
+    launch.run(x.device, operands)
+    return sums[0] if len(sums) == 1 else sums.sum(0)
+
+
+def plan_norm_act_grad(
+    dx, dweight, dbias, grad, x, mean, invstd, weight, bias, gate, grad_means, sums, act, is_batch
+) -> list[tuple[Launch, dict]]:
+    """The launches that write dweight and dbias, then dx, for dense planes in x's format."""
+    maps = {"dx": dx, "grad": grad, "x": x}
+    launch = plan_tiles(_norm_act_grad_kernel, maps, "pixel", ACT=act)
+    N, C, H, W = x.shape
+    shared = {
+        "gate_ptr": contiguous(gate),
+        "grad_means_ptr": contiguous(grad_means),
+        "share": 1.0 / (H * W),
+    }
+    totals = {
+        "dweight_ptr": dweight,
+        "dbias_ptr": dbias,
+        "sums_ptr": sums.contiguous(),
+        "invstd_ptr": invstd.contiguous(),
+    }
+    operands = {
+        "dx_ptr": dx,
+        "grad_ptr": grad,
+        "x_ptr": x,
+        **norm_operands(mean, invstd, weight, bias),
+        "dweight_ptr": dweight if is_batch else None,
+        "dbias_ptr": dbias if is_batch else None,
+        "inverse_count": 1.0 / max(1, N * H * W),
+    }
+    return [
+        (plan_channels(_norm_act_totals_kernel, C, {"N": N}, "IMAGES"), {**totals, **shared}),
+        (launch, {**operands, **shared}),
+    ]
+
+
+def norm_act_grad_cuda(
+    grad, x, mean, invstd, weight, bias, gate, grad_means, sums, act, is_batch
+) -> tuple[Tensor, Tensor, Tensor]:
+    norm = mean, invstd, weight, bias
+    result, dx = empty_result(x)
+    dweight, dbias = torch.empty_like(mean), torch.empty_like(mean)
+    x, grad = in_planes(x, grad)
+    if sums is None:
+        sums = norm_act_sums_cuda(grad, x, *norm, act, grad_means is not None)
+    gates = gate, grad_means, sums
+    planned = plan_norm_act_grad(dx, dweight, dbias, grad, x, *norm, *gates, act, is_batch)
+    run_all(planned, x.device)
+    if len(x) == 0:  # as PyTorch's, whatever the statistics of an empty batch are
+        dweight.zero_()
+    return filled(result, dx), dweight, dbias
+
+
+# Key CPU: csrc/norm_act/gradient.cpp.
+# (2, N, C): Σ g·act′(z), Σ g·act′(z)·xc over the pixels; with `gated` (5, N, C): Σ act′(z),
+# Σ act′(z)·xc and Σ g·act(z), the gate's gradient, too.
+library.define(f"norm_act_sums(Tensor grad, {NORM}, str act, bool gated) -> Tensor")
+# dx, dweight and dbias. Without `is_batch` the statistics are constants. `sums` are those of
+# norm_act_sums; where they are None they are computed here, for only a gate's gradient is another
+# use of them.
+library.define(
+    f"norm_act_grad(Tensor grad, {NORM}, Tensor? gate, Tensor? grad_means, Tensor? sums, str act, "
+    "bool is_batch) -> (Tensor, Tensor, Tensor)"
+)
+library.impl("norm_act_sums", norm_act_sums_cuda, "CUDA")
+library.impl("norm_act_grad", norm_act_grad_cuda, "CUDA")
+
+
+@torch.library.register_fake("revbifpn::norm_act_sums", lib=library)
+def _norm_act_sums_fake(grad, x, *norm_and_options):
+    *norm_and_act, gated = norm_and_options
+    check_norm("norm_act_sums", x, *norm_and_act)
+    check_like("norm_act_sums", "grad", grad, "x", x)
+    return x.new_empty((GATED_SUMS if gated else PLAIN_SUMS, *x.shape[:2]), dtype=sums_dtype(x))
+
+
+@torch.library.register_fake("revbifpn::norm_act_grad", lib=library)
+def _norm_act_grad_fake(grad, x, mean, invstd, weight, bias, gate, grad_means, sums, act, is_batch):
+    norm, gates = (x, mean, invstd, weight, bias), {"gate": gate, "grad_means": grad_means}
+    check_norm("norm_act_grad", *norm, act, **gates)
+    check_like("norm_act_grad", "grad", grad, "x", x)
+    return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)

@@ -1,0 +1,181 @@
+"""The mean and 1/√(variance + eps) of each channel of a batch.
+
+Reads x once, in two launches on GPUs: programs reduce parts of a channel, then the parts are
+combined. Running statistics move as in torch.nn.functional.batch_norm, and `batches` counts up.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..checks import check_maps
+from ..launch import Launch, run_all
+from ..library import library
+from .arguments import sums_dtype
+from .kernels import COUNTS, load_tile, locate, pixels_in_tile, tile_mask
+from .tiles import in_planes, plan_channels, plan_tiles
+
+
+def batch_statistics_reference(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The specification of mean and invstd."""
+    x = x.to(sums_dtype(x))
+    mean = x.mean((0, 2, 3))  # nearer to the truth than var_mean's
+    var = (x - mean[:, None, None]).square().mean((0, 2, 3))
+    return mean, (var + eps).rsqrt()
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _batch_statistics_kernel(
+    parts_ptr, x_ptr, x_strides, N, C, pixels, blocks, chunks, images, chunk, parts,
+    UNIT: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """(4, parts, C): two terms of the mean, sum of squares about it, and count of each part.
+
+    Values are taken about the mean of the part's first tile, the first term, so their squares
+    exceed those about the part's mean at most by a factor of its tiles: nothing cancels.
+    """
+    C, c, n_first, n_end, t_first, t_end = locate(
+        N, C, pixels, blocks, chunks, images, chunk, UNIT, CHANNELS, PIXELS, CHANNELS_LAST
+    )
+    mask = tile_mask(c, C, t_first, pixels, UNIT, PIXELS, CHANNELS_LAST)
+    first = load_tile(x_ptr, x_strides, n_first, c, t_first, mask, UNIT, PIXELS, CHANNELS_LAST)
+    in_first = pixels_in_tile(t_first, pixels, UNIT, PIXELS, CHANNELS_LAST)
+    shift = tl.sum(first, 1, keep_dims=True) / in_first.to(tl.float32)
+    sums = tl.zeros([CHANNELS, PIXELS], tl.float32)
+    squares = tl.zeros([CHANNELS, PIXELS], tl.float32)
+    for n in range(n_first, n_end):
+        for t in range(t_first, t_end):
+            mask = tile_mask(c, C, t, pixels, UNIT, PIXELS, CHANNELS_LAST)
+            x = load_tile(x_ptr, x_strides, n, c, t, mask, UNIT, PIXELS, CHANNELS_LAST)
+            difference = tl.where(mask, x - shift, 0.0)
+            sums += difference
+            squares = tl.fma(difference, difference, squares)
+    in_last = pixels_in_tile(t_end - 1, pixels, UNIT, PIXELS, CHANNELS_LAST)
+    in_image = (t_end - 1 - t_first) * PIXELS + in_last
+    count = ((n_end - n_first) * in_image).to(tl.float32)
+    total = tl.sum(sums, 1, keep_dims=True)
+    excess = total / count
+    square = tl.fma(-total, excess, tl.sum(squares, 1, keep_dims=True))
+    ptr = parts_ptr + (tl.program_id(0) // blocks).to(tl.int64) * C + c
+    size = parts.to(tl.int64) * C
+    tl.store(ptr, shift, mask=c < C)
+    tl.store(ptr + size, excess, mask=c < C)
+    tl.store(ptr + 2 * size, tl.where(square < 0.0, 0.0, square), mask=c < C)
+    tl.store(ptr + 3 * size, tl.zeros_like(shift) + count, mask=c < C)
+
+
+@triton.jit
+def load_parts(parts_ptr, first, parts, c, C, shift, PARTS: tl.constexpr):
+    """Means minus `shift`, sums of squares and counts of PARTS parts, [CHANNELS, PARTS] each.
+
+    Shifts cancel without rounding, so a mean's difference is as exact as its second term.
+    """
+    part = first + tl.arange(0, PARTS)[None, :]
+    mask = (c < C) & (part < parts)
+    ptr = parts_ptr + part.to(tl.int64) * C + c
+    size = parts.to(tl.int64) * C
+    difference = tl.load(ptr, mask=mask, other=0.0) - shift
+    difference += tl.load(ptr + size, mask=mask, other=0.0)
+    square = tl.load(ptr + 2 * size, mask=mask, other=0.0)
+    return difference, square, tl.load(ptr + 3 * size, mask=mask, other=0.0)
+
+
+@triton.jit
+def move_running(ptr, c, mask, value, momentum):
+    running = tl.load(ptr + c, mask=mask, other=0.0).to(tl.float32)
+    moved = tl.fma(value, momentum, running * (1.0 - momentum))
+    tl.store(ptr + c, moved.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _batch_statistics_combine_kernel(
+    mean_ptr, invstd_ptr, running_mean_ptr, running_var_ptr, batches_ptr, parts_ptr,
+    eps, momentum, elements, unbiased, C, parts, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Mean and invstd from the parts by Chan's formula; running statistics and `batches` move.
+
+    A channel has `elements` of them, and `unbiased` = elements / (elements − 1).
+    """
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
+    mask_c = c < C
+    shift = tl.load(parts_ptr + c, mask=mask_c, other=0.0)
+    total = tl.zeros_like(shift) + elements
+    sums = tl.zeros([CHANNELS, PARTS], tl.float32)
+    for first in range(0, parts, PARTS):
+        difference, _, count = load_parts(parts_ptr, first, parts, c, C, shift, PARTS)
+        sums = tl.fma(count, difference, sums)
+    excess = tl.div_rn(tl.sum(sums, 1, keep_dims=True), total)
+    squares = tl.zeros([CHANNELS, PARTS], tl.float32)
+    for first in range(0, parts, PARTS):
+        difference, square, count = load_parts(parts_ptr, first, parts, c, C, shift, PARTS)
+        difference -= excess
+        squares += tl.fma(count * difference, difference, square)
+    mean = shift + excess
+    var = tl.div_rn(tl.sum(squares, 1, keep_dims=True), total)
+    invstd = tl.div_rn(tl.full(var.shape, 1.0, tl.float32), tl.sqrt_rn(var + eps))
+    tl.store(mean_ptr + c, mean, mask=mask_c)
+    tl.store(invstd_ptr + c, invstd, mask=mask_c)
+    if running_mean_ptr is not None:
+        move_running(running_mean_ptr, c, mask_c, mean, momentum)
+    if running_var_ptr is not None:
+        move_running(running_var_ptr, c, mask_c, var * unbiased, momentum)
+    if batches_ptr is not None:
+        if tl.program_id(0) == 0:
+            tl.store(batches_ptr, tl.load(batches_ptr) + 1)
+
+
+def plan_batch_statistics(
+    mean, invstd, x, eps, running_mean, running_var, batches, momentum
+) -> list[tuple[Launch, dict]]:
+    """The launches that write mean and invstd, for an x whose planes are dense and not empty."""
+    launch = plan_tiles(_batch_statistics_kernel, {"x": x}, "channel")
+    count, C = x.numel() // x.shape[1], x.shape[1]
+    programs = launch.grid[0] // launch.args["blocks"]  # that share a channel
+    parts = torch.empty((4, programs, C), dtype=torch.float32, device=x.device)
+    combine = plan_channels(_batch_statistics_combine_kernel, C, {"parts": programs}, "PARTS")
+    operands = {
+        "mean_ptr": mean,
+        "invstd_ptr": invstd,
+        "running_mean_ptr": running_mean,
+        "running_var_ptr": running_var,
+        "batches_ptr": batches,
+        "parts_ptr": parts,
+        "eps": float(eps),
+        "momentum": float(momentum),
+        "elements": float(count),
+        # The running variance of a single element is NaN, as PyTorch's.
+        "unbiased": count / (count - 1) if count > 1 else math.inf,
+    }
+    return [
+        (launch, {"parts_ptr": parts, "x_ptr": x, "parts": programs}),
+        (combine, operands),
+    ]
+
+
+def _batch_statistics_cuda(x, eps, running_mean, running_var, batches, momentum):
+    mean, invstd = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+    if x.numel() == 0:  # as in PyTorch, running statistics stay
+        if batches is not None:
+            batches.add_(1)
+        return mean.fill_(math.nan), invstd.fill_(math.nan)
+    (x,) = in_planes(x)
+    running = running_mean, running_var, batches
+    run_all(plan_batch_statistics(mean, invstd, x, eps, *running, momentum), x.device)
+    return mean, invstd
+
+
+# Key CPU: csrc/norm_act/statistics.cpp.
+library.define(
+    "batch_statistics(Tensor x, float eps, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "Tensor(c!)? batches, float momentum) -> (Tensor, Tensor)"
+)
+library.impl("batch_statistics", _batch_statistics_cuda, "CUDA")
+
+
+@torch.library.register_fake("revbifpn::batch_statistics", lib=library)
+def _batch_statistics_fake(x, eps, running_mean, running_var, batches, momentum):
+    check_maps("batch_statistics", "x", x)
+    return tuple(x.new_empty(x.shape[1], dtype=sums_dtype(x)) for _ in range(2))

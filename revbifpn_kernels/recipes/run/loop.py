@@ -1,0 +1,115 @@
+"""Steps, evaluations between them, checkpoints, signals, and losses that are not finite."""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import clock
+from .checkpoint import Keeper
+from .console import Console
+from .errors import RunError
+from .signals import Signals
+from .state import RunState
+
+
+class Step(NamedTuple):
+    """A step that has been made; its numbers have not been read from the device yet."""
+
+    losses: dict[str, Tensor]
+    gradient: Tensor  # its length, before it was clipped
+    lr: float
+    waited: float  # seconds, for images
+    number: int = 0
+    seconds: float = 0.0
+
+
+class Loop:
+    """Goes on until the last step; an application says what steps and evaluations are.
+
+    Args:
+        batches: This process' parts of all steps that are left.
+    """
+
+    checks_gradient = True  # whether a gradient that is not finite ends the run
+
+    def __init__(
+        self, run: RunState, batches: Iterator, report: Console, keeper: Keeper, signals: Signals
+    ) -> None:
+        self.run, self.batches, self.report = run, batches, report
+        self.keeper, self.signals = keeper, signals
+        self.clock = clock.Clock(run)
+
+    def advance(self) -> Step:
+        """Makes one step of the optimizer."""
+        raise NotImplementedError
+
+    def is_evaluation_due(self) -> bool:
+        """Whether an evaluation amid the training follows the last step."""
+        raise NotImplementedError
+
+    def evaluate_if_due(self) -> bool:
+        """Evaluates if that is due and not done yet; False if a signal ended it."""
+        raise NotImplementedError
+
+    def next_batch(self) -> tuple[tuple, float]:
+        """The next part of a step without its skipped files, and the seconds waited for it."""
+        start = clock.now()
+        *batch, skipped = next(self.batches)
+        waited = clock.now() - start
+        self.report.skip(skipped)
+        return tuple(batch), waited
+
+    def train(self) -> bool:
+        """Returns whether the last step was reached, and no signal came before."""
+        run, recent = self.run, []
+        while True:
+            if not self.evaluate_if_due():
+                return False
+            if run.progress >= 1:
+                return True
+            start = clock.now()
+            step = self.advance()
+            run.step += 1
+            recent.append(step._replace(number=run.step, seconds=clock.now() - start))
+            self.clock.tick(is_training=True)
+            # The first process' clock decides: a checkpoint is written by all together.
+            is_due, is_stopped = run.world.any(
+                run.world.is_first and self.keeper.is_due, self.signals.received is not None
+            )
+            # Also before an evaluation, which may take long.
+            is_kept = is_due or is_stopped or run.progress >= 1 or self.is_evaluation_due()
+            if is_kept or len(recent) >= run.options.log_every:
+                self.settle(recent)
+                recent.clear()
+            if is_kept:
+                self.keeper.save(run.step)
+            if is_stopped:
+                return False
+
+    def settle(self, recent: list[Step]) -> list[list[float]]:
+        """Looks at steps: one that is not finite ends the run before anything of it is kept.
+
+        Returns losses and gradient of each step.
+        """
+        world, names = self.run.world, [*recent[0].losses, "gradient"]
+        tensors = [torch.stack([*step.losses.values(), step.gradient]) for step in recent]
+        values = torch.stack(tensors).double()
+        values[:, :-1] = world.total(values[:, :-1].contiguous()) / world.size
+        rows = values.tolist()
+        for step, row in zip(recent, rows, strict=True):
+            for name, value in zip(names, row, strict=True):
+                if not math.isfinite(value) and (self.checks_gradient or name != "gradient"):
+                    epoch = (step.number - 1) // self.run.order.steps_per_epoch + 1
+                    raise RunError(
+                        f"expected a finite {name}, got {value} in step {step.number} (epoch "
+                        f"{epoch}), learning rate {step.lr:.3g}; last good checkpoint: "
+                        f"{self.keeper.described()}"
+                    )
+        means = [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)]
+        seconds, waited = (sum(s.seconds for s in recent), sum(s.waited for s in recent))
+        means = dict(zip(names, means, strict=True))
+        self.report.log(len(recent), means, recent[-1].lr, seconds, waited)
+        return rows

@@ -1,0 +1,74 @@
+"""The folder of a run, how a run begins, and how it ends."""
+
+import itertools
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from . import checkpoint
+from .console import Console
+from .errors import RunError
+from .options import RunOptions
+from .processes import World
+from .signals import Signals
+from .state import RunState
+
+WEIGHTS = "weights.safetensors"
+
+
+def folder_of(options: RunOptions, world: World, prefix: str = "") -> Path:
+    """The run's folder, the same for all processes; a run that is in it is not overwritten."""
+    name = Path(options.data).resolve().name if options.data else "digits"
+    out = Path(world.gathered(options.out or _new_folder(f"runs/{prefix}{name}-"))[0])
+    found = [name for name in (checkpoint.NAME, WEIGHTS) if (out / name).exists()]
+    if found and options.resume == "never":
+        raise RunError(
+            f"--out must be a new folder without --resume auto, got {out} with {found[0]}"
+        )
+    checkpoint.make_folder("--out", out)
+    world.any(False)  # no process writes there before all have looked
+    return out
+
+
+def _new_folder(start: str) -> str:
+    """With the time, and a number if another run began in the same second."""
+    stem = start + time.strftime("%Y%m%d-%H%M%S")
+    candidates = itertools.chain([stem], (f"{stem}-{k}" for k in itertools.count(2)))
+    return next(name for name in candidates if not os.path.exists(name))
+
+
+def begun(out: Path, start: Callable[[bool], RunState]) -> RunState:
+    """The run in a folder, or a new one.
+
+    Args:
+        start: Makes a run before its first step; told whether it stays so.
+    """
+    content = checkpoint.load(out / checkpoint.NAME)
+    run = start(content is None)
+    agree(run, content)
+    if content is not None:
+        run.restore(content)
+    return run
+
+
+def agree(run: RunState, content: dict | None) -> None:
+    """Raises where processes would go on from different states, or on different images."""
+    step = "no checkpoint" if content is None else f"a checkpoint of step {content.get('step')}"
+    seen = run.world.gathered(f"{step}, {run.digest}")
+    if len(set(seen)) > 1:
+        listed = "; ".join(f"process {rank}: {what}" for rank, what in enumerate(seen))
+        raise RunError("--out and --data must be the same folders for every process, got " + listed)
+
+
+def carry_out(
+    run: RunState, report: Console, train: Callable[[checkpoint.Keeper, Signals], bool]
+) -> int:
+    """Trains; returns 0 if the end was reached, 128 + the signal if one came before."""
+    is_first, minutes = run.world.is_first, run.options.checkpoint_minutes
+    keeper = checkpoint.Keeper(report.out, minutes, report.warn, run.capture, is_first)
+    if keeper.path.exists():
+        keeper.step = run.step
+    with Signals() as signals:
+        is_complete = train(keeper, signals)
+    return 0 if is_complete else report.stopped(signals.received, keeper)

@@ -1,0 +1,127 @@
+"""One block's call as an autograd Function, so that its gradients appear as soon as they are known.
+
+y = block(x)        forward      saves nothing, but for the last block y
+x = block⁻¹(y)      backward     and dL/dx, dL/dθ from dL/dy, by `backward_step`
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.layout import Geometry
+from .recompute import BlockTrace, is_traced, sharing_draws
+from .step import Step
+from .streams import Streams, enter, identity, readable
+from .tape import BlockCall, Tape
+
+# Where in a chain a block is called: its index. Without a tape it runs as plain modules do.
+Place = tuple[Tape | None, int]
+
+
+class _Block(torch.autograd.Function):
+    """One block in the graph. Parameters are inputs, so that autograd sees where they are used."""
+
+    @staticmethod
+    def forward(ctx, call: BlockCall, *tensors: Tensor):
+        tape, trace = call.tape, call.trace
+        xs = tensors[: call.inputs]
+        tape.check_inputs(call.index, call.block, xs)
+        versions = [x._version for x in xs]
+        with trace.recording(xs[0]):
+            ys = call.run(xs)
+        if [x._version for x in xs] != versions:
+            raise RuntimeError(
+                f"{type(call.block).__name__}: forward changed an input in place; expected "
+                "b = b + f(a), not b += f(a)"
+            )
+        if tape.check:
+            call.check(xs, ys)
+        tape.returned = [identity(y) for y in ys]
+        streams = call.saved(xs, ys)
+        tape.previous = (call, streams) if call.block.keeps_inputs else None
+        ctx.call = call
+        ctx.channels_last = [y.dim() == 4 and Geometry.of(y).channels_last for y in ys]
+        ctx.saved_streams = len(streams)
+        # Parameters and buffers are saved so that autograd notices a change before the backward.
+        buffers = trace.state.buffers_read(trace.moved())
+        ctx.save_for_backward(*streams, *trace.state.unique_parameters, *buffers)
+        ctx.set_materialize_grads(False)
+        return ys
+
+    @staticmethod
+    def backward(ctx, *grad_ys: Tensor | None):
+        call, trace = ctx.call, ctx.call.trace
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{type(call.block).__name__}: a gradient of gradients (create_graph=True) needs "
+                "stored activations; set reversible=False"
+            )
+        saved = [y.detach() for y in ctx.saved_tensors[: ctx.saved_streams]]
+        ys = call.inputs_from(saved) if saved else call.tape.take(call.index, call.block)
+        del saved
+        grads = [readable(g, last) for g, last in zip(grad_ys, ctx.channels_last, strict=True)]
+        step = Step(trace, ctx.needs_input_grad[1 : 1 + call.inputs])
+        trace.stand_ins = trace.state.stand_ins()
+        with trace.state.restored() as stand_ins:
+            xs, grad_xs = call.block.backward_step(ys, grads, step)
+        if call.index > call.tape.first and call.previous is None:
+            call.tape.outputs[call.index - 1] = list(xs)
+        stand_ins |= trace.stand_ins
+        used = [stand_ins.get(id(p), p) for p in call.parameters]
+        return None, *grad_xs, *(step.parameter_grads.get(id(p)) for p in used)
+
+
+def run_by_engine(compute: Callable) -> Callable:
+    """`forward` for callers, around the author's: module hooks (FSDP, users) stay outside."""
+
+    @functools.wraps(compute)
+    def forward(self, *xs, place: Place | None = None):
+        if type(self).forward is not forward:  # called by a subclass through super()
+            return compute(self, *xs)
+        if place is not None:
+            return _call_block(self, compute, place, xs)
+        xs = enter(self, xs, self.lattice)
+        if not (self.reversible and wants_graph(self)):
+            return _call_block(self, compute, (None, 0), xs)
+        call = _call_block_untraced if torch.compiler.is_compiling() else _call_block
+        return call(self, compute, (Tape(1, self.check), 0), xs)
+
+    forward.compute = compute
+    return forward
+
+
+def wants_graph(chain: nn.Module) -> bool:
+    """Whether blocks get a graph of their own: not inside a transform, which is recomputed."""
+    is_replica = getattr(chain, "_is_replica", False)  # DataParallel's hide their parameters
+    is_recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return torch.is_grad_enabled() and not (is_replica or is_recorded or is_traced())
+
+
+def _call_block(block: nn.Module, compute: Callable, place: Place, xs: Streams) -> Streams:
+    if torch.compiler.is_compiling():  # there is no tape then
+        return compute(block, *xs)
+    with sharing_draws(block):
+        tape, index = place
+        if tape is None:
+            return compute(block, *xs)
+        return _call_with_tape(block, compute, tape, index, xs)
+
+
+def _call_with_tape(block, compute: Callable, tape: Tape, index: int, xs: Streams) -> Streams:
+    trace = BlockTrace(block, tape.check)
+    parameters = [p for p in trace.state.unique_parameters if p.requires_grad]
+    if not parameters and not any(x.requires_grad for x in xs):
+        tape.previous = None
+        with torch.no_grad():
+            return compute(block, *xs)
+    if tape.first is None:
+        tape.first = index
+    previous = tape.previous[0] if block.reruns_before and tape.previous else None
+    call = BlockCall(block, trace, tape, index, len(xs), parameters, previous)
+    return _Block.apply(call, *xs, *parameters)
+
+
+# The compiler cannot look through the engine. Not torch.compiler.disable, which imports it.
+_call_block_untraced = torch._disable_dynamo(_call_block)

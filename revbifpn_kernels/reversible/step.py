@@ -1,0 +1,96 @@
+"""What a block's `backward_step` asks the engine for: transforms run again, and gradients."""
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.resample.folded_norm import Source, maps_of
+from .recompute import BlockTrace, run_transform
+from .recompute.module_state import parameters_of
+
+
+class Rerun:
+    """A recomputed transform: its output, and the gradients through it."""
+
+    def __init__(self, step: "Step", module: nn.Module, x: Tensor, output: Source) -> None:
+        self._step, self._module, self._x = step, module, x
+        self._output = maps_of(output)
+        self.output = output.detach()
+
+    def pull(self, grad: Tensor | None) -> Tensor | None:
+        """Return the gradient of the input, collect those of parameters; the graph is freed."""
+        output, self._output = self._output, None
+        (grad_x,) = self._step.differentiate(self._module, [output], [self._x], [grad])
+        return grad_x
+
+
+class Step:
+    """One backward of a block.
+
+    Attributes:
+        trace: What the block's forward recorded.
+        needs_grad: Whether each input of the block needs a gradient.
+        parameter_grads: Gradients of parameters so far, by the parameters' ids.
+    """
+
+    def __init__(self, trace: BlockTrace, needs_grad: Sequence[bool]) -> None:
+        self.trace = trace
+        self.block = trace.block
+        self.needs_grad = tuple(needs_grad)
+        self.parameter_grads: dict[int, Tensor] = {}
+
+    def recomputing(self, *, is_reversed: bool = False) -> contextlib.AbstractContextManager:
+        """Transforms run in it repeat the forward; `is_reversed` in the opposite order."""
+        return self.trace.recomputing(is_reversed=is_reversed)
+
+    def rerun(
+        self,
+        name: str,
+        module: nn.Module,
+        x: Tensor,
+        needs_grad: bool = True,
+        folds_norm: bool = False,
+    ) -> Rerun:
+        """Run a transform as the forward did under the same name, with a graph."""
+        leaf = x.detach().requires_grad_(needs_grad)
+        with torch.enable_grad():
+            output = run_transform(self.block, name, module, leaf, folds_norm=folds_norm)
+        return Rerun(self, module, leaf, output)
+
+    def of_member(self, block: nn.Module, needs_grad: Sequence[bool]) -> "Step":
+        """Return the same step for a block within the block; gradients are collected together."""
+        step = Step(self.trace, needs_grad)
+        step.block, step.parameter_grads = block, self.parameter_grads
+        return step
+
+    def differentiate(
+        self,
+        module: nn.Module,
+        outputs: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+    ) -> list[Tensor | None]:
+        """Return the gradients of `inputs`, None where not needed; collect those of parameters."""
+        pairs = [
+            (output, grad)
+            for output, grad in zip(outputs, grads, strict=True)
+            if grad is not None and output.requires_grad
+        ]
+        wanted = [x for x in inputs if x.requires_grad]
+        stand_ins = self.trace.stand_ins
+        parameters = [stand_ins.get(id(p), p) for p in parameters_of(module) if p.requires_grad]
+        if not pairs or not (wanted or parameters):
+            return [None] * len(inputs)
+        outputs, grads = zip(*pairs, strict=True)
+        results = torch.autograd.grad(outputs, [*wanted, *parameters], grads, allow_unused=True)
+        for parameter, grad in zip(parameters, results[len(wanted) :], strict=True):
+            self._collect(parameter, grad)
+        found = iter(results)
+        return [next(found) if x.requires_grad else None for x in inputs]
+
+    def _collect(self, parameter: Tensor, grad: Tensor | None) -> None:
+        if grad is not None:
+            known = self.parameter_grads.get(id(parameter))
+            self.parameter_grads[id(parameter)] = grad if known is None else known + grad

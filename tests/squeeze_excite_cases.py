@@ -1,0 +1,25 @@
+"""What squeeze-excite's gates are tried on: named shapes, and their inputs."""
+
+import torch
+from torch import Tensor
+
+CASES = {  # N, C, hidden
+    "even": (4, 96, 16),
+    "odd": (3, 35, 9),
+    "one image": (1, 64, 20),
+    "one hidden unit": (8, 40, 1),
+    "few channels": (6, 7, 3),
+    "one channel": (9, 1, 5),
+    "long rows": (2, 1000, 33),
+    "many images": (65, 48, 12),
+}
+
+
+def inputs(case, dtype=torch.float32, device="cpu") -> list[Tensor]:
+    """The gates' gradient, the means and the parameters; a third of the gates is 0 or 1."""
+    N, C, hidden = CASES[case]
+    shapes = (N, C), (N, C), (hidden, C, 1, 1), (hidden,), (C, hidden, 1, 1), (C,)
+    values = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    values[2] /= C**0.5
+    values[4] *= 2.0 / hidden**0.5
+    return [tensor.to(device, dtype) for tensor in values]
