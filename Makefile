@@ -7,8 +7,9 @@ INSTALLED := $(VENV)/installed
 SOURCES := pyproject.toml setup.py $(shell find csrc -name "*.h" -o -name "*.cpp")
 PYTEST_ARGS ?= -n auto --dist worksteal
 ASAN := build/asan
+QUICK := build/bench
 
-.PHONY: $(VENV) bench bench-norms bench-stack bench-step bench-memory report train detect test test-all test-asan lint wheel kernels clean
+.PHONY: $(VENV) bench bench-all report train detect test test-all test-asan lint wheel kernels clean
 
 $(VENV): $(INSTALLED)
 
@@ -18,33 +19,34 @@ $(INSTALLED): $(SOURCES)
 	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[test,bench]" "$(TORCH)"
 	touch $@
 
+# A first answer in under three minutes: the operators beside copy and eager, a training step of S0, memory
+# against depth. Prints tables; rows, page and figures go to build/bench.
 bench: $(INSTALLED)
-	$(RUN) -m benchmarks.bench_ops
-	$(RUN) -m benchmarks.plot
-	$(RUN) -m benchmarks.round_trip
+	rm -rf $(QUICK)
+	$(RUN) -m benchmarks.bench_ops --quick --output $(QUICK)/benchmarks/results
+	$(RUN) -m benchmarks.bench_step --quick --output $(QUICK)/benchmarks/results
+	$(RUN) -m benchmarks.bench_memory --quick --parts depth --output $(QUICK)/benchmarks/results
+	$(RUN) -m benchmarks.results --root $(QUICK) --allow-dirty
 
-# What follows a convolution in MBConv, and depthwise convolutions, beside PyTorch's.
-bench-norms: $(INSTALLED)
-	$(RUN) -m benchmarks.bench_norms
-	$(RUN) -m benchmarks.bench_depthwise
-
-bench-stack: $(INSTALLED)
-	$(RUN) -m benchmarks.bench_stack
-	$(RUN) -m benchmarks.lattice
-	$(RUN) -m benchmarks.plot
-
+# All that docs/results.md shows, on one quiet machine, from a clean commit; then the pages and figures.
 # OFFICIAL=DIR, a checkout of the authors' repository, times their network too.
-bench-step: $(INSTALLED)
+bench-all: $(INSTALLED)
+	$(RUN) -m benchmarks.bench_ops
+	$(RUN) -m benchmarks.bench_mbconv
 	$(RUN) -m benchmarks.bench_step $(if $(OFFICIAL),--official $(OFFICIAL))
-	$(RUN) -m benchmarks.profile_step $(if $(OFFICIAL),--official $(OFFICIAL))
-	$(RUN) -m benchmarks.step_report
-
-bench-memory: $(INSTALLED)
+	$(RUN) -m benchmarks.bench_profile $(if $(OFFICIAL),--official $(OFFICIAL))
+	$(RUN) -m benchmarks.bench_precision
 	$(RUN) -m benchmarks.bench_memory
-	$(RUN) -m benchmarks.step_report
+	$(RUN) -m benchmarks.kernels
+	$(RUN) -m benchmarks.results
 
+# One of them: make bench-step, bench-memory, bench-ops, …
+bench-%: $(INSTALLED)
+	$(RUN) -m benchmarks.bench_$*
+
+# docs/results.md, the marked parts of README.md and docs/*.md, and the figures, from the rows alone.
 report: $(INSTALLED)
-	$(RUN) -m benchmarks.step_report
+	$(RUN) -m benchmarks.results
 
 # Handwritten digits, in two or three minutes; TRAIN_ARGS="--data DIR --out DIR …" trains on your pictures.
 train: $(INSTALLED)
@@ -79,6 +81,7 @@ lint: $(INSTALLED)
 wheel: $(INSTALLED)
 	$(RUN) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
+# What the compiler makes of the Triton kernels, no GPU needed.
 kernels: $(INSTALLED)
 	$(RUN) -m benchmarks.kernels
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds, tests, checks and times the kernels on a machine with a CUDA GPU, in under nine minutes:
-#     benchmarks/gpu.sh        (results in $OUT, default ./gpu-out)
+#     benchmarks/gpu.sh        (rows, page and figures in $OUT, default ./gpu-out)
+# Without a repository around it, name the commit for the rows: BENCH_COMMIT=$(git rev-parse --short HEAD).
 # Uses the machine's own python3 and installs nothing. Every step has its own time limit, a failed one
 # does not stop the next, and what is there when the machine is taken away stays in $OUT.
 set -u
@@ -30,34 +31,35 @@ versions() {
 export -f versions
 
 # Without PyTorch's caching, each tensor is an allocation whose end the sanitizer knows.
-sanitize() { # tool, tests, expression
+sanitize() { # tool, expression
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
-        python3 -m pytest -q -x -p no:cacheprovider $2 -k "$3"
+        python3 -m pytest -q -x -p no:cacheprovider tests/ops -m "not slow" -k "$2"
 }
 export -f sanitize
 
 report() {
-    cp benchmarks/results/memory.csv "$OUT" # counts, which hold for any machine
-    python3 -m benchmarks.plot "$OUT"/*-torch*.csv --output "$OUT/figures"
-    python3 -m benchmarks.step_report --results "$OUT" --figures "$OUT/figures" --output "$OUT/REPORT.md"
+    cp benchmarks/results/published.csv "$ROWS"
+    python3 -m benchmarks.results --root "$OUT" --allow-dirty
 }
 export -f report
-export OUT
+ROWS=$OUT/benchmarks/results
+mkdir -p "$ROWS"
+export OUT ROWS
 
 # The limits sum to less than nine minutes; what decides comes first.
 PER_IMAGE="revbifpn_s0 revbifpn_s4 revbifpn_s6 efficientnet_b0 efficientnet_b4 efficientnet_b7 hrnet_w48"
 step versions 10 bash -c versions
 step build 85 python3 setup.py --quiet build_ext --inplace
-step graphs 30 python3 -m pytest -q -p no:cacheprovider tests/engine/test_reversible_cuda.py -k graph
-step tests 75 python3 -m pytest -q -n 8 -p no:cacheprovider
-step bench-step 115 python3 -m benchmarks.bench_step --device cuda --seconds 25 --output "$OUT"
-step bench-memory 35 python3 -m benchmarks.bench_memory --device cuda --parts real --models $PER_IMAGE --output "$OUT"
-step profile 20 python3 -m benchmarks.profile_step --device cuda --models revbifpn_s0 --repeats 3 --output "$OUT"
-step compile 30 python3 -m benchmarks.compile_ahead --target sm_90
-step bench 45 python3 -m benchmarks.bench_ops --device cuda --output "$OUT"
-step bench-norms 30 python3 -m benchmarks.bench_norms --device cuda --seconds 0.3 --output "$OUT"
-step memcheck 25 bash -c 'sanitize memcheck "tests/ops/test_resample_*.py tests/ops/test_norm_act.py" "triton and odd and fp32"'
-step racecheck 15 bash -c 'sanitize racecheck "tests/ops/test_resample_add.py tests/ops/test_norm_act.py" "triton and odd and fp32"'
+step graphs 30 python3 -m pytest -q -p no:cacheprovider tests/engine -k "cuda and graph"
+step tests 75 python3 -m pytest -q -n 8 -p no:cacheprovider tests -m "not slow"
+step bench-step 115 python3 -m benchmarks.bench_step --device cuda --seconds 25 --output "$ROWS"
+step bench-memory 35 python3 -m benchmarks.bench_memory --device cuda --parts real --models $PER_IMAGE --output "$ROWS"
+step profile 20 python3 -m benchmarks.bench_profile --device cuda --repeats 3 --output "$ROWS"
+step compile 30 python3 -m benchmarks.kernels --ahead --targets sm_90
+step bench-ops 45 python3 -m benchmarks.bench_ops --device cuda --output "$ROWS"
+step bench-mbconv 30 python3 -m benchmarks.bench_mbconv --device cuda --seconds 0.3 --output "$ROWS"
+step memcheck 25 bash -c 'sanitize memcheck "(resample or norm_act) and triton and odd and fp32"'
+step racecheck 15 bash -c 'sanitize racecheck "(resample_add or norm_act) and triton and odd and fp32"'
 step report 20 bash -c report
 
 if [ ${#failed[@]} -gt 0 ]; then

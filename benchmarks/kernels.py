@@ -1,27 +1,19 @@
 """What the compiler made of every Triton kernel, for GPUs that need not be there.
 
-    python -m benchmarks.kernels [--targets sm_90 ...] [--output FILE] (and more: --help)
-
 Registers, spills, shared memory, widest accesses and machine instructions per element of x, beside
 the budget: what a GPU can issue while it moves the op's compulsory bytes at its copy speed.
 """
 
 import argparse
-import csv
 import itertools
 import math
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
@@ -36,6 +28,12 @@ from revbifpn_kernels.ops.squeeze_excite.gates import (
     plan_squeeze_excite_gates_backward,
 )
 
+from .lib import record, tables
+from .lib.assembly import Listing, inspect_cuda, inspect_hip
+from .lib.record import Row
+from .lib.workloads import DTYPES, LAYOUTS, LEVELS, cuda_cases
+from .lib.workloads import Case as OpCase
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -46,11 +44,6 @@ TARGETS = {
 # H200's 132 · 128 at 1.5 GHz over 4.3 TB/s measured. The others from datasheets: A100 108 · 128 at
 # 1.41 GHz over 1.75 TB/s; B200 148 · 128 at 1.85 GHz over 7.2; MI300X 304 · 64 at 2.1 GHz over 4.2.
 INSTRUCTIONS_PER_BYTE = {"sm_80": 11.1, "sm_90": 5.9, "sm_100": 4.9, "gfx942": 9.7}
-DTYPES = {
-    "fp32": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp32+bf16": (torch.float32, torch.bfloat16),
-}
 # Levels 0 to 2 of S6 at 352 pixels, batch 64, from all coarser levels; sides no factor divides.
 FUSIONS = {
     "2+4+8": ((64, 320, 88, 88), ((44, 44), (22, 22), (11, 11))),
@@ -71,10 +64,6 @@ NORM_PASSES = {
     "norm_act_sums": 2,
     "norm_act_grad": 3,
 }
-COLUMNS = (
-    "kernel target dtype layout scales registers spill_bytes shared_bytes instructions_per_element "
-    "budget load_bytes store_bytes"
-).split()
 
 
 @dataclass(frozen=True)
@@ -155,132 +144,8 @@ def plan_squeeze_excite_launches(sizes: tuple[int, int, int]) -> list[tuple[Laun
 
 
 def _unbacked(shape: Sequence[int], dtype: torch.dtype, layout: str) -> torch.Tensor:
-    fmt = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     # Planning reads shapes, strides and the pointer's alignment: a meta tensor's pointer is 0.
-    return torch.empty(shape, dtype=dtype, device="meta", memory_format=fmt)
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One machine instruction: its opcode with modifiers, and the label it may jump to."""
-
-    opcode: str
-    label: str | None
-
-
-@dataclass(frozen=True)
-class Listing:
-    """A disassembly: instructions in order, and the position each label stands at."""
-
-    instructions: list[Instruction]
-    labels: dict[str, int]
-
-    def loops(self, count: int) -> list[tuple[int, int]]:
-        """(first, last) instruction of the `count` longest disjoint backward jumps, in order.
-
-        Shorter ones are branches that rejoin, or the trap at the end.
-        """
-        jumps = [
-            (self.labels[instruction.label], position)
-            for position, instruction in enumerate(self.instructions)
-            if self.labels.get(instruction.label, position) < position
-        ]
-        jumps.sort(key=lambda jump: jump[0] - jump[1])
-        chosen = []
-        for first, last in jumps:
-            if len(chosen) < count and all(last < a or first > b for a, b in chosen):
-                chosen.append((first, last))
-        return sorted(chosen)
-
-    def executed(self, trips: list[int]) -> int:
-        """Instructions a lane issues, both ways of a branch, if the loops run `trips` times."""
-        repeats = [1] * len(self.instructions)
-        loops = self.loops(len(trips))
-        for (first, last), count in zip(loops, trips, strict=True):
-            for position in range(first, last + 1):
-                repeats[position] *= count
-        return sum(
-            count
-            for count, instruction in zip(repeats, self.instructions, strict=True)
-            if not instruction.opcode.startswith(("NOP", "s_nop"))
-        )
-
-    def executed_nested(self, outer: int, inner: int) -> int:
-        """As `executed`, for a loop that runs `outer` times around one that runs `inner` times."""
-        ((first, last),) = self.loops(1)
-        labels = {label: at for label, at in self.labels.items() if first < at <= last}
-        ((start, end),) = Listing(self.instructions[:last], labels).loops(1)
-        around = last - first + 1
-        within = end - start + 1
-        return self.executed([]) + (outer - 1) * around + outer * (inner - 1) * within
-
-    def widest(self, *patterns: str) -> int:
-        """Bytes of the widest access whose opcode matches one of `patterns`."""
-        opcodes = {i.opcode for i in self.instructions}
-        return max(
-            (_access_bytes(o) for o in opcodes if any(re.match(p, o) for p in patterns)), default=0
-        )
-
-
-def _access_bytes(opcode: str) -> int:
-    if opcode.startswith(("LDG", "STG")):
-        bits = re.search(r"\.(128|64|U16|S16|U8|S8|16)\b", opcode)
-        return int(re.sub(r"\D", "", bits.group(1))) // 8 if bits else 4
-    for suffix, size in (("dwordx4", 16), ("dwordx3", 12), ("dwordx2", 8), ("dword", 4)):
-        if suffix in opcode:
-            return size
-    return 2
-
-
-def _parse(text: str, label_pattern: str, code_pattern: str) -> Listing:
-    """Labels are what `label_pattern` finds, at a line's start or in an instruction's operands."""
-    instructions, labels = [], {}
-    for line in text.splitlines():
-        if label := re.match(rf"\s*({label_pattern}):", line):
-            labels[label.group(1)] = len(instructions)
-        elif code := re.match(code_pattern, line):
-            target = re.search(label_pattern, code.group(2))
-            instructions.append(Instruction(code.group(1), target.group(0) if target else None))
-    return Listing(instructions, labels)
-
-
-def parse_sass(text: str) -> Listing:
-    """nvdisasm's listing."""
-    code = r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)"
-    return _parse(text, r"\.L_x_\d+", code)
-
-
-def parse_amdgcn(text: str) -> Listing:
-    """LLVM's assembly for AMD GPUs."""
-    return _parse(text.split(".Lfunc_end")[0], r"\.LBB\w+", r"\t([svgbdf][a-z]*_\w+)\s*(.*)")
-
-
-def inspect_cuda(kernel) -> tuple[Listing, dict]:
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        sass, usage = (
-            subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            for command in (
-                [tools / "nvdisasm", "-c", file.name],
-                [tools / "cuobjdump", "--dump-resource-usage", file.name],
-            )
-        )
-    resources = {
-        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
-        "spill_bytes": int(re.search(r"STACK:(\d+)", usage).group(1)),
-    }
-    return parse_sass(sass), resources
-
-
-def inspect_hip(kernel) -> tuple[Listing, dict]:
-    text = kernel.asm["amdgcn"]
-    resources = {
-        "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1)),
-        "spill_bytes": 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text).group(1)),
-    }
-    return parse_amdgcn(text), resources
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=LAYOUTS[layout])
 
 
 def compulsory_bytes(case: Case) -> float:
@@ -325,74 +190,87 @@ def loop_trips(launch: Launch) -> list[int] | None:
     return trips[name.split("_")[2]]
 
 
-def measure(case: Case) -> list[dict]:
+def measure(case: Case) -> list[Row]:
     """A row for each launch of the case."""
     target = TARGETS[case.target]
-    rows = []
     if case.op in NORM_PASSES:
         shape = MAPS[case.scales]
         planned = plan_norm_launches(case.op, shape, case.dtype, case.layout)
     else:
         shape, sizes = FUSIONS[case.scales]
         planned = plan_launches(case.op, shape, sizes, case.dtype, case.layout)
+    budget = compulsory_bytes(case) * INSTRUCTIONS_PER_BYTE[case.target]
+    rows = []
     for launch, operands in planned:
         kernel = launch.compile(target, operands)
         listing, resources = (inspect_cuda if target.backend == "cuda" else inspect_hip)(kernel)
         per_element = instructions_per_element(launch, listing, math.prod(shape))
-        budget = compulsory_bytes(case) * INSTRUCTIONS_PER_BYTE[case.target]
-        rows.append(
-            {
-                "kernel": kernel_name(launch),
-                "target": case.target,
-                "dtype": case.dtype,
-                "layout": case.layout,
-                "scales": case.scales,
-                **resources,
-                "shared_bytes": kernel.metadata.shared,
-                "instructions_per_element": "" if per_element is None else round(per_element, 1),
-                "budget": round(budget, 1),
-                "load_bytes": listing.widest("LDG", "(global|buffer|flat)_load"),
-                "store_bytes": listing.widest("STG", "(global|buffer|flat)_store"),
-            }
-        )
+        row = {
+            "kernel": kernel_name(launch),
+            "target": case.target,
+            "dtype": case.dtype,
+            "layout": case.layout,
+            "scales": case.scales,
+            **resources,
+            "shared_bytes": kernel.metadata.shared,
+            "instructions_per_element": "" if per_element is None else f"{per_element:.1f}",
+            "budget": f"{budget:.1f}",
+            "load_bytes": listing.widest("LDG", "(global|buffer|flat)_load"),
+            "store_bytes": listing.widest("STG", "(global|buffer|flat)_store"),
+            "note": f"FAILED: spills {resources['spill_bytes']} bytes"
+            if resources["spill_bytes"]
+            else "",
+        }
+        rows.append({name: str(value) for name, value in row.items()})
     return rows
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
+def compile_ahead(op: str, case: OpCase, target: str) -> None:
+    """What bench_ops runs on a GPU, into Triton's cache: a GPU's minutes then go into measuring."""
+    sizes = [(case.shape[2] >> level, case.shape[3] >> level) for level in LEVELS]
+    for launch, operands in plan_launches(op, case.shape, sizes, case.dtype, case.layout):
+        launch.compile(TARGETS[target], operands)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = record.parser("kernels", __doc__, on_gpu=False)
     choices = {
         "ops": (*OPS, *SCALED_OPS, *NORM_PASSES),
         "targets": tuple(TARGETS),
         "dtypes": tuple(DTYPES),
-        "layouts": ("nchw", "channels_last"),
+        "layouts": tuple(LAYOUTS),
         "scales": (*FUSIONS, *MAPS),
     }
+    defaults = choices | {"targets": ("sm_90",), "scales": ("2+4+8", "56x56")}
     for name, values in choices.items():
-        parser.add_argument(f"--{name}", nargs="+", choices=values, default=values)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kernels.csv"))
-    return parser.parse_args(arguments)
+        parser.add_argument(f"--{name}", nargs="+", choices=values, default=defaults[name])
+    parser.add_argument("--ahead", action="store_true",
+                        help="only compile what bench_ops runs on a GPU, on all cores")  # fmt: skip
+    options = record.parse(parser, arguments)
+    if options.quick:
+        options.dtypes, options.layouts = ("fp32",), ("nchw",)
+    return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    chosen = list(cases(options))
-    rows = []
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for case_rows in tqdm(pool.map(measure, chosen), total=len(chosen), unit="kernel"):
-            rows += case_rows
-    # Off the fast path, undo is the launches of the other two.
-    rows = list({tuple(row.values())[:5]: row for row in reversed(rows)}.values())[::-1]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    for row in rows:
-        print("  ".join(f"{str(row[name]):>{max(len(name), 6)}}" for name in COLUMNS))
-    spilling = [row for row in rows if row["spill_bytes"]]
-    print(f"{len(rows)} kernels, {len(spilling)} with spills, in {options.output}")
-    return 1 if spilling else 0
+        if options.ahead:
+            jobs = itertools.product(OPS, cuda_cases(1), options.targets)
+            waiting = [pool.submit(compile_ahead, *job) for job in jobs]
+            for done in tqdm(waiting, unit="kernel"):
+                done.result()
+            return 0
+        chosen = list(cases(options))
+        results = tqdm(pool.map(measure, chosen), total=len(chosen), unit="op", disable=None)
+        found: dict[tuple[str, ...], Row] = {}
+        for row in itertools.chain.from_iterable(results):
+            # Off the fast path, undo is the launches of the other two.
+            found.setdefault(tuple(row.values())[:5], row)
+    rows = record.recorder(options, "kernels", "compiled")
+    rows.add(found.values())
+    return rows.finish(tables.kernels_table(rows.rows))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

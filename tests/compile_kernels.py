@@ -72,10 +72,11 @@ def compile_squeeze_excite(name, target):
 
 
 def print_rows(arguments):
-    writer = csv.DictWriter(sys.stdout, kernels.COLUMNS)
+    cases = kernels.cases(kernels.parse(arguments))
+    rows = [row for case in cases for row in kernels.measure(case)]
+    writer = csv.DictWriter(sys.stdout, list(rows[0]))
     writer.writeheader()
-    for case in kernels.cases(kernels.parse_arguments(arguments)):
-        writer.writerows(kernels.measure(case))
+    writer.writerows(rows)
 
 
 def print_corners():

@@ -1,10 +1,21 @@
-"""Counts the memory of a training step: exactly on CPUs, by the caching allocator on GPUs."""
+"""Measures memory: exactly on CPUs, by the caching allocator on GPUs, counted on fake tensors."""
 
+import ctypes
+import re
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
+
+from revbifpn_kernels import training_memory
+
+MIB = 2**20
+FEW = 2  # images: a batch and twice that give the slope
+COPIES = 3  # parameters, their gradients, the momentum of SGD
 
 
 def held_and_peak(
@@ -49,3 +60,78 @@ def _changes(call: Callable[[], object]) -> list[int]:
     events = profiler.profiler.kineto_results.events()
     memory = [event for event in events if event.name() == "[memory]"]
     return [event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns())]
+
+
+def peak_mib(call: Callable[[], object], device: str) -> float | None:
+    """The most memory that `call` takes on top of what was there; None where it cannot be known."""
+    if device == "cuda":
+        return _on_cuda(call, gradients=False)[1] / MIB
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what malloc keeps for reuse would hide an allocation
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak VmHWM back to VmRSS
+        before = _resident_mib("VmRSS")
+        call()
+        return max(_resident_mib("VmHWM") - before, 0.0)
+    except (OSError, AttributeError):
+        return None
+
+
+def _resident_mib(field: str) -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+) kB", status).group(1)) / 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and ("allocate memory" in text or "out of memory" in text)
+    )
+
+
+@dataclass(frozen=True)
+class PerImage:
+    """Bytes per image of a training step, and bytes that it takes whatever the batch.
+
+    Attributes:
+        held: Between forward and backward, per image.
+        peak: At the worst moment, per image.
+        parameters: Of the network.
+        constant: Parameters, gradients, momentum, and what the step itself needs besides.
+    """
+
+    held: float
+    peak: float
+    parameters: int
+    constant: float
+
+    def batch_in(self, budget: float) -> int:
+        return max(0, int((budget - self.constant) / self.peak))
+
+    def columns(self) -> dict[str, str]:
+        """As columns of a row."""
+        return {
+            "held_mib": f"{self.held / MIB:.4f}",
+            "peak_mib": f"{self.peak / MIB:.4f}",
+            "parameters_mib": f"{self.parameters / MIB:.3f}",
+            "constant_mib": f"{self.constant / MIB:.3f}",
+        }
+
+
+def per_image(
+    net: nn.Module, side: int, autocast: torch.dtype | None = None, images: int = FEW
+) -> PerImage:
+    """Counted on fake tensors, of batches of `images` and twice as many."""
+    few, twice = (
+        training_memory(net, (n, 3, side, side), autocast=autocast) for n in (images, 2 * images)
+    )
+    return slope(net, few, twice, images)
+
+
+def slope(
+    net: nn.Module, few: tuple[int, int], twice: tuple[int, int], images: int = FEW
+) -> PerImage:
+    """From (held, peak) of a few and of twice as many images: what does not grow cancels."""
+    parameters = sum(p.nbytes for p in net.parameters())
+    held, peak = ((b - a) / images for a, b in zip(few, twice, strict=True))
+    constant = COPIES * parameters + few[1] - images * peak
+    return PerImage(held, peak, parameters, constant)

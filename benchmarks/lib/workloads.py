@@ -1,4 +1,4 @@
-"""What bench_ops measures, as data: inputs, ours, the rivals, the bytes that must move."""
+"""What bench_ops times, as data: inputs, our ops, the rivals, the bytes that must move."""
 
 import functools
 import itertools
@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import revbifpn_kernels as ours
-
-from .photos import feature_maps
 
 LEVELS = (1, 2, 3)  # the coarser levels that a silo's level 0 is fused from
 DTYPES = {
@@ -35,12 +33,10 @@ class Case:
     threads: int
     rivals: tuple[str, ...] = ("torch",)
 
-    @property
-    def shape_text(self) -> str:
-        return "x".join(map(str, self.shape))
-
     def __str__(self) -> str:
-        return f"{self.dtype} {self.layout} {self.shape_text} {self.threads} thread(s)"
+        return (
+            f"{self.dtype} {self.layout} {'x'.join(map(str, self.shape))} {self.threads} thread(s)"
+        )
 
 
 @dataclass
@@ -53,16 +49,18 @@ class Inputs:
 
     @classmethod
     def make(cls, case: Case, device: str) -> "Inputs":
+        """Normally distributed values: no op's time depends on them."""
         n, c, h, w = case.shape
         x_dtype, source_dtype = DTYPES[case.dtype]
+        generator = torch.Generator(device).manual_seed(0)
 
-        def maps(level: int, dtype: torch.dtype, shift: int = 0) -> Tensor:
-            size = (max(h >> level, 1), max(w >> level, 1))
-            features = feature_maps(n, c, size, level=level, shift=shift, device=device)
-            return features.to(dtype, memory_format=LAYOUTS[case.layout])
+        def maps(level: int, dtype: torch.dtype) -> Tensor:
+            size = (n, c, max(h >> level, 1), max(w >> level, 1))
+            values = torch.randn(size, generator=generator, device=device)
+            return values.to(dtype, memory_format=LAYOUTS[case.layout])
 
         sources = [maps(level, source_dtype) for level in LEVELS]
-        return cls(maps(0, x_dtype), maps(0, x_dtype, shift=1), sources)
+        return cls(maps(0, x_dtype), maps(0, x_dtype), sources)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -79,23 +77,14 @@ class Inputs:
         """Eager's forward with gradients wanted, so that its backward can be timed alone."""
         leaves = [source.detach().requires_grad_() for source in self.sources]
         with torch.enable_grad():
-            return leaves, _eager_sum(self.x, leaves)
+            return leaves, _resampled(self.x, leaves)
 
 
-def _eager_sum(x: Tensor, sources: list[Tensor]) -> Tensor:
+def _resampled(x: Tensor, sources: list[Tensor], sign: int = 1) -> Tensor:
     for source in sources:
-        x = x + F.interpolate(source, size=x.shape[2:], mode="bilinear")
+        enlarged = F.interpolate(source, size=x.shape[2:], mode="bilinear")
+        x = torch.add(x, enlarged, alpha=sign)
     return x
-
-
-def _eager_difference(y: Tensor, sources: list[Tensor]) -> Tensor:
-    for source in sources:
-        y = y - F.interpolate(source, size=y.shape[2:], mode="bilinear")
-    return y
-
-
-def _eager_add(inputs: Inputs) -> Outputs:
-    return (_eager_sum(inputs.x, inputs.sources),)
 
 
 def _eager_add_(inputs: Inputs) -> Outputs:
@@ -104,54 +93,18 @@ def _eager_add_(inputs: Inputs) -> Outputs:
     return (inputs.x,)
 
 
-def _eager_inverse(inputs: Inputs) -> Outputs:
-    return (_eager_difference(inputs.x, inputs.sources),)
-
-
 def _eager_adjoint(inputs: Inputs) -> Outputs:
     leaves, y = inputs.graph
     return torch.autograd.grad(y, leaves, inputs.grad, retain_graph=True)
 
 
-def _eager_undo(inputs: Inputs) -> Outputs:
-    return (*_eager_inverse(inputs), *_eager_adjoint(inputs))
-
-
 def _upsample_backward(grad: Tensor, sources: list[Tensor]) -> Outputs:
-    """What autograd runs for `_eager_sum`; the compiler takes no autograd graph from outside."""
+    """What autograd runs; the compiler takes no autograd graph from outside."""
     size = grad.shape[2:]
     return tuple(
         torch.ops.aten.upsample_bilinear2d_backward(grad.to(s.dtype), size, s.shape, False)
         for s in sources
     )
-
-
-def _compiled_add(x: Tensor, grad: Tensor, sources: list[Tensor]) -> Outputs:
-    return (_eager_sum(x, sources),)
-
-
-def _compiled_add_(x: Tensor, grad: Tensor, sources: list[Tensor]) -> Outputs:
-    return (x.copy_(_eager_sum(x, sources)),)
-
-
-def _compiled_adjoint(x: Tensor, grad: Tensor, sources: list[Tensor]) -> Outputs:
-    return _upsample_backward(grad, sources)
-
-
-def _compiled_undo(x: Tensor, grad: Tensor, sources: list[Tensor]) -> Outputs:
-    return (_eager_difference(x, sources), *_upsample_backward(grad, sources))
-
-
-def _ours_add(inputs: Inputs) -> Outputs:
-    return (ours.resample_add(inputs.x, inputs.sources),)
-
-
-def _ours_add_(inputs: Inputs) -> Outputs:
-    return (ours.resample_add_(inputs.x, inputs.sources),)
-
-
-def _ours_inverse(inputs: Inputs) -> Outputs:
-    return (ours.resample_add(inputs.x, inputs.sources, alpha=-1.0),)
 
 
 def _ours_adjoint(inputs: Inputs) -> Outputs:
@@ -166,21 +119,24 @@ def _ours_undo(inputs: Inputs) -> Outputs:
 
 @dataclass(frozen=True)
 class Op:
-    """A row: `streams` and `pyramids` count the passes over x and over all sources."""
+    """One op with its rivals; `streams` and `pyramids` count the passes over x and all sources."""
 
     name: str
     mode: str
-    ours: Callable[[Inputs], Outputs]
-    eager: Callable[[Inputs], Outputs]
-    compiled: Callable[[Tensor, Tensor, list[Tensor]], Outputs] | None
     outputs: tuple[str, ...]
     streams: int
     pyramids: int
-    allocates_stream: bool
+    ours: Callable[[Inputs], Outputs]
+    eager: Callable[[Inputs], Outputs]
+    compiled: Callable[[Tensor, Tensor, list[Tensor]], Outputs] | None = None
 
     @property
     def in_place(self) -> bool:
         return self.name.endswith("_")
+
+    @property
+    def allocates_stream(self) -> bool:
+        return not self.in_place and self.mode != "bwd"
 
     def bytes_moved(self, inputs: Inputs) -> int:
         pyramid = sum(source.nbytes for source in inputs.sources)
@@ -188,48 +144,42 @@ class Op:
 
 
 _GRADS = ("grad_2", "grad_4", "grad_8")
-OPS = (
-    Op("resample_add", "fwd", _ours_add, _eager_add, _compiled_add, ("y",), 2, 1, True),
-    Op("resample_add_", "fwd", _ours_add_, _eager_add_, _compiled_add_, ("x",), 2, 1, False),
-    # The rivals' inverse is their forward with another sign.
-    Op("resample_add", "inverse", _ours_inverse, _eager_inverse, None, ("x",), 2, 1, True),
-    Op(
-        "resample_adjoint",
-        "bwd",
-        _ours_adjoint,
-        _eager_adjoint,
-        _compiled_adjoint,
-        _GRADS,
-        1,
-        1,
-        False,
-    ),
-    Op(
-        "resample_undo",
-        "inverse+bwd",
-        _ours_undo,
-        _eager_undo,
-        _compiled_undo,
-        ("x", *_GRADS),
-        3,
-        2,
-        True,
-    ),
-)
+ADD = Op(
+    "resample_add", "fwd", ("y",), 2, 1,
+    lambda inputs: (ours.resample_add(inputs.x, inputs.sources),),
+    lambda inputs: (_resampled(inputs.x, inputs.sources),),
+    lambda x, grad, sources: (_resampled(x, sources),),
+)  # fmt: skip
+ADD_ = Op(
+    "resample_add_", "fwd", ("x",), 2, 1,
+    lambda inputs: (ours.resample_add_(inputs.x, inputs.sources),),
+    _eager_add_,
+    lambda x, grad, sources: (x.copy_(_resampled(x, sources)),),
+)  # fmt: skip
+INVERSE = Op(  # the rivals' inverse is their forward with another sign
+    "resample_add", "inverse", ("x",), 2, 1,
+    lambda inputs: (ours.resample_add(inputs.x, inputs.sources, alpha=-1.0),),
+    lambda inputs: (_resampled(inputs.x, inputs.sources, -1),),
+)  # fmt: skip
+ADJOINT = Op(
+    "resample_adjoint", "bwd", _GRADS, 1, 1, _ours_adjoint, _eager_adjoint,
+    lambda x, grad, sources: _upsample_backward(grad, sources),
+)  # fmt: skip
+UNDO = Op(
+    "resample_undo", "inverse+bwd", ("x", *_GRADS), 3, 2, _ours_undo,
+    lambda inputs: (_resampled(inputs.x, inputs.sources, -1), *_eager_adjoint(inputs)),
+    lambda x, grad, sources: (_resampled(x, sources, -1), *_upsample_backward(grad, sources)),
+)  # fmt: skip
+OPS = (ADD, ADD_, INVERSE, ADJOINT, UNDO)
+S6, S0 = (28, 320, 88, 88), (1, 48, 56, 56)  # level 0, beyond the caches and in one core's
 
 
 def cpu_cases(threads: int) -> list[Case]:
-    """S6's level 0 beyond the caches, in every dtype and layout, and S0's inside one core's."""
-    big, small = (28, 320, 88, 88), (1, 48, 56, 56)
-    cases = []
-    for dtype in DTYPES:
-        for layout in LAYOUTS:
-            compiled = ("torch", "compile") if (dtype, layout) == ("fp32", "nchw") else ("torch",)
-            cases.append(Case("S6", big, dtype, layout, threads, compiled))
-            if threads > 1 and dtype != "fp32+bf16":
-                cases.append(Case("S6", big, dtype, layout, 1, ()))
-            cases.append(Case("S0", small, dtype, layout, 1))
-    return cases
+    """S6's level 0 in every dtype and layout; S0's on one thread."""
+    pairs = list(itertools.product(DTYPES, LAYOUTS))
+    compiled = {("fp32", "nchw"): ("torch", "compile")}
+    cases = [Case("S6", S6, *pair, threads, compiled.get(pair, ("torch",))) for pair in pairs]
+    return cases + [Case("S0", S0, *pair, 1) for pair in pairs]
 
 
 def cuda_cases(threads: int) -> list[Case]:
@@ -241,7 +191,7 @@ def cuda_cases(threads: int) -> list[Case]:
         "S6": (32, 320, 88, 88),
         "S4": (64, 192, 80, 80),
         "S0": (512, 48, 56, 56),
-        "S0, one image": (1, 48, 56, 56),
+        "S0, one image": S0,
     }
     compiled = {
         ("S6", "fp32", "nchw"),
@@ -258,23 +208,18 @@ def cuda_cases(threads: int) -> list[Case]:
 
 
 def quick_cases(threads: int) -> list[Case]:
-    """Small enough for a first look: no figure of these is worth quoting."""
-    return [
-        Case("S0", (16, 48, 56, 56), dtype, layout, threads)
-        for dtype in DTYPES
-        for layout in LAYOUTS
-    ]
+    """A quarter of S6's batch in the dtypes and layouts that differ most."""
+    shape = (7, *S6[1:])
+    pairs = (("fp32", "nchw"), ("fp32", "channels_last"), ("bf16", "nchw"), ("fp32+bf16", "nchw"))
+    return [Case("S6, a quarter of the batch", shape, *pair, threads) for pair in pairs]
 
 
 def cases_for_shapes(shapes: list[Shape], threads: int) -> list[Case]:
-    return [
-        Case("given", shape, dtype, layout, threads)
-        for shape in shapes
-        for dtype in DTYPES
-        for layout in LAYOUTS
-    ]
+    pairs = itertools.product(shapes, DTYPES, LAYOUTS)
+    return [Case("given", *case, threads) for case in pairs]
 
 
+@functools.cache
 def empty_op() -> Callable[..., Tensor]:
     """A custom op with `resample_add`'s schema that allocates its result and does nothing else."""
     library = torch.library.Library("revbifpn_bench", "DEF")

@@ -1,0 +1,254 @@
+"""Times what MBConv does besides 1×1 convolutions, beside PyTorch eager and torch.compile.
+
+What follows a convolution: batch norm, Hardswish and, gated, squeeze-excite (ops/norm_act,
+ops/squeeze_excite). On CPUs also the gradients of depthwise convolutions (ops/conv) at every
+(kernel, stride) of RevBiFPN-S0. Results are compared first. GB/s count the maps that must move.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from revbifpn_kernels.ops.conv.depthwise import depthwise_input_grad, depthwise_weight_grad
+
+from .lib import record, tables, timing
+from .lib.record import Row
+from .lib.workloads import LAYOUTS
+
+EPS, MOMENTUM, HIDDEN = 1e-3, 0.1, 16
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# N, C, H, W: expanded maps of S0's and S6's level 0.
+SHAPES = {
+    "cpu": [(4, 96, 56, 56), (4, 640, 88, 88)],
+    "cuda": [(256, 96, 56, 56), (32, 640, 88, 88)],
+}
+DEPTHWISE = (  # channels, side, kernel, stride
+    (24, 56, 3, 1),
+    (48, 56, 3, 2),
+    (48, 56, 5, 1),
+    (48, 56, 7, 4),
+    (48, 56, 15, 8),
+    (32, 28, 5, 1),
+    (80, 14, 5, 1),
+    (160, 7, 5, 1),
+)
+BATCH = 4
+_ops = torch.ops.revbifpn
+Calls = dict[str, Callable[[], object]]  # by provider
+
+
+@dataclass
+class Stage:
+    """The maps that a convolution left, and the parameters of what follows; gated or not."""
+
+    u: Tensor
+    grad: Tensor
+    norm: list[Tensor]  # weight, bias
+    network: list[Tensor]  # of squeeze-excite
+
+    @classmethod
+    def make(cls, shape, dtype: torch.dtype, layout: str, gated: bool, device: str) -> "Stage":
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*sides: int) -> Tensor:
+            return torch.randn(sides, generator=generator).to(device)
+
+        def maps() -> Tensor:
+            return random(*shape).to(dtype, memory_format=LAYOUTS[layout])
+
+        channels = shape[1]
+        network = [random(HIDDEN, channels, 1, 1), random(HIDDEN)]
+        network += [random(channels, HIDDEN, 1, 1), random(channels)]
+        network = [values * 0.1 for values in network] if gated else []
+        return cls(maps(), maps(), [random(channels) + 1, random(channels)], network)
+
+    def to(self, dtype: torch.dtype) -> "Stage":
+        lists = ([t.to(dtype) for t in values] for values in (self.norm, self.network))
+        return Stage(self.u.to(dtype), self.grad.to(dtype), *lists)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [t.detach().requires_grad_() for t in (self.u, *self.norm, *self.network)]
+
+    @property
+    def bytes_moved(self) -> int:
+        """Statistics, gated means, and y; sums and dx: passes over the maps."""
+        return self.u.nbytes * (9 if self.network else 8)
+
+
+def modules(u: Tensor, weight: Tensor, bias: Tensor, *network: Tensor) -> Tensor:
+    """What the modules compute one by one."""
+    y = F.hardswish(F.batch_norm(u, None, None, weight, bias, True, MOMENTUM, EPS))
+    if not network:
+        return y
+    reduce, reduce_bias, expand, expand_bias = (t.to(y.dtype) for t in network)
+    hidden = F.hardswish(F.linear(y.mean((2, 3)), reduce.flatten(1), reduce_bias))
+    gates = F.hardsigmoid(F.linear(hidden, expand.flatten(1), expand_bias))
+    return y * gates[:, :, None, None]
+
+
+def ours_forward(stage: Stage) -> tuple:
+    """y, and what the gradient needs."""
+    statistics = _ops.batch_statistics(stage.u, EPS, None, None, None, MOMENTUM)
+    norm, gates, means = (*statistics, *stage.norm), None, None
+    if stage.network:
+        means = _ops.norm_act_means(stage.u, *norm, "hardswish")
+        gates = _ops.squeeze_excite_gates(means, *stage.network, "hardswish")
+    return _ops.norm_act(stage.u, *norm, gates, "hardswish"), norm, gates, means
+
+
+def ours_backward(stage: Stage, saved: tuple) -> tuple[Tensor, ...]:
+    _, norm, gates, means = saved
+    given = stage.grad, stage.u, *norm, gates
+    if not stage.network:
+        return _ops.norm_act_grad(*given, None, None, "hardswish", True)
+    acts = "hardswish", "hardswish"
+    return _ops.norm_act_excite_grad(*given, means, *stage.network, *acts, True)
+
+
+def gradients(function: Callable, stage: Stage) -> tuple[Tensor, ...]:
+    leaves = stage.leaves
+    return torch.autograd.grad(function(*leaves), leaves, stage.grad)
+
+
+def stage_calls(stage: Stage, with_compiler: bool) -> Calls:
+    """Forward and backward, by provider."""
+    calls = {
+        "ours": lambda: ours_backward(stage, ours_forward(stage)),
+        "torch": lambda: gradients(modules, stage),
+    }
+    if with_compiler:
+        torch._dynamo.reset()
+        compiled = torch.compile(modules, fullgraph=True, dynamic=False)
+        gradients(compiled, stage)  # compiles both
+        calls["compile"] = lambda: gradients(compiled, stage)
+    return calls
+
+
+def stage_fault(stage: Stage) -> str:
+    """What is wrong with our gradients, or "": twice eager's error, plus one eps, is allowed."""
+    exact = gradients(modules, stage.to(torch.float64))
+    eager, ours = gradients(modules, stage), ours_backward(stage, ours_forward(stage))
+    for k, (truth, usual, result) in enumerate(zip(exact, eager, ours, strict=True)):
+        scale = truth.norm()
+        eps = torch.finfo(result.dtype).eps
+        allowed = 2 * ((usual.double() - truth).norm() / scale).item() + eps
+        error = ((result.double() - truth).norm() / scale).item()
+        if not error <= allowed:
+            return f"gradient {k} is off by {error:.1e}, allowed {allowed:.1e}"
+    return ""
+
+
+@dataclass(frozen=True)
+class Depthwise:
+    """Maps, weights and the result's gradient of a depthwise convolution, channels_last."""
+
+    x: Tensor
+    weight: Tensor
+    grad: Tensor
+    sizes: dict[str, int]  # stride and padding
+
+    @classmethod
+    def make(cls, case: tuple[int, ...], dtype: str) -> "Depthwise":
+        channels, side, kernel, stride = case
+        sizes = {"stride": stride, "padding": kernel // 2}
+        x = torch.randn(BATCH, channels, side, side, dtype=DTYPES[dtype])
+        x = x.to(memory_format=torch.channels_last)
+        weight = torch.randn(channels, 1, kernel, kernel, dtype=DTYPES[dtype])
+        y = F.conv2d(x, weight, None, **sizes, groups=channels)
+        return cls(x, weight, torch.randn_like(y), sizes)
+
+    def calls(self, is_input: bool) -> Calls:
+        kernel, pairs = self.weight.shape[2], [[size] * 2 for size in self.sizes.values()]
+        wanted = [is_input, not is_input, False]
+        ours = {
+            True: lambda: depthwise_input_grad(
+                self.grad, self.weight, self.x.shape[2:], **self.sizes
+            ),
+            False: lambda: depthwise_weight_grad(
+                self.x, self.grad, kernel_size=kernel, **self.sizes
+            ),
+        }
+        theirs = lambda: torch.ops.aten.convolution_backward(  # noqa: E731
+            self.grad, self.x, self.weight, None, *pairs, [1, 1], False, [0, 0],
+            self.x.shape[1], wanted,
+        )[wanted.index(True)]  # fmt: skip
+        return {"ours": ours[is_input], "torch": theirs}
+
+    @property
+    def bytes_moved(self) -> int:
+        return self.x.nbytes + self.grad.nbytes
+
+
+def depthwise_fault(calls: Calls) -> str:
+    ours, theirs = (calls[provider]() for provider in ("ours", "torch"))
+    # PyTorch's own sums of bfloat16 are the coarser ones.
+    allowed = 1e-3 if ours.dtype == torch.float32 else 3e-2
+    error = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+    return "" if error <= allowed else f"off by {error:.1e}, allowed {allowed:.0e}"
+
+
+def timed(row: Row, calls: Calls, maps: Tensor, bytes_moved: int, run) -> list[Row]:
+    """A row per provider; its speed beside that of a copy of the maps in the same turns."""
+    buffer = torch.empty_like(maps)
+    calls = calls | {"copy": lambda: buffer.copy_(maps)}
+    times = timing.measure_interleaved(calls, run.clock, seconds=run.seconds, rounds=(5, 60))
+    copied = 2 * maps.nbytes / times.pop("copy").p50
+    rows = []
+    for provider, found in times.items():
+        rate = bytes_moved / found.p50
+        speed = {"gbps": f"{rate / 1e6:.4g}", "share_of_copy": f"{rate / copied:.3g}"}
+        rows.append(row | {"provider": provider} | found.columns() | speed)
+    return rows
+
+
+def stages(run: argparse.Namespace) -> Iterator[list[Row]]:
+    shapes = SHAPES[run.device][: 1 if run.quick else None]
+    for shape, dtype, layout, gated in itertools.product(shapes, DTYPES, LAYOUTS, (True, False)):
+        stage = Stage.make(shape, DTYPES[dtype], layout, gated, run.device)
+        op = "norm_act, squeeze_excite" if gated else "norm_act"
+        row = record.row_of(op, "ours", "fwd+bwd", dtype, shape, layout)
+        if fault := stage_fault(stage):
+            yield [row | {"note": f"WRONG: {fault}"}]
+        else:
+            yield timed(row, stage_calls(stage, run.compile), stage.u, stage.bytes_moved, run)
+
+
+def convolutions(run: argparse.Namespace) -> Iterator[list[Row]]:
+    cases = DEPTHWISE[: 1 if run.quick else None]
+    for case, dtype, is_input in itertools.product(cases, DTYPES, (True, False)):
+        convolution = Depthwise.make(case, dtype)
+        op = "depthwise_input_grad" if is_input else "depthwise_weight_grad"
+        row = record.row_of(op, "ours", "bwd", dtype, convolution.x.shape, "channels_last")
+        row["kernel"] = f"{case[2]}x{case[2]}, stride {case[3]}"
+        calls = convolution.calls(is_input)
+        if fault := depthwise_fault(calls):
+            yield [row | {"note": f"WRONG: {fault}"}]
+        else:
+            yield timed(row, calls, convolution.x, convolution.bytes_moved, run)
+
+
+def main(arguments: list[str]) -> int:
+    parser = record.parser("bench_mbconv", __doc__)
+    parser.add_argument("--seconds", type=float, default=1.5, help="per stage")
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    run = record.parse(parser, arguments)
+    run.clock = timing.clock_for(run.device)
+    rows = record.recorder(run, "mbconv")
+    for new in stages(run):
+        rows.add(new)
+    if run.device == "cpu":
+        run.seconds /= 5
+        for new in convolutions(run):
+            rows.add(new)
+    return rows.finish(tables.norms_table(rows.rows) + "\n" + tables.depthwise_table(rows.rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

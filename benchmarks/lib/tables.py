@@ -1,0 +1,279 @@
+"""Tables of times and precision, from the rows of the other CSVs."""
+
+from collections.abc import Sequence
+
+from . import markdown as md
+from .memory_tables import memory_tables as memory_tables  # noqa: PLC0414  (for bench_memory)
+from .record import Row
+
+DTYPES_OF_OPS = {"fp32": "fp32", "bf16": "bf16", "fp32+bf16": "fp32, bf16 sources"}
+MODES_OF_OPS = {"inverse": " (inverse)"}
+CASE = ("op", "mode", "dtype", "layout", "shape", "threads")
+Providers = dict[str, Row]
+
+
+def by_case(rows: Sequence[Row], *columns: str) -> dict[tuple[str, ...], Providers]:
+    """The rows of each case by provider."""
+    cases: dict[tuple[str, ...], Providers] = {}
+    for row in rows:
+        key = tuple(row.get(name, "") for name in columns)
+        cases.setdefault(key, {})[row["provider"]] = row
+    return cases
+
+
+def ms(row: Row | None) -> float | None:
+    return md.number(row, "ms_p50")
+
+
+def times_faster(rival: Row | None, ours: Row) -> str:
+    """How many times our time the rival takes, or why there is no such number."""
+    if rival is None:
+        return ""
+    known = md.ratio(ms(rival), ms(ours))
+    return rival.get("note", "") if known is None else f"{known:.1f}"
+
+
+# Ops
+
+
+def ops_table(rows: Sequence[Row], only: str = "") -> str:
+    """Ours beside copies and rivals; `only` the cases of that name."""
+    rows = [r for r in rows if r["mode"] != "host"]
+    cases = by_case(rows, *CASE)
+    lines, used = [], []
+    for (op, kind, dtype, layout, shape, threads), found in cases.items():
+        ours = found.get("ours")
+        if ours is None or not ours.get("note", "").startswith(only):
+            continue
+        used.append(ours)
+        name = f"`{op}`{MODES_OF_OPS.get(kind, '')}"
+        where = (name, DTYPES_OF_OPS[dtype], layout, *(() if only else (shape, threads)))
+        if ms(ours) is None:
+            lines.append((*where, ours["note"], *[""] * 5))
+            continue
+        shares = (md.percent(md.number(ours, f"share_of_{copy}")) for copy in ("copy", "clone"))
+        rivals = [times_faster(found.get(name), ours) for name in ("torch", "compile")]
+        peaks = [md.cell(md.number(found.get(name), "peak_mib"), 0) for name in ("ours", "torch")]
+        lines.append(
+            (
+                *where,
+                md.cell(md.number(ours, "gbps"), 1),
+                *shares,
+                *rivals,
+                " / ".join(filter(None, peaks)),
+            )
+        )
+    header = ("op", "dtype", "layout", *(() if only else ("shape", "threads")), "GB/s", "of copy",
+              "of clone", "× eager", "× compile", "peak MiB, ours / eager")  # fmt: skip
+    order = list(dict.fromkeys(line[0] for line in lines))
+    lines.sort(key=lambda line: order.index(line[0]))
+    return md.with_conditions(
+        md.table(header, lines), used, "sources at 1/2, 1/4 and 1/8 of the side"
+    )
+
+
+def host_table(rows: Sequence[Row]) -> str:
+    rows = md.of_mode(rows, "host")
+    lines = [(f"`{r['op']}`", r["provider"], f"{1e3 * ms(r):.1f}") for r in rows]
+    return md.with_conditions(md.table(("op", "provider", "host time per call, µs"), lines), rows)
+
+
+# What MBConv does besides 1×1 convolutions
+
+
+def norms_table(rows: Sequence[Row]) -> str:
+    """How many times as fast as PyTorch, at each shape, forward and backward together."""
+    rows = [r for r in rows if r["op"].startswith("norm_act")]
+    cases = by_case(md.of_mode(rows, "fwd+bwd"), "op", "dtype", "layout", "shape")
+    shapes = list(dict.fromkeys(shape for *_, shape in cases))
+    columns = list(dict.fromkeys((dtype, layout) for _, dtype, layout, _ in cases))
+    lines = []
+    for op in dict.fromkeys(op for op, *_ in cases):
+        for provider, name in (("torch", "eager"), ("compile", "compiled")):
+            cells = []
+            for column in columns:
+                found = [cases.get((op, *column, shape), {}) for shape in shapes]
+                texts = [f.get("ours", {}).get("note") or times_faster(f.get(provider), f["ours"])
+                         if "ours" in f else "" for f in found]  # fmt: skip
+                cells.append(" / ".join(texts))
+            if any(text.strip(" /") for text in cells):
+                ops = " and ".join(f"`{part}`" for part in op.split(", "))
+                lines.append((f"{ops}: × {name}", *cells))
+    header = (" / ".join(shapes).replace("x", "×"), *(", ".join(column) for column in columns))
+    return md.with_conditions(md.table(header, lines), rows)
+
+
+def depthwise_table(rows: Sequence[Row]) -> str:
+    """Our gradients of depthwise convolutions and PyTorch's, in copies' times."""
+    rows = [r for r in rows if r["op"].startswith("depthwise")]
+    lines = []
+    for key, found in by_case(rows, "op", "kernel", "shape", "dtype").items():
+        op, kernel, shape, dtype = key
+        ours = found.get("ours", {})
+        floors = [md.cell(md.ratio(1, md.number(found.get(name), "share_of_copy")), 1)
+                  for name in ("ours", "torch")]  # fmt: skip
+        faster = times_faster(found.get("torch"), ours) or ours.get("note", "")
+        lines.append((f"`{op}`", kernel, shape.replace("x", "×"), dtype, *floors, faster))
+    header = ("op", "kernel", "shape", "dtype", "ours, times of a copy", "PyTorch", "× PyTorch")
+    return md.with_conditions(md.table(header, lines), rows, "channels_last")
+
+
+# GPU kernels
+
+
+def kernels_table(rows: Sequence[Row], only: str = "") -> str:
+    """Instructions beside the budget, registers; bold where arithmetic is the limit."""
+    chosen = [r for r in rows if r["target"] == "sm_90" and r["instructions_per_element"]]
+    chosen = [r for r in chosen if only in r["scales"]]
+    found = md.by(chosen, "kernel", "layout", "scales", "dtype")
+    dtypes = [dtype for dtype in DTYPES_OF_OPS if any(key[3] == dtype for key in found)]
+    lines = []
+    for kernel, layout, scales in dict.fromkeys(key[:3] for key in found):
+        cells = []
+        for dtype in dtypes:
+            row = found.get((kernel, layout, scales, dtype))
+            taken, budget = md.number(row, "instructions_per_element"), md.number(row, "budget")
+            text = f"{taken} ({budget}); {row['registers']}" if row else ""
+            cells.append(f"**{text}**" if row and taken > budget else text)
+        name = kernel.strip("_").removesuffix("_kernel").replace("_kernel+", " with ")
+        lines.append((f"`{name}`", layout, *cells))
+    spilling = sum(int(row["spill_bytes"]) > 0 for row in rows)
+    header = ("sm_90: instructions per element of x (budget); registers", "layout",
+              *(DTYPES_OF_OPS[dtype] for dtype in dtypes))  # fmt: skip
+    note = f"{spilling or 'none'} of {len(rows)} compiled kernels spills registers"
+    triton = "".join(dict.fromkeys(f"Triton {row['triton']}" for row in rows))
+    return md.with_conditions(md.table(header, lines), rows, triton, note)
+
+
+# Training steps
+
+
+def timed_networks(rows: Sequence[Row]) -> list[Row]:
+    return md.of_mode(rows, "step")
+
+
+def step_table(rows: Sequence[Row]) -> str:
+    """A training step of each network and mode; time beside the same network's stored."""
+    steps, lines, previous = timed_networks(rows), [], ""
+    stored = {key: found.get("stored") for key, found in by_case(steps, "op", "shape").items()}
+    for row in steps:
+        own = stored[row["op"], row["shape"]] if row["op"].startswith("revbifpn") else None
+        times = md.cell(md.ratio(ms(row), ms(own)))
+        name = "" if row["op"] == previous else md.network(row["op"])
+        sizes = (md.cell(md.number(row, column), 1) for column in ("held_mib", "peak_mib"))
+        time = md.cell(ms(row), 0) or row["note"]
+        lines.append((name, md.mode(row["provider"]), time, times, *sizes))
+        previous = row["op"]
+    header = ("network", "activations", "step ms", "× ours stored", "held MiB", "peak MiB")
+    return md.with_conditions(md.table(header, lines), steps)
+
+
+def all_steps_table(rows: Sequence[Row]) -> str:
+    """All that was measured of a step."""
+    found = md.by(
+        [r for r in rows if r["mode"] != "peak"], "op", "shape", "dtype", "provider", "mode"
+    )
+    lines = []
+    for *case, kind in found:
+        row = found[(*case, kind)]
+        if kind != "step":
+            continue
+        op, shape, dtype, provider = case
+        names = (md.network(op), shape.replace("x", "×"), md.DTYPE_NAMES[dtype], md.mode(provider))
+        if ms(row) is None:
+            lines.append((*names, row["note"], *[""] * 5))
+            continue
+        times = [ms(row), ms(found.get((*case, "eval")))]
+        held, peak = md.number(row, "held_mib"), md.number(row, "peak_mib")
+        sizes = (md.cell(held, 1), md.cell(peak - held, 1))
+        cells = [md.cell(time, 0) for time in times]
+        speed = md.cell(md.number(row, "images_per_s"), 1)
+        lines.append((*names, *cells, speed, *sizes, row["operators"]))
+    header = (
+        "network,shape,dtype,mode,step ms,eval ms,images/s,held MiB,transient,launches"
+    ).split(",")
+    return md.with_conditions(md.table(header, lines), md.of_mode(rows, "step"))
+
+
+def losses_table(rows: Sequence[Row]) -> str:
+    """Where ours is slower than an alternative that was timed in the same turns."""
+    steps, lines = [r for r in timed_networks(rows) if ms(r)], []
+    for key, found in by_case(steps, "op", "shape", "dtype").items():
+        ours = found.get("reversible")
+        for provider, rival in found.items():
+            if ours is None or ms(rival) >= ms(ours):
+                continue
+            times = md.ratio(ms(ours), ms(rival))
+            memory = md.ratio(md.number(rival, "peak_mib"), md.number(ours, "peak_mib"))
+            lines.append((md.network(key[0]), key[1].replace("x", "×"), md.mode(provider),
+                          f"{times:.2f}×", f"{memory:.1f}×"))  # fmt: skip
+    header = ("network", "shape", "faster than reversible", "our time over its",
+              "its peak memory over ours")  # fmt: skip
+    return md.with_conditions(md.table(header, lines), steps)
+
+
+def profile_table(rows: Sequence[Row]) -> str:
+    """Milliseconds (share of the step; calls) of each kind of operator."""
+    texts = []
+    for name in dict.fromkeys(row["op"] for row in rows):
+        mine = [row for row in rows if row["op"] == name]
+        found = md.by(mine, "mode", "provider")
+        providers = list(dict.fromkeys(row["provider"] for row in mine))
+        lines = []
+        for part in dict.fromkeys(row["mode"] for row in mine):
+            cells = []
+            for provider in providers:
+                row, whole = found.get((part, provider)), found["all", provider]
+                share = md.percent(md.ratio(ms(row), ms(whole)))
+                cells.append(f"{ms(row):.0f} ({share}; {row['operators']})" if row else "")
+            lines.append((part, *cells))
+        header = (md.network(name), *(md.mode(provider) for provider in providers))
+        texts.append(md.with_conditions(md.table(header, lines), mine))
+    return "\n".join(texts)
+
+
+# Precision
+
+
+def _exact(name: str) -> str:
+    """`exact 2^-12` as people write it."""
+    head, power, rest = name.partition("2^-")
+    digits, comma, tail = rest.partition(",")
+    raised = digits.translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{head}2⁻{raised}{comma}{tail}" if power else md.mode(name)
+
+
+def precision_table(rows: Sequence[Row]) -> str:
+    gradients = md.of_mode(rows, "gradient")
+    accuracy = {r["provider"]: r["accuracy"] for r in md.of_mode(rows, "training")}
+    lines = []
+    for row in gradients:
+        lattice = md.number(row, "lattice")
+        reach = "" if lattice is None else f"{2**24 * lattice:.0f}"
+        if lattice and 2**24 * lattice < md.number(row, "largest_stream"):
+            reach += " (streams go beyond)"
+        errors = [f"{md.number(row, f'error_{dtype}'):.1e}" for dtype in ("fp32", "bf16")]
+        differences = [row[f"to_stored_{dtype}"] for dtype in ("fp32", "bf16")]
+        same = "; ".join(differences) if any(float(d) for d in differences) else "0"
+        reached = accuracy.get(row["provider"])
+        lines.append((_exact(row["provider"]), reach, *errors,
+                      "" if row["provider"] == "stored" else same,
+                      f"{reached} %" if reached else ""))  # fmt: skip
+    header = ("mode", "range", "gradient error, fp32", "gradient error, bf16 autocast",
+              "difference from the same mode with stored activations (fp32; bf16)",
+              "test accuracy on digits")  # fmt: skip
+    largest = "".join(dict.fromkeys(f"streams up to {r['largest_stream']}" for r in gradients))
+    return md.with_conditions(md.table(header, lines), gradients, largest)
+
+
+def digits_table(rows: Sequence[Row]) -> str:
+    rows = md.of_mode(rows, "training")
+    lines = [
+        (_exact(r["provider"]), f"{r['right']} of {r['images']}", f"{r['accuracy']} %",
+         f"{r['seconds']} s", f"{r['cpu_seconds']} s", f"{100 * float(r['waiting_share']):.1f} %")
+        for r in rows
+    ]  # fmt: skip
+    header = ("activations", "correct test images", "test accuracy", "training time",
+              "CPU time of the command", "waiting for images")  # fmt: skip
+    epochs = "".join(dict.fromkeys(f"epochs: {r['epochs']}; one thread per run" for r in rows))
+    return md.with_conditions(md.table(header, lines), rows, epochs)

@@ -1,0 +1,58 @@
+"""The benchmark of the resample ops: rows of right ones, no time for wrong ones."""
+
+import dataclasses
+
+import pytest
+
+from benchmarks import bench_ops
+from benchmarks.lib import workloads
+from benchmarks.lib.record import read_rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """Runs some ops on one small case without a compiler."""
+    case = workloads.Case("small", (2, 4, 16, 16), "fp32", "nchw", 1)
+    monkeypatch.setattr(bench_ops, "quick_cases", lambda threads: [case])
+    monkeypatch.setattr(bench_ops.timing, "host_ms", lambda call, device: 0.5)
+    path = tmp_path / "rows.csv"
+    options = ["--device", "cpu", "--quick", "--output", str(path)]
+
+    def run(*ops):
+        monkeypatch.setattr(bench_ops, "OPS", ops)
+        status = bench_ops.main(options)
+        return status, [row for row in read_rows(path) if row["mode"] != "host"]
+
+    return run
+
+
+def test_rows(bench):
+    status, rows = bench(workloads.ADD_, workloads.UNDO)
+    assert status == 0
+    found = {(row["op"], row["provider"]): row for row in rows}
+    assert {op for op, _ in found} == {"resample_add_", "resample_undo"}
+    assert {provider for _, provider in found} == {"ours", "torch", "copy", "clone"}
+    undo = found["resample_undo", "ours"]
+    size, pyramid = 2 * 4 * 16 * 16 * 4, 2 * 4 * (64 + 16 + 4) * 4
+    moved = (3 * size + 2 * pyramid) / float(undo["ms_p50"]) / 1e6
+    assert float(undo["gbps"]) == pytest.approx(moved, rel=1e-3)
+    copied = 2 * size / float(found["resample_undo", "copy"]["ms_p50"]) / 1e6
+    assert float(undo["share_of_copy"]) == pytest.approx(moved / copied, rel=1e-2)
+
+
+@pytest.mark.parametrize("factor", [1.001, float("nan")])
+def test_a_wrong_op_gets_no_time(bench, factor):
+    wrong = dataclasses.replace(
+        workloads.ADD, ours=lambda inputs: (workloads.ADD.eager(inputs)[0] * factor,)
+    )
+    status, rows = bench(wrong)
+    assert status == 1 and len(rows) == 1
+    assert rows[0]["note"].startswith("WRONG: y ") and not rows[0]["ms_p50"]
+
+
+def test_bad_shapes_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench_ops.parse(["--shapes", "16x64"])
+    assert "'16x64' is no NxCxHxW" in capsys.readouterr().err

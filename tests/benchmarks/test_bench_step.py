@@ -1,0 +1,126 @@
+"""The benchmarks of whole networks, on cases small enough for a test."""
+
+import pytest
+import torch
+from tiny import TWO_LEVELS, tiny
+from torch import nn
+
+from benchmarks import bench_profile, bench_step
+from benchmarks.lib import networks, operators
+from benchmarks.lib.networks import NETWORKS, Network
+from benchmarks.lib.record import read_rows
+from benchmarks.lib.step import Step
+from revbifpn_kernels import training_memory
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A network in the table that takes no time."""
+    network = Network(lambda: tiny(reversible=False, **TWO_LEVELS), 64, "RevBiFPN")
+    monkeypatch.setitem(NETWORKS, "tiny", network)
+    return "tiny"
+
+
+@pytest.fixture
+def bench(small, tmp_path):
+    """Runs the benchmark with these providers."""
+    path = tmp_path / "rows.csv"
+    options = ["--device", "cpu", "--seconds", "0.1", "--output", str(path), "--models", small]
+    options += ["--batch", "2", "--side", "64", "--rivals", "--providers"]
+    return lambda *providers: (bench_step.main([*options, *providers]), read_rows(path))
+
+
+def test_the_table_has_all_networks():
+    assert {f"efficientnet_b{k}" for k in range(8)} <= set(NETWORKS)
+    assert {f"revbifpn_s{k}" for k in range(7)} <= set(NETWORKS)
+    assert NETWORKS["efficientnet_b7"].side == 600 and NETWORKS["revbifpn_s6"].side == 352
+
+
+@pytest.mark.parametrize(
+    "name", ["efficientnet_b0", pytest.param("hrnet_w18", marks=pytest.mark.slow), "bifpn_b0"]
+)
+def test_rivals_train_on_fake_tensors(name):
+    memory = training_memory(networks.fake_network(name), (2, 3, 64, 64))
+    assert 0 < memory.held <= memory.peak
+
+
+@pytest.mark.parametrize("name", ["revbifpn_s6", "efficientnet_b7"])
+def test_nothing_is_dropped(name):
+    net = networks.fake_network(name)
+    drops = (nn.Dropout, nn.Dropout2d)
+    assert all(m.p == 0 for m in net.modules() if isinstance(m, drops))
+    assert not any("DropPath" in type(m).__name__ for m in net.modules())
+
+
+def test_providers_have_the_same_weights_and_gradients(small):
+    image = torch.randn(2, 3, 64, 64)
+    gradients = {}
+    for name, net in networks.providers_of(small, networks.EAGER).items():
+        Step(net, image)()
+        gradients[name] = networks.gradients(net)
+    for name in ("reversible", "checkpoint"):
+        torch.testing.assert_close(gradients[name], gradients["stored"], rtol=1e-3, atol=1e-5)
+
+
+def test_multiply_adds_of_a_network():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Conv2d(8, 8, 3, groups=8, padding=1)
+    )
+    assert operators.gmacs(net, 16) * 1e9 == pytest.approx(16 * 16 * (3 * 8 * 9 + 8 * 9))
+
+
+def test_kinds_of_operators():
+    net = tiny(reversible=False)
+    step = Step(net, torch.randn(2, 3, 64, 64))
+    with bench_profile.OperatorTimes(2, "cpu") as times:
+        step.forward().backward()
+    assert {
+        "convolution, depthwise", "convolution, 1×1", "batch norm", "activation", "resample",
+        "batch norm, activation, gate", "squeeze-excite, classifier", "additions, copies, other",
+    } == set(times.kinds)  # fmt: skip
+    depthwise = sum(m.groups > 1 for m in net.modules() if isinstance(m, nn.Conv2d))
+    assert 2 * depthwise <= len(times.kinds["convolution, depthwise"]) <= 3 * depthwise
+
+
+def test_rows_of_a_step(bench):
+    status, rows = bench("reversible", "stored")
+    assert status == 0
+    found = {(row["provider"], row["mode"]): row for row in rows}
+    assert {mode for _, mode in found} == {"step", "eval"}
+    ours, stored = found["reversible", "step"], found["stored", "step"]
+    for row in (ours, stored):
+        assert float(row["images_per_s"]) == pytest.approx(2e3 / float(row["ms_p50"]), rel=0.01)
+        assert float(row["held_mib"]) <= float(row["peak_mib"])
+    assert float(ours["held_mib"]) < float(stored["held_mib"])
+    assert int(ours["operators"]) > int(stored["operators"])
+
+
+def test_a_wrong_provider_gets_no_time(bench, monkeypatch):
+    def sabotaged(net):
+        net.register_forward_hook(lambda module, args, logits: 1.01 * logits)
+        return net
+
+    monkeypatch.setitem(networks.PROVIDERS, "checkpoint", sabotaged)
+    status, rows = bench("checkpoint", "stored")
+    (wrong,) = (row for row in rows if row["provider"] == "checkpoint")
+    assert status == 1
+    assert wrong["note"].startswith("WRONG: gradients differ") and wrong["ms_p50"] == ""
+
+
+def test_running_out_of_memory_is_a_row(bench, monkeypatch):
+    class Hungry(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, image):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(networks.PROVIDERS, "stored+compile", Hungry)
+    status, rows = bench("stored", "stored+compile")
+    (full,) = (row for row in rows if row["provider"] == "stored+compile")
+    assert status == 0
+    assert (full["mode"], full["note"], full["ms_p50"]) == ("step", "out of memory", "")
+    assert any(row["provider"] == "stored" and row["ms_p50"] for row in rows)
