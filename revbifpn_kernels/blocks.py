@@ -85,11 +85,11 @@ class RevBlock(Reversible):
         if not getattr(module, "reads_slices", False) or result.dtype != y.dtype:
             # Dense and of the transform's precision: batch norm's backward is slow on slices.
             grad = torch.empty_like(result).copy_(grad)
-        pulled = rerun.pull(grad)
-        if pulled is None:
+        grad_through = rerun.backward(grad)
+        if grad_through is None:
             total.copy_(grad_source)
         else:
-            torch.add(grad_source, pulled, out=total)
+            torch.add(grad_source, grad_through, out=total)
 
     def _added(self, x: Tensor, name: str, source: Tensor, out: Tensor | None, alpha=1.0) -> Tensor:
         """x + α·T(source), in `out` if there is one."""
@@ -169,11 +169,11 @@ class RevLevels(Reversible):
 
 
 class Recomputed(Reversible):
-    """A computation that cannot be taken back: saves its inputs, and runs again in the backward.
+    """A computation without an inverse: saves its inputs, and runs again in the backward.
 
     Subclass it and define `forward(*xs)`, which returns a tuple; submodules may hold batch norms,
-    dropout, anything. Unlike `torch.utils.checkpoint`, running statistics move once per step. In a
-    `ReversibleSequential` the block before it need not save its outputs.
+    dropout, anything. Unlike under `torch.utils.checkpoint`, running statistics change once per
+    step. In a `ReversibleSequential` the block before it need not save its outputs.
 
     Attributes:
         reversible: False trains under plain autograd, which stores activations.
@@ -182,7 +182,7 @@ class Recomputed(Reversible):
     keeps_inputs = True
 
     def inverse(self, *ys: Tensor) -> tuple[Tensor, ...]:
-        raise NotImplementedError(f"{type(self).__name__}: cannot be taken back")
+        raise NotImplementedError(f"{type(self).__name__}: has no inverse")
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:

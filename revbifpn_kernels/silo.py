@@ -152,7 +152,7 @@ class RevSilo(Reversible):
         del y, outputs
         # Last edge first, as autograd does: the same sums in the same order.
         for edge in fusion.edges[::-1]:
-            grads.add(edge[0], reruns.pop().pull(source_grads[len(reruns)]))
+            grads.add(edge[0], reruns.pop().backward(source_grads[len(reruns)]))
 
     def _module(self, edge: Edge) -> nn.Module:
         return (self.down if edge[0] < edge[1] else self.up)[_key(edge)]

@@ -28,8 +28,8 @@ class DropPath(nn.Module):
         return f"{self.probability}"
 
 
-def sample_factors(probability: float, samples: int, like: Tensor) -> Tensor:
-    """Return what samples are multiplied by, (samples,): 0, or 1 / (1 − p); dtype as `like`.
+def drop_factors(probability: float, samples: int, like: Tensor) -> Tensor:
+    """Return each sample's factor in stochastic depth, (samples,): 0 or 1 / (1 − p), as `like`.
 
     In a block's call they are drawn at once for all its transforms of that probability.
     """

@@ -1,8 +1,8 @@
 """The stages of an MBConv as one autograd Function on the fused norms of `ops/norm_act`.
 
-Maps pass through memory once where modules take a pass each for norm, activation and gate. For the
-recompute statistics and gates are saved, (C,) and (N, C) numbers, so that it neither reduces a
-batch nor computes squeeze-excite again.
+One pass over the maps does norm, activation and gate, for which modules take three. Statistics and
+gates, (C,) and (N, C) numbers, are saved, so that the recompute neither reduces a batch nor
+computes squeeze-excite again.
 """
 
 import contextlib
@@ -21,41 +21,40 @@ from ..ops.norm_act.factors import norm_factors
 from ..ops.norm_act.forward import norm_act_reference
 from ..ops.resample.folded_norm import ScaledSource, Source
 from ..reversible import recompute
-from .drop_path import sample_factors
+from .drop_path import drop_factors
 from .stages import Stage, is_autocast
 
 _ops = torch.ops.revbifpn
-# PyTorch's gradient of smaller depthwise kernels' weights is as fast as ours; that of their inputs
-# for float32, or without strides.
+# Our depthwise weight gradient is used for kernels of 5 and more, our input gradient for strides in
+# half precision; elsewhere PyTorch's are as fast.
 SMALLEST_OWN_KERNEL = 5
 
 
 class SavedStatistics(NamedTuple):
-    """What the recompute of a stage need not compute again."""
+    """What the recompute of a stage reuses."""
 
     mean: Tensor  # (C,), as invstd
     invstd: Tensor
-    gate: Tensor | None  # (N, C), of squeeze-excite
-    means: Tensor | None  # (N, C), from which squeeze-excite computes its gate
-    factors: Tensor | None  # (N,), what stochastic depth multiplies samples by
+    se_gate: Tensor | None  # (N, C), of squeeze-excite
+    se_means: Tensor | None  # (N, C), from which squeeze-excite computes its gate
+    drop_factors: Tensor | None  # (N,), what stochastic depth multiplies samples by
 
-    def gates(self, channels: int) -> Tensor | None:
-        """What the result is multiplied by, (N, C)."""
-        if self.factors is None:
-            return self.gate
-        return self.factors[:, None].repeat(1, channels)
+    def multiplier(self, channels: int) -> Tensor | None:
+        """What the stage's result is multiplied by, (N, C), or None."""
+        if self.drop_factors is None:
+            return self.se_gate
+        return self.drop_factors[:, None].repeat(1, channels)
 
 
 class SavedStages(list):
-    """The `SavedStatistics` of all stages."""
+    """The `SavedStatistics` of all stages, recorded as one event."""
 
 
 def run_stages(stages: Sequence[Stage], x: Tensor, *, folds_norm: bool = False) -> Source:
     """Return the result of the stages one after the other, with a graph if one is wanted.
 
     With `folds_norm` the last norm, and stochastic depth after it, are left to the fusion that
-    reads the result. In the graph the gradient of its maps is then that of the norm's result, which
-    is what the fusion's adjoint gives.
+    reads the result; for the gradient that its maps then get see `ops/resample/folded_norm.py`.
     """
     recorder = recompute.current_recorder()
     saved = None
@@ -70,12 +69,12 @@ def run_stages(stages: Sequence[Stage], x: Tensor, *, folds_norm: bool = False) 
         t is not None and t.requires_grad for t in (x, *parameters)
     )
     run = _StagesRun(stages, folds_norm, saved, wants_graph)
-    # A mode that watches calls need not see ours.
+    # Hidden from RecordMode and ReplayMode: this function records what it needs itself.
     unseen = contextlib.nullcontext() if recorder is None else torch._C.DisableTorchFunction()
     with _without_autocast(device), unseen:
         y = _Stages.apply(run, x, *parameters) if wants_graph else run.forward(x, parameters)
     if recorder is not None and saved is None:
-        recorder.save(run.saved, moved=[buffer for stage in stages for buffer in stage.moved()])
+        recorder.save(run.saved, updated=[b for stage in stages for b in stage.updated_buffers()])
     return ScaledSource(*y) if folds_norm else y
 
 
@@ -85,7 +84,7 @@ def _without_autocast(device: str) -> contextlib.AbstractContextManager:
 
 
 class _StagesRun:
-    """One pass through the stages, which recomputes a former one if `saved` is given."""
+    """One run of the stages: a forward, or the recompute of the forward that returned `saved`."""
 
     def __init__(
         self, stages: Sequence[Stage], folds_norm: bool, saved: SavedStages | None, saves_maps: bool
@@ -96,10 +95,10 @@ class _StagesRun:
         self.maps: list[Tensor] = []  # of each stage its input and the convolution's result
 
     def split(self, parameters: Sequence) -> list[Sequence]:
-        """The parameters of each stage, or what belongs to each parameter."""
+        """Split a list with one entry per parameter by stage."""
         parts, begin = [], 0
         for stage in self.stages:
-            end = begin + (3 if stage.squeeze is None else 7)
+            end = begin + (3 if stage.squeeze is None else 7)  # as many as `stage.parameters()`
             parts.append(parameters[begin:end])
             begin = end
         return parts
@@ -115,13 +114,13 @@ class _StagesRun:
                 self.maps += [x, u]
             norm = saved.mean, saved.invstd, gamma, beta
             if self.folds_norm and k + 1 == len(self.stages):
-                return ScaledSource(u, *norm_factors(*norm, saved.factors, len(u)))
-            x = _ops.norm_act(u, *norm, saved.gates(u.shape[1]), stage.act)
+                return ScaledSource(u, *norm_factors(*norm, saved.drop_factors, len(u)))
+            x = _ops.norm_act(u, *norm, saved.multiplier(u.shape[1]), stage.act)
         return x
 
 
 def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze) -> SavedStatistics:
-    """Return statistics and gates of a forward; running statistics move."""
+    """Return statistics and gates of a forward; update the running statistics."""
     norm, buffers = stage.norm, stage.norm._buffers
     mean, var = buffers["running_mean"], buffers["running_var"]
     if stage.is_batch:
@@ -134,14 +133,14 @@ def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze) -> SavedStatistics:
             u, norm.eps, mean, var, buffers["num_batches_tracked"], norm.momentum
         )
     else:
-        # A copy: a backward wants the mean of now, and the buffer may move before it.
+        # Copied: the backward needs this mean, and the buffer may be updated before it runs.
         statistics = mean.clone(), (var + norm.eps).rsqrt()
     gate = means = factors = None
     if stage.squeeze is not None:
         means = _ops.norm_act_means(u, *statistics, gamma, beta, stage.act)
         gate = _ops.squeeze_excite_gates(means, *squeeze, stage.squeeze_act)
     elif stage.drop_path > 0:
-        factors = sample_factors(stage.drop_path, len(u), statistics[0])
+        factors = drop_factors(stage.drop_path, len(u), statistics[0])
     return SavedStatistics(*statistics, gate, means, factors)
 
 
@@ -192,8 +191,7 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _like(grad: Tensor, maps: Tensor) -> Tensor:
-    """`grad` in the memory format and dtype of `maps`, which the kernels walk together; channels of
-    larger maps are left where they are."""
+    """`grad` in the memory format and dtype of `maps`; not copied if they match, even a slice."""
     is_alike = Geometry.of(grad).channels_last == Geometry.of(maps).channels_last
     if is_alike and grad.dtype == maps.dtype:
         return grad
@@ -245,7 +243,7 @@ def _stage_backward(
     weight, gamma, beta, *squeeze = parameters
     norm = saved.mean, saved.invstd, gamma, beta
     grad = _like(grad, u)
-    gates = saved.gates(u.shape[1])
+    gates = saved.multiplier(u.shape[1])
     if stage.squeeze is None:
         grad_u, *norm_grads = _ops.norm_act_grad(
             grad, u, *norm, gates, None, None, stage.act, stage.is_batch
@@ -253,7 +251,7 @@ def _stage_backward(
     else:
         acts = stage.act, stage.squeeze_act
         grad_u, *norm_grads = _ops.norm_act_excite_grad(
-            grad, u, *norm, gates, saved.means, *squeeze, *acts, stage.is_batch
+            grad, u, *norm, gates, saved.se_means, *squeeze, *acts, stage.is_batch
         )
     grad_x, grad_weight = _convolve_backward(stage.conv, grad_u, x, _as(weight, x.dtype), needs)
     grads = [grad_weight, *norm_grads]
@@ -267,8 +265,8 @@ def _differentiable(
     run: _StagesRun, inputs: Sequence[Tensor | None], grad: Tensor, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return the gradients as a graph of PyTorch's operations, to be differentiated again."""
-    inputs = [t if t is None else t.view_as(t) for t in inputs]  # whose hooks must run once
-    y, *parameters = inputs
+    inputs = [t if t is None else t.view_as(t) for t in inputs]  # hooks run once
+    y, *parameters = inputs  # y is the input, then each stage's result
     for stage, own, saved in zip(run.stages, run.split(parameters), run.saved, strict=True):
         y = _composed(stage, y, own, saved)
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
@@ -291,6 +289,6 @@ def _composed(stage: Stage, x: Tensor, parameters, saved: SavedStatistics) -> Te
         hidden = F.linear(means, reduce.flatten(1), reduce_bias)
         logits = F.linear(ACTIVATIONS[stage.squeeze_act](hidden), expand.flatten(1), expand_bias)
         gate = F.hardtanh(logits / 6 + 0.5, 0.0, 1.0)  # hardsigmoid has no second derivative
-    elif saved.factors is not None:
-        gate = saved.factors[:, None]
+    elif saved.drop_factors is not None:
+        gate = saved.drop_factors[:, None]
     return y if gate is None else y * gate[:, :, None, None].to(y.dtype)

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 from ..reversible import recompute
 
-# Given the number of channels; given nothing.
-NormLayer = Callable[[int], nn.Module]
-ActLayer = Callable[[], nn.Module]
+NormLayer = Callable[[int], nn.Module]  # called with the number of channels
+ActLayer = Callable[[], nn.Module]  # called without arguments
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d`, which records itself."""
+    """`torch.nn.BatchNorm2d`, which records for the recompute itself."""
 
     records_itself = True
 

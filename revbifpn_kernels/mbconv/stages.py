@@ -1,4 +1,4 @@
-"""The stages of an MBConv, and when they can run fused: if nobody changed or watches the modules.
+"""The stages of an MBConv, which can run fused if its layers are plain and have no hooks.
 
 A stage is a convolution, its norm, an activation and a gate, of squeeze-excite or of stochastic
 depth: u = conv(x), y = act(norm(u)) · gate.
@@ -24,7 +24,7 @@ _ACTS |= dict.fromkeys((nn.Identity, type(None)), "identity")
 
 
 class Stage(NamedTuple):
-    """A convolution, its norm and what follows, as they are when the stage is made."""
+    """A convolution, its norm and what follows; later changes of the modules are not seen."""
 
     conv: nn.Conv2d
     norm: nn.BatchNorm2d
@@ -42,7 +42,7 @@ class Stage(NamedTuple):
         return own
 
     def fits(self, x: Tensor) -> bool:
-        """Whether convolution and norm have the dtypes that go with x, and plain tensors."""
+        """Whether the weight has x's dtype or is cast, the norm that of sums; no subclass."""
         weight, *others = parameters = self.parameters()
         statistics = self.norm._buffers["running_mean"], self.norm._buffers["running_var"]
         is_cast = is_autocast(x) and weight.dtype != torch.float64
@@ -54,14 +54,14 @@ class Stage(NamedTuple):
             and not any(map(is_traceable_wrapper_subclass, parameters))
         )
 
-    def moved(self) -> list[Tensor]:
-        """The buffers that a forward moves."""
+    def updated_buffers(self) -> list[Tensor]:
+        """The buffers that a forward updates."""
         buffers = self.norm._buffers.values() if self.is_batch else ()
         return [buffer for buffer in buffers if buffer is not None]
 
 
 def can_run(x: Tensor) -> bool:
-    """Whether there are kernels for x, and nobody wants to see the operations one by one."""
+    """Whether there are kernels for x, and no tracer or transform must see each operation."""
     return (
         isinstance(x, Tensor)
         and x.dim() == 4
@@ -81,7 +81,7 @@ def is_autocast(x: Tensor) -> bool:
 
 
 def stages_of(mbconv: nn.Module) -> list[Stage] | None:
-    """Return the stages, or None if the modules are not MBConv's own or somebody watches them."""
+    """Return the stages, or None if a module is not MBConv's own or has hooks."""
     parts = mbconv._modules
     is_ours = tuple(name for name in _ORDER if name in parts) == tuple(parts)
     is_replica = getattr(mbconv, "_is_replica", False)  # DataParallel's hide their parameters
@@ -104,9 +104,9 @@ def stages_of(mbconv: nn.Module) -> list[Stage] | None:
     return stages
 
 
-# Entries of `_modules` and `_parameters` are read at once, attributes of modules by a slow search.
+# For speed this file reads `_modules[…]`: attributes go through nn.Module.__getattr__, a search.
 def _act_of(part: nn.Module) -> str | None:
-    """The name of the activation, None if it is none of ours."""
+    """The name of the activation, None if the kernels have none such."""
     return _ACTS.get(type(part._modules.get("act")))
 
 
@@ -149,12 +149,12 @@ def _is_plain_squeeze_excite(part: nn.Module) -> bool:
 
 
 def _has_entries(*parts: nn.Module) -> bool:
-    """Whether weight and bias are where modules keep them: FSDP and users put attributes there."""
+    """Whether weight and bias are parameters; FSDP and users replace them by plain attributes."""
     return all({"weight", "bias"} <= part._parameters.keys() for part in parts)
 
 
 def is_unwatched(part: nn.Module) -> bool:
-    """Whether nobody asked to see the module's calls, by hooks or by replacing its `forward`."""
+    """Whether the module has no hooks and no replaced `forward`, which would miss a call."""
     return not (
         part._forward_hooks
         or part._forward_pre_hooks

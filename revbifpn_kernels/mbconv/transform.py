@@ -32,7 +32,7 @@ class MBConv(nn.Sequential):
     """
 
     records_itself = True
-    reads_slices = True  # gradients that are channels of larger maps need not be copied for it
+    reads_slices = True  # its backward accepts channel slices as gradients
 
     def __init__(
         self,
@@ -69,9 +69,9 @@ class MBConv(nn.Sequential):
         return super().forward(x) if stages is None else run_stages(stages, x)
 
     def forward_folded(self, x: Tensor) -> Source:
-        """Return the result, its last norm left to the fusion that reads it if nobody notices.
+        """Return the result, its last norm left to the fusion that reads it.
 
-        Hooks, a replaced `forward` and a subclass's own would: for them this is `self(x)`.
+        With hooks, a replaced `forward` or a subclass's own `forward` this is `self(x)`.
         """
         stages = recompute.decide(self._stages_to_fold, x)
         return self(x) if stages is None else run_stages(stages, x, folds_norm=True)
@@ -82,10 +82,9 @@ class MBConv(nn.Sequential):
 
     def _stages(self, x: Tensor) -> list[Stage] | None:
         """What runs fused, or None where the modules must run one by one."""
-        # In evaluation PyTorch's norms, without statistics to take, are as fast on CPUs: 0.9 of
-        # the time (2-core EPYC, S0 and S2, 2026-11-24). Not by whether a graph is wanted, which
-        # would let `inverse` round otherwise than the forward.
-        # Within a traced block a call that nobody records runs as modules: GuardMode refuses it.
+        # In evaluation PyTorch's modules run, which take 0.9 of our time on CPUs (2-core EPYC, S0
+        # and S2, 2026-11-24). Grad mode must not decide: `inverse` has to round like the forward.
+        # In a traced block, but outside a transform, modules run, so that GuardMode refuses them.
         is_hidden = recompute.current_recorder() is None and recompute.is_traced()
         stages = stages_of(self) if self.training and not is_hidden and can_run(x) else None
         return stages if stages and all(stage.fits(x) for stage in stages) else None

@@ -79,7 +79,7 @@ class Neck(Recomputed):
         with step.recomputing():
             for k, (module, x, grad) in enumerate(zip(self.levels, xs, grad_ys, strict=True)):
                 rerun = step.rerun(f"level {k}", module, x, step.needs_grad[k])
-                grads.append(rerun.pull(grad))
+                grads.append(rerun.backward(grad))
         return xs, grads
 
 

@@ -26,7 +26,7 @@ class RevBiFPN(nn.Module):
 
     Between forward and backward it holds its last streams and what the classifier needs; the
     backward recomputes neck and head as it does the body. In training an image that is not finite
-    raises before any running statistic moves; on a GPU the check does not wait, and ends the
+    raises before any running statistic changes; on a GPU the check does not wait, and ends the
     process' CUDA context with the same message. Only the image is checked: weights that are not
     finite, and values that overflow inside the network, spoil the statistics as in any network.
 

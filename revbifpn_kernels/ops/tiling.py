@@ -14,7 +14,7 @@ MAX_FAST_SOURCES = 4
 LANES_TO_FILL = 132 * 512
 # Most cells that a lane walks down, one below the other: it computes its position once.
 MAX_CHAIN = 16
-# Outputs that pay for computing a position; chained, add on such cells takes more registers.
+# From this many outputs per cell on, chaining cells costs `add` more registers than it saves.
 LARGE_CELL = 64
 VECTOR_BYTES = 16
 # Lanes per program. Counted by hand, too.
@@ -36,7 +36,7 @@ class Cells(NamedTuple):
 
 
 def cut_into_cells(
-    maps: Sequence[Geometry], *small: Sequence[Geometry], chain_large_cells: bool
+    maps: Sequence[Geometry], *resampled: Sequence[Geometry], chain_large_cells: bool
 ) -> Cells | None:
     """Cells for (N, C, H, W) maps and lists of smaller ones, or None off the fast path.
 
@@ -44,11 +44,11 @@ def cut_into_cells(
     chained, large ones only if `chain_large_cells`, as far as enough lanes remain.
     """
     N, C, H, W = maps[0].shape
-    factors = tuple(_factor(source.shape[2:], (H, W)) for source in small[0])
+    factors = tuple(_factor(source.shape[2:], (H, W)) for source in resampled[0])
     if len(factors) > MAX_FAST_SOURCES or any(f not in FAST_FACTORS for f in factors):
         return None
     channels_last = maps[0].channels_last
-    tensors = [*maps, *itertools.chain(*small)]
+    tensors = [*maps, *itertools.chain(*resampled)]
     if not all(_has_layout(t, channels_last) and _has_short_rows(t) for t in tensors):
         return None
     smallest = max(factors)

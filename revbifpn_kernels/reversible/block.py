@@ -17,7 +17,7 @@ class Reversible(nn.Module):
     """A block whose inputs can be computed from its outputs. Subclass it, define two methods.
 
     `forward(*xs)` is plain differentiable computation that returns a tuple of streams; `inverse`
-    takes it back, calling submodules in the opposite order. Called in a `ReversibleSequential` or
+    returns `xs` from them, calling submodules in the opposite order. In a `ReversibleSequential` or
     alone, the block then trains without storing activations: alone it saves its outputs, in a
     sequence not even those. Submodules may contain batch norms, dropout, anything: their recompute
     repeats what they did in the forward.
@@ -26,12 +26,12 @@ class Reversible(nn.Module):
         reversible: False trains under plain autograd, which stores activations.
         lattice: Exact mode: a power of two of which all streams are multiples, or None. A block of
             your own must add by `resample_add(b, [f(a)], lattice=self.lattice)` to keep them so.
-        check: True compares `inverse` with `forward` in each call, runs every transform twice, and
-            raises if they differ, or if a stream leaves the lattice's range. Switch it on once
-            after writing a block: it is slow and waits for the device.
-        keeps_inputs: True for what cannot be taken back, see `Recomputed`.
-        reruns_before: True for a block that saves no inputs if the block before it saves its own:
-            in the backward that block runs once more to compute them.
+        check: True runs every transform twice more in each forward, again and in `inverse`, and
+            raises if results differ, or if a stream leaves the lattice's range. Switch it on once
+            after writing a block: it is slow and synchronises with the GPU.
+        keeps_inputs: True for a block without an inverse, see `Recomputed`.
+        reruns_before: True for a block that saves no inputs if the preceding block keeps its own:
+            the backward runs that block again to compute them.
     """
 
     reversible: bool = True
@@ -72,7 +72,7 @@ class Reversible(nn.Module):
         )
 
     def members(self) -> Sequence["Reversible"]:
-        """Return blocks within this one, whose `forward` and `backward_step` its own call."""
+        """Return the inner blocks, whose `forward` and `backward_step` this block's own call."""
         return ()
 
     def backward_step(

@@ -1,6 +1,6 @@
-"""One block's call as an autograd Function, so that its gradients appear as soon as they are known.
+"""One block's call as an autograd Function: its gradients are ready before earlier blocks run back.
 
-y = block(x)        forward      saves nothing, but for the last block y
+y = block(x)        forward      saves nothing; the last block saves y
 x = block⁻¹(y)      backward     and dL/dx, dL/dθ from dL/dy, by `backward_step`
 """
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from ..ops.layout import Geometry
 from .recompute import BlockTrace, is_traced, sharing_draws
 from .step import Step
-from .streams import Streams, enter, identity, readable
+from .streams import Streams, enter, identity, in_stream_format
 from .tape import BlockCall, Tape
 
-# Where in a chain a block is called: its index. Without a tape it runs as plain modules do.
-Place = tuple[Tape | None, int]
+# The tape of a chain's call and the block's index in it; without a tape it runs as a plain module.
+TapeSlot = tuple[Tape | None, int]
 
 
 class _Block(torch.autograd.Function):
@@ -26,7 +26,7 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: BlockCall, *tensors: Tensor):
         tape, trace = call.tape, call.trace
-        xs = tensors[: call.inputs]
+        xs = tensors[: call.input_count]
         tape.check_inputs(call.index, call.block, xs)
         versions = [x._version for x in xs]
         with trace.recording(xs[0]):
@@ -38,14 +38,14 @@ class _Block(torch.autograd.Function):
             )
         if tape.check:
             call.check(xs, ys)
-        tape.returned = [identity(y) for y in ys]
-        streams = call.saved(xs, ys)
+        tape.returned_identities = [identity(y) for y in ys]
+        streams = call.streams_to_save(xs, ys)
         tape.previous = (call, streams) if call.block.keeps_inputs else None
         ctx.call = call
         ctx.channels_last = [y.dim() == 4 and Geometry.of(y).channels_last for y in ys]
         ctx.saved_streams = len(streams)
         # Parameters and buffers are saved so that autograd notices a change before the backward.
-        buffers = trace.state.buffers_read(trace.moved())
+        buffers = trace.state.buffers_read(trace.updated_buffers())
         ctx.save_for_backward(*streams, *trace.state.unique_parameters, *buffers)
         ctx.set_materialize_grads(False)
         return ys
@@ -59,29 +59,31 @@ class _Block(torch.autograd.Function):
                 "stored activations; set reversible=False"
             )
         saved = [y.detach() for y in ctx.saved_tensors[: ctx.saved_streams]]
-        ys = call.inputs_from(saved) if saved else call.tape.take(call.index, call.block)
+        ys = call.streams_from(saved) if saved else call.tape.take(call.index, call.block)
         del saved
-        grads = [readable(g, last) for g, last in zip(grad_ys, ctx.channels_last, strict=True)]
-        step = Step(trace, ctx.needs_input_grad[1 : 1 + call.inputs])
+        formats = zip(grad_ys, ctx.channels_last, strict=True)
+        grads = [in_stream_format(grad, is_last) for grad, is_last in formats]
+        step = Step(trace, ctx.needs_input_grad[1 : 1 + call.input_count])
+        # Stand-ins: tensors used instead of parameters in the recompute, by the parameters' ids.
         trace.stand_ins = trace.state.stand_ins()
-        with trace.state.restored() as stand_ins:
+        with trace.state.restored() as replaced:
             xs, grad_xs = call.block.backward_step(ys, grads, step)
         if call.index > call.tape.first and call.previous is None:
             call.tape.outputs[call.index - 1] = list(xs)
-        stand_ins |= trace.stand_ins
-        used = [stand_ins.get(id(p), p) for p in call.parameters]
+        replaced |= trace.stand_ins
+        used = [replaced.get(id(p), p) for p in call.parameters]
         return None, *grad_xs, *(step.parameter_grads.get(id(p)) for p in used)
 
 
 def run_by_engine(compute: Callable) -> Callable:
-    """`forward` for callers, around the author's: module hooks (FSDP, users) stay outside."""
+    """Wrap a subclass's `forward` so that calls go through the engine, inside of module hooks."""
 
     @functools.wraps(compute)
-    def forward(self, *xs, place: Place | None = None):
+    def forward(self, *xs, slot: TapeSlot | None = None):
         if type(self).forward is not forward:  # called by a subclass through super()
             return compute(self, *xs)
-        if place is not None:
-            return _call_block(self, compute, place, xs)
+        if slot is not None:
+            return _call_block(self, compute, slot, xs)
         xs = enter(self, xs, self.lattice)
         if not (self.reversible and wants_graph(self)):
             return _call_block(self, compute, (None, 0), xs)
@@ -93,17 +95,17 @@ def run_by_engine(compute: Callable) -> Callable:
 
 
 def wants_graph(chain: nn.Module) -> bool:
-    """Whether blocks get a graph of their own: not inside a transform, which is recomputed."""
+    """Whether to use the engine: grad enabled, not tracing, not in another block's transform."""
     is_replica = getattr(chain, "_is_replica", False)  # DataParallel's hide their parameters
     is_recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
     return torch.is_grad_enabled() and not (is_replica or is_recorded or is_traced())
 
 
-def _call_block(block: nn.Module, compute: Callable, place: Place, xs: Streams) -> Streams:
+def _call_block(block: nn.Module, compute: Callable, slot: TapeSlot, xs: Streams) -> Streams:
     if torch.compiler.is_compiling():  # there is no tape then
         return compute(block, *xs)
     with sharing_draws(block):
-        tape, index = place
+        tape, index = slot
         if tape is None:
             return compute(block, *xs)
         return _call_with_tape(block, compute, tape, index, xs)
@@ -113,7 +115,7 @@ def _call_with_tape(block, compute: Callable, tape: Tape, index: int, xs: Stream
     trace = BlockTrace(block, tape.check)
     parameters = [p for p in trace.state.unique_parameters if p.requires_grad]
     if not parameters and not any(x.requires_grad for x in xs):
-        tape.previous = tape.returned = None
+        tape.previous = tape.returned_identities = None
         with torch.no_grad():
             return compute(block, *xs)
     if tape.first is None:
@@ -123,5 +125,5 @@ def _call_with_tape(block, compute: Callable, tape: Tape, index: int, xs: Stream
     return _Block.apply(call, *xs, *parameters)
 
 
-# The compiler cannot look through the engine. Not torch.compiler.disable, which imports it.
+# Hides the engine from the compiler. torch.compiler.disable would import it here and now.
 _call_block_untraced = torch._disable_dynamo(_call_block)

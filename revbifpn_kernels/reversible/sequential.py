@@ -13,7 +13,7 @@ from .tape import Tape
 class ReversibleSequential(nn.Sequential):
     """A chain of `Reversible` blocks that saves no more for the backward than its last streams.
 
-    `forward(*xs)` returns the tuple of streams of the last block; `inverse(*ys)` takes it back. A
+    `forward(*xs)` returns the tuple of streams of the last block; `inverse(*ys)` the inputs. A
     block may be in it twice, and a hook on a block may read its outputs for another loss, as long
     as the loss depends on the chain's last outputs too.
 
@@ -66,7 +66,7 @@ class ReversibleSequential(nn.Sequential):
     def inverse(self, *ys: Tensor) -> Streams:
         """Return the streams that `forward` was given, on the lattice if there is one.
 
-        Batch norms in training mode normalise by the restored batch and move their statistics.
+        Batch norms in training mode normalise by the restored batch and update their statistics.
         """
         self._check_blocks()
         if any(isinstance(y, (tuple, list)) for y in ys):
@@ -96,11 +96,11 @@ class ReversibleSequential(nn.Sequential):
 
 def _run(chain: ReversibleSequential, xs: Streams, tape: Tape | None) -> Streams:
     for index, block in enumerate(chain):
-        xs = block(*xs, place=(tape, index))
+        xs = block(*xs, slot=(tape, index))
     if tape is not None:
         tape.previous = None  # its calls refer to the tape
     return xs
 
 
-# The compiler cannot look through the engine. Not torch.compiler.disable, which imports it.
+# Hides the engine from the compiler. torch.compiler.disable would import it here and now.
 _run_untraced = torch._disable_dynamo(_run)

@@ -19,8 +19,8 @@ class Rerun:
         self._output = maps_of(output)
         self.output = output.detach()
 
-    def pull(self, grad: Tensor | None) -> Tensor | None:
-        """Return the gradient of the input, collect those of parameters; the graph is freed."""
+    def backward(self, grad: Tensor | None) -> Tensor | None:
+        """Return the gradient of the input and collect those of parameters; frees the graph."""
         output, self._output = self._output, None
         (grad_x,) = self._step.differentiate(self._module, [output], [self._x], [grad])
         return grad_x
@@ -42,7 +42,7 @@ class Step:
         self.parameter_grads: dict[int, Tensor] = {}
 
     def recomputing(self, *, is_reversed: bool = False) -> contextlib.AbstractContextManager:
-        """Transforms run in it repeat the forward; `is_reversed` in the opposite order."""
+        """Inside, transforms reuse what the forward recorded; `is_reversed`: in reverse order."""
         return self.trace.recomputing(is_reversed=is_reversed)
 
     def rerun(
@@ -60,7 +60,7 @@ class Step:
         return Rerun(self, module, leaf, output)
 
     def of_member(self, block: nn.Module, needs_grad: Sequence[bool]) -> "Step":
-        """Return the same step for a block within the block; gradients are collected together."""
+        """Return a Step for an inner block, with the same trace and `parameter_grads`."""
         step = Step(self.trace, needs_grad)
         step.block, step.parameter_grads = block, self.parameter_grads
         return step

@@ -48,11 +48,11 @@ def snap(x: Tensor, lattice: float) -> Tensor:
 
 
 def identity(x: Tensor) -> tuple:
-    """Return what is equal for tensors of the same memory, as long as nobody writes to it."""
+    """Return a key for a tensor's memory, layout and version: equal if nothing was written."""
     storage = x.untyped_storage()._cdata
     return storage, x.storage_offset(), x._version, x.dtype, x.shape, x.stride()
 
 
-def readable(grad: Tensor | None, channels_last: bool) -> Tensor | None:
-    """Return a gradient in the memory format of its stream: kernels read others slowly."""
+def in_stream_format(grad: Tensor | None, channels_last: bool) -> Tensor | None:
+    """Return a gradient in the memory format of its stream; kernels read others slowly."""
     return grad if grad is None or grad.dim() != 4 else in_format(grad, channels_last)

@@ -19,17 +19,18 @@ class Tape:
         self.check = check
         self.first: int | None = None  # the first block that has a graph
         self.outputs: dict[int, list[Tensor]] = {}  # restored, until the block takes them
-        # In the forward the call of the block before, with the inputs that it saves, if it does.
+        # In the forward: the call of the preceding block and the inputs that it saves, if it does.
         self.previous: tuple[BlockCall, Streams] | None = None
-        self.returned: list[tuple] | None = None  # the outputs of the block before, in the forward
+        self.returned_identities: list[tuple] | None = None  # of the preceding block's outputs
 
     def check_inputs(self, index: int, block: nn.Module, xs: Streams) -> None:
         """Raise unless `xs` are what the block before returned: that is what gets restored."""
-        if self.returned is not None and self.returned != [identity(x) for x in xs]:
+        expected = self.returned_identities
+        if expected is not None and expected != [identity(x) for x in xs]:
             raise RuntimeError(
                 f"{type(block).__name__}: the inputs of block {index} are not the outputs of the "
-                "block before, which its backward will take them for; expected hooks that leave "
-                "streams alone: put what changes them in a Reversible of its own"
+                "block before, and the backward would treat them as those outputs; expected hooks "
+                "that leave streams alone: put what changes them in a Reversible of its own"
             )
 
     def take(self, index: int, block: nn.Module) -> list[Tensor]:
@@ -56,27 +57,27 @@ class BlockCall(NamedTuple):
     trace: BlockTrace
     tape: Tape
     index: int
-    inputs: int
+    input_count: int
     parameters: list[Tensor]
-    previous: "BlockCall | None"  # of the block before, if that runs again for this one's inputs
+    previous: "BlockCall | None"  # the block before, if the backward reruns it
 
     def run(self, xs: Sequence[Tensor]) -> Streams:
         return tuple_of_streams(self.block, compute_of(self.block)(self.block, *xs), "forward")
 
-    def saved(self, xs: Streams, ys: Streams) -> Streams:
-        """The streams to save: none if the block after this one will restore the outputs."""
+    def streams_to_save(self, xs: Streams, ys: Streams) -> Streams:
+        """The streams to save; none if the block after this one will restore the outputs."""
         if self.previous is not None:
             return self.tape.previous[1]
         if self.block.keeps_inputs:
             return xs
         return ys if self.index == self.tape.blocks - 1 else ()
 
-    def inputs_from(self, saved: list[Tensor]) -> list[Tensor]:
-        """Recompute the block's inputs by running the previous block again, if it must be."""
+    def streams_from(self, saved: list[Tensor]) -> list[Tensor]:
+        """What `backward_step` takes: `saved`, or what the previous block computes from it."""
         if self.previous is None:
             return saved
         trace = self.previous.trace
-        xs = self.previous.inputs_from(saved)
+        xs = self.previous.streams_from(saved)
         with trace.state.restored(), trace.recomputing(), torch.no_grad():
             return list(self.previous.run(xs))
 

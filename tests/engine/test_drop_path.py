@@ -6,7 +6,7 @@ from mbconvs import make
 from operators import Operators
 
 from revbifpn_kernels import RevBlock
-from revbifpn_kernels.mbconv.drop_path import DropPath, sample_factors
+from revbifpn_kernels.mbconv.drop_path import DropPath, drop_factors
 from revbifpn_kernels.reversible.recompute import sharing_draws
 
 
@@ -37,13 +37,13 @@ def test_a_transform_that_runs_more_often_draws_again():
     like = torch.zeros(1)
     block = torch.nn.Sequential(DropPath(0.5), DropPath(0.5))
     with sharing_draws(block), Operators() as operators:
-        rows = [sample_factors(0.5, 64, like) for _ in range(5)]
+        rows = [drop_factors(0.5, 64, like) for _ in range(5)]
     assert drawn_shapes(operators) == [(2, 64)] * 3
     assert all(not torch.equal(a, b) for k, a in enumerate(rows) for b in rows[:k])
 
 
 def test_means_are_preserved():
-    factors = sample_factors(0.2, 20_000, torch.zeros(1, dtype=torch.float64))
+    factors = drop_factors(0.2, 20_000, torch.zeros(1, dtype=torch.float64))
     assert set(factors.tolist()) == {0.0, 1.25}
     assert abs(factors.mean() - 1) < 0.02
 

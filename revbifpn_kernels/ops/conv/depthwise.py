@@ -35,7 +35,7 @@ def depthwise_weight_grad_reference(
     return torch.nn.grad.conv2d_weight(x, shape, grad, stride, padding, groups=channels)
 
 
-# CPU: csrc/conv/depthwise_{input,weight}_grad.cpp; dW in float32 or float64.
+# The CPU's kernels: csrc/conv/depthwise_{input,weight}_grad.cpp; dW in float32 or float64.
 library.define(
     "depthwise_input_grad(Tensor grad, Tensor weight, int height, int width, int stride, "
     "int padding) -> Tensor"

@@ -27,7 +27,7 @@ def pointwise_conv_backward_reference(
     )
 
 
-# CPU: csrc/conv/pointwise_conv.cpp.
+# The CPU's kernel is registered in csrc/conv/pointwise_conv.cpp.
 library.define("pointwise_conv(Tensor x, Tensor weight) -> Tensor")
 library.define("pointwise_conv_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor)")
 

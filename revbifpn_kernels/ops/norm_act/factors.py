@@ -65,7 +65,7 @@ def norm_factors_cuda(mean, invstd, weight, bias, kept, samples) -> tuple[Tensor
     return scale, shift
 
 
-# Key CPU: csrc/norm_act/factors.cpp.
+# The CPU's kernel is registered in csrc/norm_act/factors.cpp.
 library.define(
     "norm_factors(Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor? kept, "
     "int samples) -> (Tensor, Tensor)"

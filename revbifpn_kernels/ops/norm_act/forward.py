@@ -111,7 +111,7 @@ def _norm_act_means_cuda(x, *arguments) -> Tensor:
     return means[0] if len(means) == 1 else means.sum(0)
 
 
-# Key CPU: csrc/norm_act/forward.cpp.
+# The CPU's kernel is registered in csrc/norm_act/forward.cpp.
 library.define(f"norm_act({NORM}, Tensor? gate, str act) -> Tensor")
 library.define(f"norm_act_means({NORM}, str act) -> Tensor")
 library.impl("norm_act", _norm_act_cuda, "CUDA")

@@ -274,7 +274,7 @@ def norm_act_grad_cuda(
     return filled(result, dx), dweight, dbias
 
 
-# Key CPU: csrc/norm_act/gradient.cpp.
+# The CPU's kernel is registered in csrc/norm_act/gradient.cpp.
 # (2, N, C): Σ g·act′(z), Σ g·act′(z)·xc over the pixels; with `gated` (5, N, C): Σ act′(z),
 # Σ act′(z)·xc and Σ g·act(z), the gate's gradient, too.
 library.define(f"norm_act_sums(Tensor grad, {NORM}, str act, bool gated) -> Tensor")

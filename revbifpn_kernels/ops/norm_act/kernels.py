@@ -13,7 +13,7 @@ Sums are gathered in a fixed order, without atomics: the same bits on every run.
 import triton
 import triton.language as tl
 
-# Arguments that vary with the batch: compiled for any value, so a new batch is no new kernel.
+# Arguments that vary with the batch: not specialised on, so a new batch size does not recompile.
 COUNTS = ("N", "C", "pixels", "blocks", "chunks", "images", "chunk", "parts")
 
 

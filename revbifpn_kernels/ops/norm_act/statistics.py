@@ -1,7 +1,7 @@
 """The mean and 1/√(variance + eps) of each channel of a batch.
 
 Reads x once, in two launches on GPUs: programs reduce parts of a channel, then the parts are
-combined. Running statistics move as in torch.nn.functional.batch_norm, and `batches` counts up.
+combined. Running statistics change as by torch.nn.functional.batch_norm, and `batches` counts up.
 """
 
 import math
@@ -84,10 +84,10 @@ def load_parts(parts_ptr, first, parts, c, C, shift, PARTS: tl.constexpr):
 
 
 @triton.jit
-def move_running(ptr, c, mask, value, momentum):
+def update_running(ptr, c, mask, value, momentum):
     running = tl.load(ptr + c, mask=mask, other=0.0).to(tl.float32)
-    moved = tl.fma(value, momentum, running * (1.0 - momentum))
-    tl.store(ptr + c, moved.to(ptr.dtype.element_ty), mask=mask)
+    updated = tl.fma(value, momentum, running * (1.0 - momentum))
+    tl.store(ptr + c, updated.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -95,7 +95,7 @@ def _batch_statistics_combine_kernel(
     mean_ptr, invstd_ptr, running_mean_ptr, running_var_ptr, batches_ptr, parts_ptr,
     eps, momentum, elements, unbiased, C, parts, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and invstd from the parts by Chan's formula; running statistics and `batches` move.
+    """Mean and invstd from the parts by Chan's formula; updates running statistics, `batches`.
 
     A channel has `elements` of them, and `unbiased` = elements / (elements − 1).
     """
@@ -119,9 +119,9 @@ def _batch_statistics_combine_kernel(
     tl.store(mean_ptr + c, mean, mask=mask_c)
     tl.store(invstd_ptr + c, invstd, mask=mask_c)
     if running_mean_ptr is not None:
-        move_running(running_mean_ptr, c, mask_c, mean, momentum)
+        update_running(running_mean_ptr, c, mask_c, mean, momentum)
     if running_var_ptr is not None:
-        move_running(running_var_ptr, c, mask_c, var * unbiased, momentum)
+        update_running(running_var_ptr, c, mask_c, var * unbiased, momentum)
     if batches_ptr is not None:
         if tl.program_id(0) == 0:
             tl.store(batches_ptr, tl.load(batches_ptr) + 1)
@@ -167,7 +167,7 @@ def _batch_statistics_cuda(x, eps, running_mean, running_var, batches, momentum)
     return mean, invstd
 
 
-# Key CPU: csrc/norm_act/statistics.cpp.
+# The CPU's kernel is registered in csrc/norm_act/statistics.cpp.
 library.define(
     "batch_statistics(Tensor x, float eps, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     "Tensor(c!)? batches, float momentum) -> (Tensor, Tensor)"

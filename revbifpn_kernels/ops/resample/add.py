@@ -1,7 +1,8 @@
 """y = x + α·Σ_k R_k(s_k): RevSilo's fusion and, with −α, its inverse, in one pass.
 
-Reads x and each source once and writes y once: (2 + Σ 1/f_k²)·E elements for factors f_k, where
-eager PyTorch moves 4E per source through its intermediates. In place it allocates nothing.
+Reads x and each source once and writes y once: (2 + Σ 1/f_k²)·E elements, for E elements of x and
+sources whose sides are 1/f_k of x's. Eager PyTorch moves 4E per source through its intermediates.
+In place it allocates nothing.
 """
 
 import functools
@@ -57,7 +58,7 @@ def _resample_add_cells_kernel(
     mask, cell = locate_cells(lanes, C, cells_h, cells_w, chain, BLOCK, CHANNELS_LAST)
     plane = cell[0] * C + cell[1]
     scaling = load_scaling(scale_ptrs, shift_ptrs, plane, len(FACTORS), HAS_SCALES)
-    # A loop that runs once would still cost registers.
+    # With one cell per lane, a constant bound removes the loop and its registers.
     for step in range(chain if CHAINED else 1):
         add_cells(
             y_ptr, y_strides, Y_UNIT, x_ptr, x_strides, X_UNIT,
@@ -97,7 +98,10 @@ def _plan(
     has_scales: bool,
     has_lattice: bool,
 ) -> Launch:
-    """Cached: planning took 81 µs per call, a look-up 11 (2 busy Xeon cores, 2026-11-23)."""
+    """The launch on cells if they fit, else per element.
+
+    Cached: planning took 81 µs per call, a look-up 11 (2 busy Xeon cores, 2026-11-23).
+    """
     maps, flags = {"x": x, "y": y}, {"HAS_SCALES": has_scales, "HAS_LATTICE": has_lattice}
     cells = cut_into_cells([x, y], sources, chain_large_cells=False)
     if cells is None:
@@ -147,13 +151,13 @@ def _resample_add_cuda_(x, sources, scales, shifts, *options) -> None:
     _resample_add_out_cuda(x, sources, scales, shifts, x, *options)
 
 
-# Not `mode`: PyTorch's functionalisation of in-place ops has an argument of that name.
+# Called `interpolation`: `mode` would clash with an argument of PyTorch's functionalisation.
 SOURCES = "Tensor[] sources, Tensor[] scales, Tensor[] shifts"
 OPTIONS = "float alpha, str interpolation, float? lattice"
 library.define(f"resample_add(Tensor x, {SOURCES}, {OPTIONS}) -> Tensor")
 library.define(f"resample_add_(Tensor(a!) x, {SOURCES}, {OPTIONS}) -> ()")
 library.define(f"resample_add_out(Tensor x, {SOURCES}, Tensor(a!) out, {OPTIONS}) -> ()")
-# Key CPU: csrc/resample/add.cpp.
+# The CPU's kernel is registered in csrc/resample/add.cpp.
 library.impl("resample_add", _resample_add_cuda, "CUDA")
 library.impl("resample_add_", _resample_add_cuda_, "CUDA")
 library.impl("resample_add_out", _resample_add_out_cuda, "CUDA")
@@ -257,13 +261,13 @@ def resample_add(
         sources: 1 to 8 maps (N, C, h_k, w_k). Smaller ones are enlarged (`mode`), those of x's size
             added as they are, those larger by whole factors averaged. Of x's dtype, or half
             precision beside float32.
-        scales, shifts: Where given, scale_k[:, :, None, None] * s_k + shift_k[:, :, None, None],
-            never written, stands for s_k. Contiguous, float32 (float64 beside a float64 x).
+        scales, shifts: If given, scale_k[:, :, None, None] * s_k + shift_k[:, :, None, None],
+            computed while s_k is read, replaces it. Contiguous, float32 (float64 for a float64 x).
         alpha: Factor of the sum.
         mode: "bilinear" (`align_corners=False`) or "nearest".
         lattice: A power of two; α·Σ R is rounded to a multiple of it. If x lies on the lattice and
             |y| < 2²⁴·lattice, a float32 x adds exactly and −α restores it bit for bit (−0 as 0).
-            Not checked. A half-precision x has too few bits for the promise.
+            Neither is checked. bfloat16 and float16 have too few bits for this.
 
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it. Nothing is written.

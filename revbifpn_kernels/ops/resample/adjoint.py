@@ -130,7 +130,7 @@ library.define(
     "resample_adjoint(Tensor grad, SymInt[] sizes, float alpha, str interpolation, "
     "ScalarType dtype) -> Tensor[]"
 )
-# Key CPU: csrc/resample/adjoint.cpp.
+# The CPU's kernel is registered in csrc/resample/adjoint.cpp.
 library.impl("resample_adjoint", _resample_adjoint_cuda, "CUDA")
 
 
@@ -150,15 +150,15 @@ def _setup_context(ctx, inputs, output):
     ctx.shape, ctx.dtype = grad.shape, grad.dtype
 
 
-def fuse_cotangents(cotangents, shape, dtype, alpha, mode) -> Tensor:
-    """α·Σ_k R_k(cotangent_k), (N, C, H, W): the backward of α·R_kᵀ, whose adjoint is α·R_k."""
-    zeros = empty_maps(cotangents[0], shape[2:], dtype).zero_()
-    return torch.ops.revbifpn.resample_add(zeros, cotangents, [], [], alpha, mode, None)
+def fuse_gradients(result_grads, shape, dtype, alpha, mode) -> Tensor:
+    """α·Σ_k R_k(result_grad_k), (N, C, H, W): the backward of all α·R_kᵀ, with adjoint α·R_k."""
+    zeros = empty_maps(result_grads[0], shape[2:], dtype).zero_()
+    return torch.ops.revbifpn.resample_add(zeros, result_grads, [], [], alpha, mode, None)
 
 
-def _backward(ctx, cotangents):
-    present = [cotangent for cotangent in cotangents if cotangent is not None]
-    grad = fuse_cotangents(present, ctx.shape, ctx.dtype, ctx.alpha, ctx.mode) if present else None
+def _backward(ctx, result_grads):
+    present = [grad for grad in result_grads if grad is not None]
+    grad = fuse_gradients(present, ctx.shape, ctx.dtype, ctx.alpha, ctx.mode) if present else None
     return grad, None, None, None, None
 
 

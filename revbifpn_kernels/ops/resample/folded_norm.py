@@ -1,8 +1,8 @@
-"""Fusions that apply the last norm of a transform while they read what it returns.
+"""`resample_add` and `resample_undo` that apply a transform's last batch norm while they read it.
 
 The transform then returns a `ScaledSource`, which stands for scale · maps + shift, so the normed
-map is never written. In the graph the gradient of its maps is that of this whole expression: the
-adjoint of resampling gives it, and the transform's own gradient starts from it.
+map is never written. The gradient passed back to `maps` is the gradient w.r.t. scale · maps +
+shift, not w.r.t. `maps`; the transform's backward applies the norm's own gradient to it.
 """
 
 from collections.abc import Sequence
@@ -37,35 +37,35 @@ def maps_of(source: Source) -> Tensor:
 
 def fuse(x: Tensor, sources: Sequence[Source], **options) -> Tensor:
     """`resample_add` of sources some of which may be scaled; differentiable."""
-    maps, factors = _maps_and_factors(sources)
-    if not factors:
+    maps, scaling = _maps_and_scaling(sources)
+    if not scaling:
         return resample_add(x, maps, **options)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *maps)):
-        return _Fusion.apply(x, factors, options, *maps)
-    return resample_add(x, maps, **factors, **options)
+        return _Fusion.apply(x, scaling, options, *maps)
+    return resample_add(x, maps, **scaling, **options)
 
 
 def fuse_out(x: Tensor, sources: Sequence[Source], out: Tensor, **options) -> None:
-    """`fuse` into `out`; no autograd."""
-    maps, factors = _maps_and_factors(sources)
-    resample_add_out(x, maps, out, **factors, **options)
+    """Write `fuse(x, sources, …)` into `out`; no autograd."""
+    maps, scaling = _maps_and_scaling(sources)
+    resample_add_out(x, maps, out, **scaling, **options)
 
 
 def undo(
     y: Tensor, grad: Tensor, sources: Sequence[Source], **options
 ) -> tuple[Tensor, list[Tensor]]:
-    """`resample_undo` of a fusion; the gradients are those of the scaled sources."""
-    maps, factors = _maps_and_factors(sources)
-    return resample_undo(y, grad, maps, **factors, **options)
+    """`resample_undo` of a fusion; the gradients are w.r.t. the scaled sources."""
+    maps, scaling = _maps_and_scaling(sources)
+    return resample_undo(y, grad, maps, **scaling, **options)
 
 
 class _Fusion(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, factors: dict, options: dict, *maps: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, scaling: dict, options: dict, *maps: Tensor) -> Tensor:
         ctx.alpha, ctx.mode = options.get("alpha", 1.0), options.get("mode", "bilinear")
         ctx.channels_last = Geometry.of(x).channels_last
-        save_for_gradients(ctx, maps, [], [])  # as if they were the scaled sources
-        return resample_add(x, maps, **factors, **options)
+        save_for_gradients(ctx, maps, [], [])  # no scales: gradients w.r.t. the scaled sources
+        return resample_add(x, maps, **scaling, **options)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -74,8 +74,8 @@ class _Fusion(torch.autograd.Function):
         return grad, None, None, *source_gradients(ctx, grad, needed, ctx.alpha)[0]
 
 
-def _maps_and_factors(sources: Sequence[Source]) -> tuple[list[Tensor], dict]:
-    """The maps, and scales and shifts of all if any has some."""
+def _maps_and_scaling(sources: Sequence[Source]) -> tuple[list[Tensor], dict]:
+    """The maps; if any source is scaled, also scales and shifts, 1 and 0 for the others."""
     maps = [maps_of(source) for source in sources]
     scaled = [source for source in sources if isinstance(source, ScaledSource)]
     if not scaled:

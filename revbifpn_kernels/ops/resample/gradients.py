@@ -9,7 +9,7 @@ from .reference import on_planes
 
 
 def save_for_gradients(ctx, sources, scales, shifts) -> None:
-    """Save what `source_gradients` needs: without scales sizes and dtypes, which are no tensors."""
+    """Save what `source_gradients` needs: without scales only sizes and dtypes, no tensor."""
     ctx.sizes = [tuple(source.shape[2:]) for source in sources]
     ctx.dtypes = [source.dtype for source in sources]
     ctx.has_scales = len(scales) > 0
@@ -36,7 +36,7 @@ def source_gradients(
     of_sources, of_scales, of_shifts = [None] * count, [None] * count, [None] * count
     sources, scales = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
     sums_dtype = torch.promote_types(grad.dtype, torch.float32)
-    # R keeps a constant as it is, so a shift's gradient does not depend on the source's size.
+    # R of a constant map is that constant, so a shift's gradient is α times the plain sum.
     sums = grad.sum((2, 3), dtype=sums_dtype) if any(needed[2]) else None
     for k, total in enumerate(totals):
         if needed[0][k]:

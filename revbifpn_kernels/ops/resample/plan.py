@@ -1,4 +1,7 @@
-"""Launch plans of the resampling ops: on cells along the fast path, else one lane per element."""
+"""Launch plans of the resampling ops: a lane per chain of cells on the fast path, else per element.
+
+A lane is one entry of a Triton block.
+"""
 
 import itertools
 import struct
@@ -12,7 +15,7 @@ from ..launch import Launch
 from ..layout import Geometry
 from ..tiling import BLOCK, INT32_MAX, Cells, strides_in_units
 
-# Arguments that vary with the batch: compiled for any value, so a new batch is no new kernel.
+# Arguments that vary with the batch: not specialised on, so a new batch size does not recompile.
 CELL_COUNTS = ("lanes", "C", "cells_h", "cells_w", "chain")
 ELEMENT_COUNTS = ("elements", "N", "C", "H", "W")
 
@@ -21,16 +24,16 @@ def plan_cells(
     kernel: Any,
     cells: Cells,
     maps: dict[str, Geometry],
-    small: dict[str, tuple[Geometry, ...]],
+    resampled: dict[str, tuple[Geometry, ...]],
     mode: str,
     **constants: Any,
 ) -> Launch:
-    """The launch of `kernel` on cells of `maps` and of the lists of smaller maps, by name."""
+    """The launch of `kernel` on cells; the names of the maps are prefixes of its arguments."""
     units, args = {}, {}
     for name, geometry in maps.items():
         unit, strides = strides_in_units(geometry, cells.channels_last)
         units[f"{name.upper()}_UNIT"], args[f"{name}_strides"] = unit, strides
-    for name, geometries in small.items():
+    for name, geometries in resampled.items():
         pairs = (strides_in_units(geometry, cells.channels_last) for geometry in geometries)
         units[f"{name.upper()}_UNITS"], args[f"{name}_strides"] = zip(*pairs, strict=True)
     counts = {
@@ -56,7 +59,7 @@ def plan_elements(
     kernel: Any,
     maps: dict[str, Geometry],
     name: str,
-    small: Sequence[Geometry],
+    resampled: Sequence[Geometry],
     mode: str,
     elements: int,
     args: dict[str, Any],
@@ -66,15 +69,16 @@ def plan_elements(
 ) -> Launch:
     """The launch of `kernel` with a lane per element, for maps of any sizes and strides.
 
-    The smaller maps `small` are called `name`; there are `elements` lanes in each of the `passes`.
+    `name` is the prefix of the arguments for the `resampled` maps. The grid is (blocks of
+    `elements` lanes, *passes).
     """
     full = next(iter(maps.values()))
     _, C, H, W = full.shape
-    sizes = tuple(geometry.shape[2:] for geometry in small)
+    sizes = tuple(geometry.shape[2:] for geometry in resampled)
     longest = max(H, W, *itertools.chain(*sizes))
     fits_int32 = longest < 2**14 and elements + BLOCK <= INT32_MAX
     strides = {f"{key}_strides": geometry.strides for key, geometry in maps.items()}
-    strides[f"{name}_strides"] = tuple(geometry.strides for geometry in small)
+    strides[f"{name}_strides"] = tuple(geometry.strides for geometry in resampled)
     ratios = tuple(_size_ratios(size, (H, W)) for size in sizes)
     sides = {f"{name}_sizes": sizes, "size_ratios": ratios, "C": C, "H": H, "W": W}
     kinds = {

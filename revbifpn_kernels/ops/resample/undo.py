@@ -19,7 +19,7 @@ from ..layout import Geometry
 from ..library import library
 from ..tiling import cut_into_cells
 from .add import OPTIONS, SOURCES, fusion_operands, plan_resample_add, resample_add_reference
-from .adjoint import fuse_cotangents, plan_resample_adjoint, resample_adjoint_reference
+from .adjoint import fuse_gradients, plan_resample_adjoint, resample_adjoint_reference
 from .gradients import save_for_gradients, source_gradients
 from .kernels.add import add_cells
 from .kernels.adjoint import adjoint_cells
@@ -28,10 +28,11 @@ from .plan import CELL_COUNTS, plan_cells
 
 
 def resample_undo_reference(
-    y, grad, sources, *, alpha=1.0, mode="bilinear", **factors_and_lattice
+    y, grad, sources, *, scales=None, shifts=None, alpha=1.0, mode="bilinear", lattice=None
 ) -> tuple[Tensor, list[Tensor]]:
     """The specification in plain PyTorch."""
-    x = resample_add_reference(y, sources, alpha=-alpha, mode=mode, **factors_and_lattice)
+    options = {"scales": scales, "shifts": shifts, "mode": mode, "lattice": lattice}
+    x = resample_add_reference(y, sources, alpha=-alpha, **options)
     sizes = [tuple(source.shape[2:]) for source in sources]
     grads = resample_adjoint_reference(grad, sizes, alpha=alpha, mode=mode)
     return x, [g.to(source.dtype) for g, source in zip(grads, sources, strict=True)]
@@ -78,15 +79,15 @@ def _plan(
     cells = cut_into_cells([x, y, grad], sources, results, chain_large_cells=True)
     if cells is None:
         return None
-    maps, small = {"x": x, "y": y, "grad": grad}, {"source": sources, "result": results}
+    maps, resampled = {"x": x, "y": y, "grad": grad}, {"source": sources, "result": results}
     flags = {"HAS_SCALES": has_scales, "HAS_LATTICE": has_lattice}
-    return plan_cells(_resample_undo_cells_kernel, cells, maps, small, mode, **flags)
+    return plan_cells(_resample_undo_cells_kernel, cells, maps, resampled, mode, **flags)
 
 
 def plan_resample_undo(
     x, results, y, grad, sources, scales, shifts, alpha, mode, lattice
 ) -> list[tuple[Launch, dict]]:
-    """The launch that restores x and computes all results, and its operands; two if not fast."""
+    """One fused launch with its operands, or off the fast path two: add, then adjoint."""
     launch = _plan(
         *(Geometry.of(tensor) for tensor in (x, y, grad)),
         tuple(Geometry.of(source) for source in sources),
@@ -111,7 +112,7 @@ def _resample_undo_cuda(y, grad, sources, *arguments) -> tuple[Tensor, list[Tens
 
 
 library.define(f"resample_undo(Tensor y, Tensor grad, {SOURCES}, {OPTIONS}) -> (Tensor, Tensor[])")
-# Key CPU: csrc/resample/undo.cpp.
+# The CPU's kernel is registered in csrc/resample/undo.cpp.
 library.impl("resample_undo", _resample_undo_cuda, "CUDA")
 
 
@@ -133,15 +134,15 @@ def _setup_context(ctx, inputs, output):
     save_for_gradients(ctx, sources, scales, shifts)
 
 
-def _backward(ctx, grad_x, cotangents):
-    """x = y − α·Σ R_k(s_k) is a fusion; each ds_k = α·R_kᵀ(grad) has R_k as its adjoint."""
+def _backward(ctx, grad_x, result_grads):
+    """x as `resample_add` with −α; ds_k = α·R_kᵀ(grad) is linear in grad, with adjoint α·R_k."""
     needed = ctx.needs_input_grad[2:5]
     grad_grad, grads = None, [[None] * len(entries) for entries in needed]
     if grad_x is not None:
         grads = source_gradients(ctx, grad_x, needed, alpha=-ctx.alpha)
-    present = [cotangent for cotangent in cotangents if cotangent is not None]
+    present = [grad for grad in result_grads if grad is not None]
     if present:
-        grad_grad = fuse_cotangents(present, ctx.shape, ctx.dtype, ctx.alpha, ctx.mode)
+        grad_grad = fuse_gradients(present, ctx.shape, ctx.dtype, ctx.alpha, ctx.mode)
     return grad_x, grad_grad, *grads, None, None, None
 
 

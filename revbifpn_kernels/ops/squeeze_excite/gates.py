@@ -127,7 +127,7 @@ def squeeze_excite_gates_backward_cuda(grad_gates, means, *network) -> tuple[Ten
     return grads
 
 
-# Key CPU: csrc/squeeze_excite/gates.cpp.
+# The CPU's kernel is registered in csrc/squeeze_excite/gates.cpp.
 NETWORK = (
     "Tensor means, Tensor reduce_weight, Tensor reduce_bias, Tensor expand_weight, "
     "Tensor expand_bias, str act"

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..norm_act.kernels import activate, activate_with_slope
 
-# The batch: compiled for any value, so a new batch is no new kernel.
+# The batch: not specialised on, so a new batch size does not recompile.
 COUNTS = ("N",)
 
 

@@ -27,7 +27,7 @@ def norm_act_excite_grad_cuda(
 
 
 # Those of x, weight and bias, as in `norm_act_grad`, then of the network's parameters.
-# Key CPU: csrc/squeeze_excite/gates.cpp.
+# The CPU's kernel is registered in csrc/squeeze_excite/gates.cpp.
 library.define(
     f"norm_act_excite_grad(Tensor grad, {NORM}, Tensor gate, {NETWORK}, str squeeze_act, "
     "bool is_batch) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"

@@ -1,4 +1,4 @@
-"""Batch norm: running statistics move in the forward alone, and on large maps the recompute reuses
+"""Batch norm: only the forward updates running statistics, and on large maps the recompute reuses
 the batch's mean and inverse standard deviation instead of reducing again.
 
 Forward and recompute round alike, bit for bit, and like `torch.nn.functional.batch_norm` on CPUs.
@@ -83,7 +83,7 @@ def _batch_norm(
     is_large = input.numel() >= SMALL
     if recorder.is_recording:
         y, *found = torch.native_batch_norm(input, weight, bias, *running, True, momentum, eps)
-        recorder.save(Statistics(*found) if is_large else None, moved=running)
+        recorder.save(Statistics(*found) if is_large else None, updated=running)
         return y
     if is_large:
         mean, invstd, _ = recorder.saved(Statistics)
@@ -106,7 +106,7 @@ def _torch_batch_norm(recorder, x, weight, bias, mean, var, training, momentum, 
 def _instance_norm(recorder, input, running_mean=None, running_var=None, *args, **kwargs):
     if running_mean is not None and kwargs.get("use_input_stats", True):
         if recorder.is_recording:
-            recorder.save(None, moved=(running_mean, running_var))
+            recorder.save(None, updated=(running_mean, running_var))
         else:
             running_mean = running_var = None
     return F.instance_norm(input, running_mean, running_var, *args, **kwargs)
@@ -122,7 +122,7 @@ def _gather_statistics(
         input, means, invstds, running_mean, running_var, momentum, eps, counts
     )
     statistics = Statistics(mean, invstd, counts.view(-1, 1).to(torch.int32))
-    recorder.save(statistics, moved=(running_mean, running_var))
+    recorder.save(statistics, updated=(running_mean, running_var))
     return mean, invstd
 
 
@@ -163,7 +163,7 @@ def _group_of(norm: nn.SyncBatchNorm) -> dist.ProcessGroup:
     return norm.process_group or dist.group.WORLD
 
 
-# They move running statistics without a new version, so that nobody could tell.
+# They update running statistics without a new version, which the engine could not notice.
 HIDDEN = frozenset(
     "native_batch_norm _native_batch_norm_legit _batch_norm_impl_index _batch_norm_with_update "
     "cudnn_batch_norm miopen_batch_norm batch_norm_update_stats batch_norm_gather_stats".split()

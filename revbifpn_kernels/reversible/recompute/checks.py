@@ -46,7 +46,7 @@ def check_inverse(
             hint = "; with a lattice, bit for bit: add by resample_add(…, lattice=self.lattice)"
             raise RuntimeError(
                 f"{type(block).__name__}: inverse returns input {k} with an error of "
-                f"{error:.3g}; expected it to take forward back (transforms called in the opposite "
+                f"{error:.3g}; expected the input itself (transforms called in the opposite "
                 f"order, with the same inputs){hint if is_exact else ''}"
             )
 

@@ -1,4 +1,4 @@
-"""How calls inside a transform are watched: by a `TorchFunctionMode`, which is local to its thread.
+"""Watch the torch calls inside a transform by a `TorchFunctionMode`, which is local to its thread.
 
 A compiled or scripted transform hides its calls: its running statistics are put back after the
 recompute, and the generators' states are saved whenever it trains.
@@ -18,7 +18,7 @@ from .module_state import parts_of, running_statistics
 
 _thread = threading.local()
 _kinds: dict = {}
-# Layers of torch.nn that neither draw nor normalise by batch statistics.
+# Layers of torch.nn that neither draw random numbers nor normalise by batch statistics.
 _SILENT_LAYERS = {
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linear),
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU),
@@ -30,15 +30,15 @@ _SILENT_LAYERS = {
 
 
 class CallRecord:
-    """What one call of a transform drew, measured and decided in the forward, in order."""
+    """What one call of a transform drew, measured and decided in the forward, each in order."""
 
-    __slots__ = ("decisions", "events", "is_checkpointed", "moved", "parts")
+    __slots__ = ("decisions", "events", "is_checkpointed", "updated", "parts")
 
     def __init__(self, module: nn.Module) -> None:
         self.parts = parts_of(module)
-        self.is_checkpointed = False  # a checkpoint would run the recompute a second time
+        self.is_checkpointed = False  # torch.utils.checkpoint would run the recompute again
         self.events: list = []  # Tensor, SavedGenerator, Statistics, SavedStages
-        self.moved: list[Tensor] = []  # running statistics and counters that the forward moved
+        self.updated: list[Tensor] = []  # running statistics and counters that the forward updated
         self.decisions: list = []
 
 
@@ -105,11 +105,11 @@ class RecordMode(TorchFunctionMode):
         self.record.decisions.append(decision)
         return decision
 
-    def save(self, event, moved: Iterable[Tensor | None]) -> None:
-        """Save `event` for the recompute, which must not move the buffers `moved` again."""
+    def save(self, event, updated: Iterable[Tensor | None]) -> None:
+        """Save `event` for the recompute, which must not change the buffers in `updated` again."""
         if event is not None:
             self.record.events.append(event)
-        self.record.moved += [buffer for buffer in moved if buffer is not None]
+        self.record.updated += [buffer for buffer in updated if buffer is not None]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -122,18 +122,18 @@ class RecordMode(TorchFunctionMode):
             return batch_norm.NORMS[func](self, *args, **kwargs)
         if kind == "hidden norm":
             raise NotRepeatable(
-                f"calls {func.__name__}, whose running statistics would move twice; expected "
+                f"calls {func.__name__}, whose running statistics would be updated twice; expected "
                 "torch.nn.functional's batch_norm or instance_norm"
             )
         if id(args[0]) in self.counters:
-            self.record.moved.append(args[0])
+            self.record.updated.append(args[0])
         return func(*args, **kwargs)
 
 
 class ReplayMode(TorchFunctionMode):
     """Repeats what the forward wrote to `record`, in its order.
 
-    `stand_ins` take the place of parameters, by id, whose hooks must not see the inner gradient.
+    `stand_ins`, by id, replace parameters whose hooks must not see the inner gradient.
     """
 
     is_recording, is_watching = False, False
@@ -169,7 +169,7 @@ class ReplayMode(TorchFunctionMode):
             return rng.repeat_draw(self.events, func, args, kwargs)
         if kind == "norm":
             return batch_norm.NORMS[func](self, *args, **kwargs)
-        if kind == "count" and any(args[0] is counter for counter in self.record.moved):
+        if kind == "count" and any(args[0] is counter for counter in self.record.updated):
             return args[0]
         return func(*args, **kwargs)
 
@@ -200,13 +200,13 @@ def _substituted(values, stand_ins: Mapping[int, Tensor]):
 
 
 def _is_checkpointed() -> bool:
-    """Whether calls are in `torch.utils.checkpoint(…, use_reentrant=False)`, within a backward."""
+    """Whether this runs inside `torch.utils.checkpoint(…, use_reentrant=False)` in a backward."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook")
 
 
 def _kind_of(func) -> str | None:
-    """What is special about a torch function: "draw", "norm", "hidden norm", "count" or nothing."""
+    """What a torch function is: "draw", "norm", "hidden norm", "count", or None if none of them."""
     try:
         return _kinds[func]
     except KeyError:
@@ -224,9 +224,9 @@ def _kind_of(func) -> str | None:
 
 def record_opaque(record: CallRecord, function: Callable, x: tuple):
     """Return `function(*x)`, a transform whose calls cannot be seen; save generators' states."""
-    record.moved += running_statistics(record.parts)
+    record.updated += running_statistics(record.parts)
     is_training = any(part.training for part in record.parts)
-    # A CUDA graph cannot contain states; without layers that drop, none is needed.
+    # A CUDA graph cannot save generator states; without dropout layers none is needed.
     if is_training and (not rng.is_capturing() or _may_drop(record.parts)):
         devices = {torch.device("cpu"), *(tensor.device for tensor in x)}
         generators = map(rng.generator_on, devices)
@@ -243,7 +243,7 @@ def replay_opaque(record: CallRecord, function: Callable, x: tuple):
             return function(*x)
     finally:
         for buffer, value in zip(buffers, before, strict=True):
-            buffer.data.copy_(value)  # past the version: the graph saved it, but does not read it
+            buffer.data.copy_(value)  # keeps the version: the graph saved it, but does not read it
 
 
 def _may_drop(parts: Sequence[nn.Module]) -> bool:

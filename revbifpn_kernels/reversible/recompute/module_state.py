@@ -63,13 +63,13 @@ class ModuleState:
     def unique_parameters(self) -> list[Tensor]:
         return list({id(slot.tensor): slot.tensor for slot in self.parameters}.values())
 
-    def buffers_read(self, moved: Sequence[Tensor]) -> list[Tensor]:
-        """Return the buffers that the forward may have read; `moved` ones change in every step.
+    def buffers_read(self, updated: Sequence[Tensor]) -> list[Tensor]:
+        """Return the buffers that the forward may have read; `updated` ones change in every step.
 
         Raises:
             RuntimeError: The forward changed another buffer, so that the recompute would differ.
         """
-        moved_ids = {id(buffer) for buffer in moved}
+        moved_ids = {id(buffer) for buffer in updated}
         read = [pair for pair in self.buffers if id(pair[0].tensor) not in moved_ids]
         for slot, version in read:
             if slot.tensor._version != version:
@@ -87,7 +87,7 @@ class ModuleState:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[dict[int, Tensor]]:
-        """Give the modules this state again; yields by ids what parameters were replaced by."""
+        """Give the modules this state again; yields what replaces each parameter, by its id."""
         if self._is_current():
             yield {}
             return
@@ -168,7 +168,7 @@ def is_opaque(module: nn.Module) -> bool:
 
 
 def running_statistics(parts: Sequence[nn.Module]) -> list[Tensor]:
-    """The buffers that norms in training mode move whenever a module of these parts runs."""
+    """The buffers that norms in training mode update whenever one of these modules runs."""
     return [
         buffer
         for norm in parts

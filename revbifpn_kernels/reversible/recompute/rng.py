@@ -17,7 +17,7 @@ from .checks import NotRepeatable
 
 SMALL = 4096  # elements; the state of the CPU's generator takes as much memory as 1264 floats
 
-# Python functions of torch.nn.functional, whose calls inside are not seen one by one.
+# Functions of torch.nn.functional that draw; the draws inside them are not seen one by one.
 _DRAWING_FUNCTIONS = {
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
     *(F.fractional_max_pool2d, F.fractional_max_pool2d_with_indices),
@@ -115,7 +115,7 @@ def generator_on(device: torch.device) -> torch.Generator:
 
 
 def _draws_nothing(kwargs) -> bool:
-    """Whether the call is switched off: modules pass these by name to torch.nn.functional."""
+    """Whether dropout is off: modules pass these arguments to torch.nn.functional by name."""
     return kwargs.get("training") is False or kwargs.get("dropout_p") == 0.0
 
 
@@ -134,7 +134,7 @@ def is_capturing() -> bool:
 
 @contextlib.contextmanager
 def sharing_draws(block: nn.Module) -> Iterator[None]:
-    """Let the transforms of one call of `block` draw together, see `shared_draws`."""
+    """Let the transforms of one call of `block` share draws, see `shared_draws`."""
     outer = shared_draws()
     _thread.shared = block, {}
     try:
@@ -144,5 +144,5 @@ def sharing_draws(block: nn.Module) -> Iterator[None]:
 
 
 def shared_draws() -> tuple[nn.Module, dict] | None:
-    """The block whose call this thread is in, and numbers drawn at once for its transforms."""
+    """The block that this thread runs, and the numbers drawn at once for all its transforms."""
     return getattr(_thread, "shared", None)

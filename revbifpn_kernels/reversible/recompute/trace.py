@@ -30,10 +30,10 @@ class BlockTrace:
         self.is_in_transform = False
         self.autocast: dict = {}
 
-    def moved(self) -> list[Tensor]:
-        """The running statistics and counters that the forward moved."""
+    def updated_buffers(self) -> list[Tensor]:
+        """The running statistics and counters that the forward updated."""
         return [
-            buffer for calls in self.records.values() for call in calls for buffer in call.moved
+            buffer for calls in self.records.values() for call in calls for buffer in call.updated
         ]
 
     @contextlib.contextmanager
@@ -120,7 +120,7 @@ def _members_of(block: nn.Module) -> set[nn.Module]:
 
 
 def is_traced(block: nn.Module | None = None) -> bool:
-    """Whether this thread is in a recorded or recomputed call of `block`, or of any block."""
+    """Whether this thread is in a recorded or recomputed call of `block` (None: of any block)."""
     trace = getattr(_thread, "trace", None)
     return trace is not None and (block is None or block in trace.members)
 

@@ -1,9 +1,10 @@
 """Triton building blocks of the fast path: maps cut into cells of CELL_H × CELL_W outputs.
 
-A lane owns one cell of one plane, so the source values around a cell are loaded once and shared by
-all its outputs. `CHANNELS_LAST` decides what the next lane holds: the next cell of the row, whose
-values then move CELL_W at a time (16 bytes), or the next channel. Values of a cell are tuples of
-[BLOCK] tensors, one per column. All weights of the factors 2, 4 and 8 are dyadic, so exact.
+A lane owns `chain` cells of one plane, one below the other. The source values around a cell are
+loaded once and shared by all its outputs. `CHANNELS_LAST` decides what the next lane holds: the
+next cell of the row, whose values then move CELL_W at a time (16 bytes), or the next channel.
+Values of a cell are tuples of [BLOCK] tensors, one per column. All weights of the factors 2, 4 and
+8 are multiples of 1/16, so exact.
 
 The arithmetic is spelled out as `fma` and compiled without contraction: every kernel computes the
 same bits for the same element, which the lattice relies on.
@@ -15,7 +16,7 @@ import triton.language as tl
 
 @triton.constexpr_function
 def first_tap(i, factor):
-    """Of output i of a cell: its upper-left source pixel, counted from the halo (0) on."""
+    """The index of the first source pixel that output i reads; 0 is the halo before the cell."""
     return (2 * i + 1 + factor) // (2 * factor)
 
 
@@ -34,10 +35,9 @@ def is_bilinear(factor, mode):
 def locate_cells(
     lanes, C, cells_h, cells_w, chain, BLOCK: tl.constexpr, CHANNELS_LAST: tl.constexpr
 ):
-    """Which lanes of this program are in range, and each lane's cell.
+    """Which lanes of this program are in range, and the first cell of each lane's chain.
 
-    A lane owns `chain` cells, one below the other; this is the first one. A cell is the tuple
-    (n, c, row, column, cells_h, cells_w).
+    A cell is the tuple (n, c, row, column, cells_h, cells_w).
     """
     lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     # Clamped, every load is in bounds: only stores need the mask.
@@ -158,8 +158,8 @@ def store_columns(ptr, columns, stride_w, mask, CHANNELS_LAST: tl.constexpr):
 def border_weights(at_border, FACTOR: tl.constexpr):
     """Weights of the two taps of a cell's first FACTOR // 2 outputs, whose first tap is the halo.
 
-    At the border PyTorch clamps the coordinate: taps 0 and 1 with weights 1 and 0. There the halo
-    holds pixel 1, so its weight is 0.
+    At the border no pixel precedes the cell, and PyTorch clamps the coordinate: pixel 0 has weight
+    1, and pixel 1, which the halo load reads there instead, has weight 0.
     """
     weights = ()
     for j in tl.static_range(FACTOR // 2):
@@ -172,7 +172,7 @@ def border_weights(at_border, FACTOR: tl.constexpr):
 @triton.jit
 def halo_offsets(at_start, at_end, COUNT: tl.constexpr):
     """Offsets of the pixels before and after a cell's COUNT source pixels, kept inside the map."""
-    second = tl.where(at_end, 0, 1) if COUNT == 1 else 1  # pixel 0 where it is the only one
+    second = tl.where(at_end, 0, 1) if COUNT == 1 else 1  # one pixel: it is both neighbours
     return tl.where(at_start, second, -1), tl.where(at_end, COUNT - 1, COUNT)
 
 
