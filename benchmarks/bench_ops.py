@@ -91,9 +91,9 @@ def providers(op: Op, case: Case, inputs: Inputs) -> dict[str, Callable[[], obje
 
 def _first_calls(
     calls: dict[str, Callable[[], object]], device: str
-) -> tuple[dict[str, float | None], dict[str, str]]:
+) -> tuple[dict[str, float], dict[str, str]]:
     """Run each call once, so that compiling is over; peak memory, and notes of what failed."""
-    peaks: dict[str, float | None] = {}
+    peaks: dict[str, float] = {}
     notes: dict[str, str] = {}
     for name in list(calls):
         try:
@@ -132,9 +132,8 @@ def bench_op(op: Op, case: Case, inputs: Inputs, run: argparse.Namespace) -> lis
         speed = {"gbps": f"{rates[name]:.6g}"}
         speed |= {f"share_of_{k}": f"{rates[name] / rates[k]:.4g}" for k in ("copy", "clone")
                   if k in rates}  # fmt: skip
-        peak = "" if peaks[name] is None else f"{peaks[name]:.6g}"
+        speed["peak_mib"] = f"{peaks[name]:.6g}"
         rows.append(_row(case, op.name, name, op.mode) | found.columns() | speed)
-        rows[-1]["peak_mib"] = peak
     return rows
 
 

@@ -175,7 +175,7 @@ def check_table(rows: Sequence[Row]) -> str:
     return md.with_conditions(md.table(header, lines), real)
 
 
-def memory_tables(rows: Sequence[Row]) -> str:
+def all_tables(rows: Sequence[Row]) -> str:
     """All of a run, for the terminal."""
     parts = (image_table, depth_table, side_table, detection_table, check_table)
     return "\n".join(text for text in (part(rows) for part in parts) if text)

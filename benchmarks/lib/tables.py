@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from . import markdown as md
-from .memory_tables import memory_tables as memory_tables  # noqa: PLC0414  (for bench_memory)
 from .record import Row
 
 DTYPES_OF_OPS = {"fp32": "fp32", "bf16": "bf16", "fp32+bf16": "fp32, bf16 sources"}
