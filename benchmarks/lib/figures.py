@@ -94,7 +94,7 @@ def memory_macs(memory: Sequence[Row]) -> plt.Figure | None:
 
 def pareto(steps: Sequence[Row]) -> plt.Figure | None:
     """Images per second against the peak of a step: a panel per network of ours."""
-    steps = [r for r in of_mode(latest_device(steps), "step") if r.get("ms_p50")] if steps else []
+    steps = [r for r in of_mode(latest_device(steps), "step") if r.get("ms_p50")]
     cases = dict.fromkeys((r["op"], r["shape"]) for r in steps if r["provider"] == "reversible")
     if not cases:
         return None

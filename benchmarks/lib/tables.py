@@ -147,13 +147,9 @@ def kernels_table(rows: Sequence[Row], only: str = "") -> str:
 # Training steps
 
 
-def timed_networks(rows: Sequence[Row]) -> list[Row]:
-    return md.of_mode(rows, "step")
-
-
 def step_table(rows: Sequence[Row]) -> str:
     """A training step of each network and mode; time beside the same network's stored."""
-    steps, lines, previous = timed_networks(rows), [], ""
+    steps, lines, previous = md.of_mode(rows, "step"), [], ""
     stored = {key: found.get("stored") for key, found in by_case(steps, "op", "shape").items()}
     for row in steps:
         own = stored[row["op"], row["shape"]] if row["op"].startswith("revbifpn") else None
@@ -169,9 +165,7 @@ def step_table(rows: Sequence[Row]) -> str:
 
 def all_steps_table(rows: Sequence[Row]) -> str:
     """All that was measured of a step."""
-    found = md.by(
-        [r for r in rows if r["mode"] != "peak"], "op", "shape", "dtype", "provider", "mode"
-    )
+    found = md.by(rows, "op", "shape", "dtype", "provider", "mode")
     lines = []
     for *case, kind in found:
         row = found[(*case, kind)]
@@ -196,7 +190,7 @@ def all_steps_table(rows: Sequence[Row]) -> str:
 
 def losses_table(rows: Sequence[Row]) -> str:
     """Where ours is slower than an alternative that was timed in the same turns."""
-    steps, lines = [r for r in timed_networks(rows) if ms(r)], []
+    steps, lines = [r for r in md.of_mode(rows, "step") if ms(r)], []
     for key, found in by_case(steps, "op", "shape", "dtype").items():
         ours = found.get("reversible")
         for provider, rival in found.items():
