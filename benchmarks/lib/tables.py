@@ -66,15 +66,13 @@ def ops_table(rows: Sequence[Row], only: str = "") -> str:
               "of clone", "× eager", "× compile", "peak MiB, ours / eager")  # fmt: skip
     order = list(dict.fromkeys(line[0] for line in lines))
     lines.sort(key=lambda line: order.index(line[0]))
-    return md.with_conditions(
-        md.table(header, lines), used, "sources at 1/2, 1/4 and 1/8 of the side"
-    )
+    return md.with_conditions(header, lines, used, "sources at 1/2, 1/4 and 1/8 of the side")
 
 
 def host_table(rows: Sequence[Row]) -> str:
     rows = md.of_mode(rows, "host")
     lines = [(f"`{r['op']}`", r["provider"], f"{1e3 * ms(r):.1f}") for r in rows]
-    return md.with_conditions(md.table(("op", "provider", "host time per call, µs"), lines), rows)
+    return md.with_conditions(("op", "provider", "host time per call, µs"), lines, rows)
 
 
 # What MBConv does besides 1×1 convolutions
@@ -99,7 +97,7 @@ def norms_table(rows: Sequence[Row]) -> str:
                 ops = " and ".join(f"`{part}`" for part in op.split(", "))
                 lines.append((f"{ops}: × {name}", *cells))
     header = (" / ".join(shapes).replace("x", "×"), *(", ".join(column) for column in columns))
-    return md.with_conditions(md.table(header, lines), rows)
+    return md.with_conditions(header, lines, rows)
 
 
 def depthwise_table(rows: Sequence[Row]) -> str:
@@ -114,7 +112,7 @@ def depthwise_table(rows: Sequence[Row]) -> str:
         faster = times_faster(found.get("torch"), ours) or ours.get("note", "")
         lines.append((f"`{op}`", kernel, shape.replace("x", "×"), dtype, *floors, faster))
     header = ("op", "kernel", "shape", "dtype", "ours, times of a copy", "PyTorch", "× PyTorch")
-    return md.with_conditions(md.table(header, lines), rows, "channels_last")
+    return md.with_conditions(header, lines, rows, "channels_last")
 
 
 # GPU kernels
@@ -141,7 +139,7 @@ def kernels_table(rows: Sequence[Row], only: str = "") -> str:
               *(DTYPES_OF_OPS[dtype] for dtype in dtypes))  # fmt: skip
     note = f"{spilling or 'none'} of {len(rows)} compiled kernels spills registers"
     triton = "".join(dict.fromkeys(f"Triton {row['triton']}" for row in rows))
-    return md.with_conditions(md.table(header, lines), rows, triton, note)
+    return md.with_conditions(header, lines, rows, triton, note)
 
 
 # Training steps
@@ -160,7 +158,7 @@ def step_table(rows: Sequence[Row]) -> str:
         lines.append((name, md.mode(row["provider"]), time, times, *sizes))
         previous = row["op"]
     header = ("network", "activations", "step ms", "× ours stored", "held MiB", "peak MiB")
-    return md.with_conditions(md.table(header, lines), steps)
+    return md.with_conditions(header, lines, steps)
 
 
 def all_steps_table(rows: Sequence[Row]) -> str:
@@ -185,7 +183,7 @@ def all_steps_table(rows: Sequence[Row]) -> str:
     header = (
         "network,shape,dtype,mode,step ms,eval ms,images/s,held MiB,transient,launches"
     ).split(",")
-    return md.with_conditions(md.table(header, lines), md.of_mode(rows, "step"))
+    return md.with_conditions(header, lines, md.of_mode(rows, "step"))
 
 
 def losses_table(rows: Sequence[Row]) -> str:
@@ -202,7 +200,7 @@ def losses_table(rows: Sequence[Row]) -> str:
                           f"{times:.2f}×", f"{memory:.1f}×"))  # fmt: skip
     header = ("network", "shape", "faster than reversible", "our time over its",
               "its peak memory over ours")  # fmt: skip
-    return md.with_conditions(md.table(header, lines), steps)
+    return md.with_conditions(header, lines, steps)
 
 
 def profile_table(rows: Sequence[Row]) -> str:
@@ -221,7 +219,7 @@ def profile_table(rows: Sequence[Row]) -> str:
                 cells.append(f"{ms(row):.0f} ({share}; {row['operators']})" if row else "")
             lines.append((part, *cells))
         header = (md.network(name), *(md.mode(provider) for provider in providers))
-        texts.append(md.with_conditions(md.table(header, lines), mine))
+        texts.append(md.with_conditions(header, lines, mine))
     return "\n".join(texts)
 
 
@@ -256,7 +254,7 @@ def precision_table(rows: Sequence[Row]) -> str:
               "difference from the same mode with stored activations (fp32; bf16)",
               "test accuracy on digits")  # fmt: skip
     largest = "".join(dict.fromkeys(f"streams up to {r['largest_stream']}" for r in gradients))
-    return md.with_conditions(md.table(header, lines), gradients, largest)
+    return md.with_conditions(header, lines, gradients, largest)
 
 
 def digits_table(rows: Sequence[Row]) -> str:
@@ -269,4 +267,4 @@ def digits_table(rows: Sequence[Row]) -> str:
     header = ("activations", "correct test images", "test accuracy", "training time",
               "CPU time of the command", "waiting for images")  # fmt: skip
     epochs = "".join(dict.fromkeys(f"epochs: {r['epochs']}; one thread per run" for r in rows))
-    return md.with_conditions(md.table(header, lines), rows, epochs)
+    return md.with_conditions(header, lines, rows, epochs)
