@@ -9,8 +9,6 @@ import argparse
 import gc
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -21,7 +19,7 @@ from tqdm import tqdm
 
 from revbifpn_kernels import macs
 
-from .lib import memory, record, tables
+from .lib import memory, memory_tables, record
 from .lib.memory import held_and_peak, per_image, slope
 from .lib.networks import NETWORKS, PROVIDERS, fake_network
 from .lib.operators import gmacs
@@ -40,7 +38,6 @@ LARGE = (  # whose memory is counted against the side
     ("hrnet_w48", "stored"),
 )
 PARTS = ("images", "depth", "sides", "detection", "real")
-DETECTION = re.compile(r"^(\S.*?)\s+([\d,]+)\s+([\d.]+)\s+([\d.]+)$", re.MULTILINE)
 
 
 def providers_of(name: str) -> tuple[str, ...]:
@@ -79,15 +76,17 @@ def side_row(name: str, provider: str, side: int) -> Row:
 
 def detection_rows() -> list[Row]:
     """What the detection command counts of its backbones and of the usual ones."""
-    command = [sys.executable, "-m", "revbifpn_kernels.detect", "--memory"]
-    finished = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, check=True)
-    found = re.search(r"(\d+)×\1", finished.stdout)
-    side = int(found[1]) if found else 0
-    return [
-        row_of(name, "", "detection", side)
-        | {"parameters": parameters.replace(",", ""), "held_mib": held, "peak_mib": peak}
-        for name, parameters, held, peak in DETECTION.findall(finished.stdout)
-    ]
+    from revbifpn_kernels.recipes.detect.memory import candidates, measured
+    from revbifpn_kernels.recipes.detect.options import parse
+
+    options, rows = parse(["--memory"]), []
+    for name, make in candidates(options):
+        net = make()
+        held, peak = measured(net, options.image_size, None)
+        row = row_of(name, "", "detection", options.image_size)
+        row["parameters"] = str(sum(p.numel() for p in net.parameters()))
+        rows.append(row | {"held_mib": f"{held:.1f}", "peak_mib": f"{peak:.1f}"})
+    return rows
 
 
 def jobs_of(run: argparse.Namespace) -> Iterator[Callable[[], Row]]:
@@ -162,7 +161,7 @@ def main(arguments: list[str]) -> int:
     real = measure(run).rows if "real" in run.parts else []
     rows = count(run)
     rows.rows += real
-    return rows.finish(tables.memory_tables(rows.rows))
+    return rows.finish(memory_tables.all_tables(rows.rows))
 
 
 if __name__ == "__main__":

@@ -14,20 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .lib import memory, record, tables, timing
+from .lib import memory, record, tables, timing, workloads
 from .lib.record import Row
-from .lib.workloads import (
-    OPS,
-    Case,
-    Inputs,
-    Op,
-    Shape,
-    cases_for_shapes,
-    cpu_cases,
-    cuda_cases,
-    empty_op,
-    quick_cases,
-)
+from .lib.workloads import OPS, Case, Inputs, Op, Shape, empty_op
 
 HOST_SHAPES = {"cpu": (1, 8, 8, 8), "cuda": (1, 48, 56, 56)}
 
@@ -78,11 +67,11 @@ def providers(op: Op, case: Case, inputs: Inputs) -> dict[str, Callable[[], obje
     if op.in_place:
         inputs = inputs.with_x(buffer)  # every turn's copy undoes what was added to it
     calls["ours"] = lambda: op.ours(inputs)
-    if "torch" in case.rivals and op.mode != "inverse":
+    if op.mode != "inverse":
         if "bwd" in op.mode:
             inputs.graph  # noqa: B018  (built here, so that neither time nor memory counts it)
         calls["torch"] = lambda: op.eager(inputs)
-    if "compile" in case.rivals and op.compiled is not None:
+    if case.compiles and op.compiled is not None:
         torch._dynamo.reset()
         compiled = torch.compile(op.compiled, fullgraph=True, dynamic=False)
         calls["compile"] = lambda: compiled(inputs.x, inputs.grad, inputs.sources)
@@ -91,9 +80,9 @@ def providers(op: Op, case: Case, inputs: Inputs) -> dict[str, Callable[[], obje
 
 def _first_calls(
     calls: dict[str, Callable[[], object]], device: str
-) -> tuple[dict[str, float | None], dict[str, str]]:
+) -> tuple[dict[str, float], dict[str, str]]:
     """Run each call once, so that compiling is over; peak memory, and notes of what failed."""
-    peaks: dict[str, float | None] = {}
+    peaks: dict[str, float] = {}
     notes: dict[str, str] = {}
     for name in list(calls):
         try:
@@ -132,9 +121,8 @@ def bench_op(op: Op, case: Case, inputs: Inputs, run: argparse.Namespace) -> lis
         speed = {"gbps": f"{rates[name]:.6g}"}
         speed |= {f"share_of_{k}": f"{rates[name] / rates[k]:.4g}" for k in ("copy", "clone")
                   if k in rates}  # fmt: skip
-        peak = "" if peaks[name] is None else f"{peaks[name]:.6g}"
+        speed["peak_mib"] = f"{peaks[name]:.6g}"
         rows.append(_row(case, op.name, name, op.mode) | found.columns() | speed)
-        rows[-1]["peak_mib"] = peak
     return rows
 
 
@@ -203,19 +191,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return run
 
 
-def choose_cases(run: argparse.Namespace) -> list[Case]:
-    if run.shapes:
-        return cases_for_shapes(run.shapes, run.threads)
-    if run.quick:
-        return quick_cases(run.threads)
-    return (cuda_cases if run.device == "cuda" else cpu_cases)(run.threads)
-
-
 @torch.no_grad()
 def main(arguments: list[str]) -> int:
     run = parse(arguments)
     rows = record.recorder(run, "ops")
-    for new in run_cases(choose_cases(run), run):
+    for new in run_cases(workloads.cases_of(run), run):
         rows.add(new)
     torch.set_num_threads(run.threads)
     rows.add(bench_host(run))

@@ -23,7 +23,6 @@ from .lib.record import DTYPES, Row
 from .lib.step import Step
 from .lib.timing import Timing
 
-SIZES = ("held_mib", "peak_mib")
 # Network of ours → batch, and the rivals that are timed in its turns.
 ON_CPU = {
     "revbifpn_s0": (4, ("efficientnet_b0", "hrnet_w18", "bifpn_b0")),
@@ -47,8 +46,7 @@ class Contender:
     net: nn.Module
     note: str = ""
     step: Step | None = None
-    memory: Row = field(default_factory=dict)  # columns of its rows
-    launches: int | None = None
+    measured: Row = field(default_factory=dict)  # memory and launches, columns of its row
     times: dict[str, Timing] = field(default_factory=dict)
 
     def attempt(self, call: Callable[[], object]) -> None:
@@ -126,10 +124,15 @@ def bench(contenders: list[Contender], run, seconds: float) -> None:
 
 
 def measure(contender: Contender, device: str) -> None:
-    """Memory and launches, of forward and backward alone: updates are as in any network."""
+    """Memory and launches, of forward and backward alone: updates are as in any network.
+
+    The step has run before, so gradients and the optimizer's state are not counted.
+    """
     step = contender.step
-    contender.memory = memory_columns(step)
-    contender.launches = launches(lambda: step.forward().backward(), device)
+    sizes = memory.held_and_peak(step.forward, device)
+    held, peak = (f"{size / memory.MIB:.2f}" for size in sizes)
+    count = launches(lambda: step.forward().backward(), device)
+    contender.measured = {"held_mib": held, "peak_mib": peak, "operators": str(count)}
 
 
 def rows_of(contender: Contender, run) -> list[Row]:
@@ -145,14 +148,8 @@ def rows_of(contender: Contender, run) -> list[Row]:
         rows.append(base | {"mode": mode} | found.columns())
         rows[-1]["images_per_s"] = f"{contender.batch / found.p50 * 1e3:.2f}"
         if mode == "step":
-            rows[-1] |= contender.memory | {"operators": str(contender.launches or "")}
+            rows[-1] |= contender.measured
     return rows
-
-
-def memory_columns(step: Step) -> Row:
-    """Of a step that has run before: gradients and the optimizer's state are not in it."""
-    sizes = memory.held_and_peak(step.forward, step.image.device.type)
-    return {name: f"{size / memory.MIB:.2f}" for name, size in zip(SIZES, sizes, strict=True)}
 
 
 def bench_group(name: str, run, providers, rivals, seconds: float) -> list[Contender]:

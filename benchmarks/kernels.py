@@ -23,10 +23,6 @@ from revbifpn_kernels.ops.norm_act.statistics import plan_batch_statistics
 from revbifpn_kernels.ops.resample.add import plan_resample_add
 from revbifpn_kernels.ops.resample.adjoint import plan_resample_adjoint
 from revbifpn_kernels.ops.resample.undo import plan_resample_undo
-from revbifpn_kernels.ops.squeeze_excite.gates import (
-    plan_squeeze_excite_gates,
-    plan_squeeze_excite_gates_backward,
-)
 
 from .lib import record, tables
 from .lib.assembly import Listing, inspect_cuda, inspect_hip
@@ -128,19 +124,6 @@ def plan_norm_launches(
     sums = torch.empty((5, *shape[:2]), device="meta")
     results = x, channel, channel
     return gradient.plan_norm_act_grad(*results, x, *factors, plane, plane, sums, act, True)
-
-
-def plan_squeeze_excite_launches(sizes: tuple[int, int, int]) -> list[tuple[Launch, dict]]:
-    """Those of both ops, for N, C and hidden; they move no maps, so they are no case."""
-    N, C, hidden = sizes
-    shapes = (N, C), (hidden, C, 1, 1), (hidden,), (C, hidden, 1, 1), (C,)
-    network = [torch.empty(shape, device="meta") for shape in shapes]
-    means, values = network[0], torch.empty((N, hidden), device="meta")
-    scratch, act = (values, values, values, means), "hardswish"
-    return [
-        *plan_squeeze_excite_gates(means, values, *network, act),
-        *plan_squeeze_excite_gates_backward(network, scratch, means, *network, act),
-    ]
 
 
 def _unbacked(shape: Sequence[int], dtype: torch.dtype, layout: str) -> torch.Tensor:

@@ -141,10 +141,10 @@ def markers(root: Path, rows: Rows) -> dict[str, Callable[[], str]]:
     memory, published, precision = rows["memory"], rows["published"], rows["precision"]
     recorded = functools.partial(recorded_table, root)
     return {
-        "step-table": lambda: tables.step_table(latest(rows["steps"])),
+        "step-table": lambda: tables.step_table(latest_device(rows["steps"])),
         "models-table": lambda: memory_tables.models_table(memory, published),
-        "ops-table": lambda: tables.ops_table(latest(rows["ops"]), "S6"),
-        "norms-table": lambda: tables.norms_table(latest(rows["mbconv"])),
+        "ops-table": lambda: tables.ops_table(latest_device(rows["ops"]), "S6"),
+        "norms-table": lambda: tables.norms_table(latest_device(rows["mbconv"])),
         "kernels-table": lambda: tables.kernels_table(rows["kernels"], "2+4+8"),
         "precision-table": lambda: tables.precision_table(precision),
         "train-runs": lambda: tables.digits_table(precision) or recorded("train-runs"),
@@ -163,10 +163,6 @@ def markers(root: Path, rows: Rows) -> dict[str, Callable[[], str]]:
     }
 
 
-def latest(rows: list[Row]) -> list[Row]:
-    return latest_device(rows) if rows else []
-
-
 def recorded_table(root: Path, name: str) -> str:
     """Of a CSV recorded by hand: its last column holds the conditions, the same in all rows."""
     rows = read_rows(root / "benchmarks" / "results" / f"{name}.csv")
@@ -183,7 +179,7 @@ def _per_image(memory: list[Row], provider: str, column: str) -> str:
 
 
 def _step_ratio(steps: list[Row], name: str, above: str, below: str) -> str:
-    times = {r["provider"]: number(r, "ms_p50") for r in of_mode(latest(steps), "step")
+    times = {r["provider"]: number(r, "ms_p50") for r in of_mode(latest_device(steps), "step")
              if r["op"] == name}  # fmt: skip
     return cell(ratio(times.get(above), times.get(below)), 2)
 

@@ -8,6 +8,7 @@ import csv
 import sys
 
 import torch
+from squeeze_excite_cases import planned_launches
 
 from benchmarks import kernels
 from benchmarks.kernels import (
@@ -17,7 +18,6 @@ from benchmarks.kernels import (
     inspect_hip,
     kernel_name,
     plan_norm_launches,
-    plan_squeeze_excite_launches,
 )
 from revbifpn_kernels.ops.resample.add import plan_resample_add
 from revbifpn_kernels.ops.resample.adjoint import plan_resample_adjoint
@@ -66,7 +66,7 @@ def compile_all(name, variant, launches, target="sm_90"):
 
 def compile_squeeze_excite(name, target):
     inspect = inspect_cuda if target.startswith("sm") else inspect_hip
-    for kernel in compile_all(name, target, plan_squeeze_excite_launches(SQUEEZES[name]), target):
+    for kernel in compile_all(name, target, planned_launches(SQUEEZES[name]), target):
         _, resources = inspect(kernel)
         assert resources["spill_bytes"] == 0, (name, target, kernel.name, resources)
 

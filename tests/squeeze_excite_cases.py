@@ -1,7 +1,13 @@
-"""What squeeze-excite's gates are tried on: named shapes, and their inputs."""
+"""What squeeze-excite's gates are tried on: named shapes, their inputs and launches."""
 
 import torch
 from torch import Tensor
+
+from revbifpn_kernels.ops.launch import Launch
+from revbifpn_kernels.ops.squeeze_excite.gates import (
+    plan_squeeze_excite_gates,
+    plan_squeeze_excite_gates_backward,
+)
 
 CASES = {  # N, C, hidden
     "even": (4, 96, 16),
@@ -23,3 +29,16 @@ def inputs(case, dtype=torch.float32, device="cpu") -> list[Tensor]:
     values[2] /= C**0.5
     values[4] *= 2.0 / hidden**0.5
     return [tensor.to(device, dtype) for tensor in values]
+
+
+def planned_launches(sizes: tuple[int, int, int]) -> list[tuple[Launch, dict]]:
+    """Those of both ops, for N, C and hidden, on tensors that own no memory."""
+    N, C, hidden = sizes
+    shapes = (N, C), (hidden, C, 1, 1), (hidden,), (C, hidden, 1, 1), (C,)
+    network = [torch.empty(shape, device="meta") for shape in shapes]
+    means, values = network[0], torch.empty((N, hidden), device="meta")
+    scratch, act = (values, values, values, means), "hardswish"
+    return [
+        *plan_squeeze_excite_gates(means, values, *network, act),
+        *plan_squeeze_excite_gates_backward(network, scratch, means, *network, act),
+    ]

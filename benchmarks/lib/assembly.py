@@ -93,17 +93,6 @@ def _parse(text: str, label_pattern: str, code_pattern: str) -> Listing:
     return Listing(instructions, labels)
 
 
-def parse_sass(text: str) -> Listing:
-    """nvdisasm's listing."""
-    code = r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)"
-    return _parse(text, r"\.L_x_\d+", code)
-
-
-def parse_amdgcn(text: str) -> Listing:
-    """LLVM's assembly for AMD GPUs."""
-    return _parse(text.split(".Lfunc_end")[0], r"\.LBB\w+", r"\t([svgbdf][a-z]*_\w+)\s*(.*)")
-
-
 def inspect_cuda(kernel) -> tuple[Listing, dict]:
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -120,7 +109,8 @@ def inspect_cuda(kernel) -> tuple[Listing, dict]:
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "spill_bytes": int(re.search(r"STACK:(\d+)", usage).group(1)),
     }
-    return parse_sass(sass), resources
+    code = r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)"
+    return _parse(sass, r"\.L_x_\d+", code), resources
 
 
 def inspect_hip(kernel) -> tuple[Listing, dict]:
@@ -129,4 +119,5 @@ def inspect_hip(kernel) -> tuple[Listing, dict]:
         "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1)),
         "spill_bytes": 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text).group(1)),
     }
-    return parse_amdgcn(text), resources
+    code = r"\t([svgbdf][a-z]*_\w+)\s*(.*)"
+    return _parse(text.split(".Lfunc_end")[0], r"\.LBB\w+", code), resources

@@ -19,7 +19,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the backend is chosen)
 from matplotlib.ticker import LogFormatter  # noqa: E402
 
-plt.rcParams["font.size"] = 12
+plt.rcParams |= {"font.size": 12, "grid.linewidth": 0.3, "figure.constrained_layout.use": True}
 # Colour, marker, name: dark to light, so that the order survives in grey.
 MODES = {
     "reversible": ("#0b4f8a", "o", "reversible"),
@@ -47,7 +47,7 @@ def depth(memory: Sequence[Row]) -> plt.Figure | None:
     found = by(of_mode(memory, "depth"), "provider", "extra_silos")
     if not found:
         return None
-    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 3.6))
     silos = sorted({int(extra) for _, extra in found})
     for provider in ("stored", "checkpoint", "reversible"):
         color, marker, label = MODES[provider]
@@ -61,7 +61,7 @@ def depth(memory: Sequence[Row]) -> plt.Figure | None:
     axes.set_xlim(right=silos[-1] * 1.25)
     axes.set_ylim(bottom=0)
     axes.set(xlabel="RevSilos after the last level", ylabel="MiB per image")
-    axes.grid(lw=0.3)
+    axes.grid()
     return figure
 
 
@@ -70,7 +70,7 @@ def memory_macs(memory: Sequence[Row]) -> plt.Figure | None:
     images = {key: row for key, row in images_of(memory).items() if key[2] == "fp32"}
     if not images:
         return None
-    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 4.4))
     for (family, provider), (color, marker, label) in FAMILIES.items():
         points = sorted(
             (number(row, "gmacs"), gigabytes(row), op)
@@ -86,7 +86,7 @@ def memory_macs(memory: Sequence[Row]) -> plt.Figure | None:
             axes.annotate(text, (xs[k], ys[k]), (5, -13), textcoords="offset points", fontsize=10)
     axes.set(xscale="log", yscale="log", xlabel="multiply-adds of an evaluation, 10⁹",
              ylabel="GB per image")  # fmt: skip
-    axes.grid(lw=0.3)
+    axes.grid()
     axes.legend(frameon=False, fontsize=11, loc="upper left")
     axes.set_ylim(top=axes.get_ylim()[1] * 8)
     return figure
@@ -94,13 +94,11 @@ def memory_macs(memory: Sequence[Row]) -> plt.Figure | None:
 
 def pareto(steps: Sequence[Row]) -> plt.Figure | None:
     """Images per second against the peak of a step: a panel per network of ours."""
-    steps = [r for r in of_mode(latest_device(steps), "step") if r.get("ms_p50")] if steps else []
+    steps = [r for r in of_mode(latest_device(steps), "step") if r.get("ms_p50")]
     cases = dict.fromkeys((r["op"], r["shape"]) for r in steps if r["provider"] == "reversible")
     if not cases:
         return None
-    figure, grid = plt.subplots(
-        1, len(cases), figsize=(4.2 * len(cases), 4.4), squeeze=False, layout="constrained"
-    )
+    figure, grid = plt.subplots(1, len(cases), figsize=(4.2 * len(cases), 4.4), squeeze=False)
     for axes, case in zip(grid[0], cases, strict=True):
         for row in steps:
             if (row["op"], row["shape"]) == case:
@@ -113,7 +111,7 @@ def pareto(steps: Sequence[Row]) -> plt.Figure | None:
         axes.set(yscale="log", xlabel="images per second, a training step")
         axes.yaxis.set_major_formatter(LogFormatter())
         axes.yaxis.set_minor_formatter(LogFormatter())
-        axes.grid(lw=0.3)
+        axes.grid()
     grid[0][0].set_ylabel("peak MiB of a step")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=1 + len(cases), frameon=False,
@@ -141,7 +139,7 @@ def round_trip() -> plt.Figure:
         y = ours.resample_add(x, sources, lattice=lattice)
         restored = ours.resample_add(y, sources, alpha=-1.0, lattice=lattice)
         errors[name] = (restored - x).abs().amax(1)[0]
-    figure, axes = plt.subplots(1, 4, figsize=(9.6, 2.0), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(9.6, 2.0))
     for panel, image, title in ((axes[0], x, "stream"), (axes[1], fused / 1.6, "fused")):
         panel.imshow(image[0].movedim(0, -1).clamp(0, 1)[::2, ::2].numpy())
         panel.set_title(title, fontsize=10)

@@ -65,8 +65,11 @@ def conditions(rows: Sequence[Row], *more: str) -> str:
     return f"*{'; '.join(part for part in parts if part)}.*\n"
 
 
-def with_conditions(text: str, rows: Sequence[Row], *more: str) -> str:
-    """The table, then its conditions; "" if the table is empty."""
+def with_conditions(
+    header: Sequence[str], lines: Iterable[Sequence[object]], rows: Sequence[Row], *more: str
+) -> str:
+    """The table of these lines, then the conditions of these rows; "" without lines."""
+    text = table(header, lines)
     return f"{text}\n{conditions(rows, *more)}" if text else ""
 
 

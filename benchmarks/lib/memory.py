@@ -1,11 +1,9 @@
 """Measures memory: exactly on CPUs, by the caching allocator on GPUs, counted on fake tensors."""
 
-import ctypes
-import re
+import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,37 +16,37 @@ FEW = 2  # images: a batch and twice that give the slope
 COPIES = 3  # parameters, their gradients, the momentum of SGD
 
 
-def held_and_peak(
-    forward: Callable[[], torch.Tensor], device: str = "cpu", *, gradients: bool = True
-) -> tuple[int, int]:
+def held_and_peak(forward: Callable[[], torch.Tensor], device: str = "cpu") -> tuple[int, int]:
     """Bytes held between `forward` and the backward of the loss it returns, and the step's peak.
 
     Both on top of what was there before, with the gradients of parameters that the step makes; call
-    it with those in place to leave them out. `gradients=False` measures the forward alone.
+    it with those in place to leave them out.
     """
     if device == "cuda":
-        return _on_cuda(forward, gradients)
-    loss = []
-    trace = _changes(lambda: loss.append(forward()))
-    held = peak = sum(trace)
-    if gradients:
-        total = held
-        for change in _changes(loss.pop().backward):
-            total += change
-            peak = max(peak, total)
-    return held, peak
+        before = _reset_peak()
+        loss = forward()
+        held = torch.cuda.memory_allocated() - before
+        loss.backward()
+        return held, torch.cuda.max_memory_allocated() - before
+    losses = []
+    held = sum(_changes(lambda: losses.append(forward())))
+    return held, max(itertools.accumulate(_changes(losses.pop().backward), initial=held))
 
 
-def _on_cuda(forward: Callable[[], torch.Tensor], gradients: bool) -> tuple[int, int]:
+def peak_mib(call: Callable[[], object], device: str) -> float:
+    """The most memory that `call` takes on top of what was there."""
+    if device == "cuda":
+        before = _reset_peak()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    return max(itertools.accumulate(_changes(call), initial=0)) / MIB
+
+
+def _reset_peak() -> int:
+    """Begins a new peak of the GPU's allocator; returns the bytes that are allocated now."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    loss = forward()
-    held = torch.cuda.memory_allocated() - before
-    if gradients:
-        loss.backward()
-    del loss
-    return held, torch.cuda.max_memory_allocated() - before
+    return torch.cuda.memory_allocated()
 
 
 def _changes(call: Callable[[], object]) -> list[int]:
@@ -62,25 +60,6 @@ def _changes(call: Callable[[], object]) -> list[int]:
     return [event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns())]
 
 
-def peak_mib(call: Callable[[], object], device: str) -> float | None:
-    """The most memory that `call` takes on top of what was there; None where it cannot be known."""
-    if device == "cuda":
-        return _on_cuda(call, gradients=False)[1] / MIB
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what malloc keeps for reuse would hide an allocation
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak VmHWM back to VmRSS
-        before = _resident_mib("VmRSS")
-        call()
-        return max(_resident_mib("VmHWM") - before, 0.0)
-    except (OSError, AttributeError):
-        return None
-
-
-def _resident_mib(field: str) -> float:
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+) kB", status).group(1)) / 1024
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
@@ -90,22 +69,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class PerImage:
-    """Bytes per image of a training step, and bytes that it takes whatever the batch.
+    """Bytes per image of a training step, and bytes that it takes whatever the batch."""
 
-    Attributes:
-        held: Between forward and backward, per image.
-        peak: At the worst moment, per image.
-        parameters: Of the network.
-        constant: Parameters, gradients, momentum, and what the step itself needs besides.
-    """
-
-    held: float
-    peak: float
+    held: float  # between forward and backward, per image
+    peak: float  # at the worst moment, per image
     parameters: int
-    constant: float
-
-    def batch_in(self, budget: float) -> int:
-        return max(0, int((budget - self.constant) / self.peak))
+    constant: float  # parameters, gradients, momentum, and what the step itself needs besides
 
     def columns(self) -> dict[str, str]:
         """As columns of a row."""

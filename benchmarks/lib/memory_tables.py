@@ -51,7 +51,7 @@ def claims_table(rows: Sequence[Row], published: Sequence[Row]) -> str:
         lines.append(("RevBiFPN-S0, bytes held per image and added silo", per_silo, "0"))
     used = md.of_mode(rows, "per image", "depth")
     header = ("", "counted", "the paper (arXiv 2206.14098)")
-    return md.with_conditions(md.table(header, lines), used)
+    return md.with_conditions(header, lines, used)
 
 
 def image_table(rows: Sequence[Row]) -> str:
@@ -69,9 +69,7 @@ def image_table(rows: Sequence[Row]) -> str:
                 (md.network(name), md.side_of(first), md.cell(md.number(first, "gmacs")), *sizes)
             )
     header = "network,side,GMACs,reversible,stored,reversible bf16,stored bf16".split(",")
-    return md.with_conditions(
-        md.table(header, lines), list(images.values()), SLOPE, "GB at the peak"
-    )
+    return md.with_conditions(header, lines, list(images.values()), SLOPE, "GB at the peak")
 
 
 def models_table(rows: Sequence[Row], published: Sequence[Row]) -> str:
@@ -89,7 +87,7 @@ def models_table(rows: Sequence[Row], published: Sequence[Row]) -> str:
     header = ("", "parameters", "MACs, as published", "side", "held / peak MiB per image, fp32",
               "bf16 autocast", "stored activations, fp32", "top-1 (the paper's)")  # fmt: skip
     used = [row for (op, *_), row in images.items() if op.startswith("revbifpn")]
-    return md.with_conditions(md.table(header, lines), used, SLOPE)
+    return md.with_conditions(header, lines, used, SLOPE)
 
 
 def depth_table(rows: Sequence[Row]) -> str:
@@ -105,7 +103,7 @@ def depth_table(rows: Sequence[Row]) -> str:
         lines.append((extra, *cells))
     header = ("extra silos", "reversible: held MiB per image", "peak", "checkpoint: held", "peak",
               "stored: held", "peak")  # fmt: skip
-    return md.with_conditions(md.table(header, lines), rows, "slope between batches of 128 and 256")
+    return md.with_conditions(header, lines, rows, "slope between batches of 128 and 256")
 
 
 def depth_caption(rows: Sequence[Row]) -> str:
@@ -134,7 +132,7 @@ def side_table(rows: Sequence[Row]) -> str:
         for op, provider in sorted({key[:2] for key in found})
     ]
     header = ("network", "mode", *(f"{side} px" for side in sides))
-    return md.with_conditions(md.table(header, lines), rows, "GB per image")
+    return md.with_conditions(header, lines, rows, "GB per image")
 
 
 def largest_table(rows: Sequence[Row]) -> str:
@@ -149,7 +147,7 @@ def largest_table(rows: Sequence[Row]) -> str:
             (md.network(op), md.mode(provider), md.side_of(row), md.DTYPE_NAMES[dtype], *fits)
         )
     header = ("network", "mode", "side", "dtype", *(f"images in {gib} GiB" for gib in BUDGETS_GIB))
-    return md.with_conditions(md.table(header, lines), md.of_mode(rows, "per image"))
+    return md.with_conditions(header, lines, md.of_mode(rows, "per image"))
 
 
 def detection_table(rows: Sequence[Row]) -> str:
@@ -159,7 +157,7 @@ def detection_table(rows: Sequence[Row]) -> str:
         sizes = f"{int(row['parameters']):,}", row["held_mib"], row["peak_mib"]
         lines.append((md.network(name) + comma + rest, *sizes))
     header = ("backbone", "parameters", "held MiB per image", "peak MiB per image")
-    return md.with_conditions(md.table(header, lines), rows, SLOPE)
+    return md.with_conditions(header, lines, rows, SLOPE)
 
 
 def check_table(rows: Sequence[Row]) -> str:
@@ -172,10 +170,10 @@ def check_table(rows: Sequence[Row]) -> str:
         lines.append((*names, row["device"], *sizes, row.get("note", "")))
     header = ("network,mode,dtype,device,held MiB per image: counted,real,peak: counted,real,"
               "").split(",")  # fmt: skip
-    return md.with_conditions(md.table(header, lines), real)
+    return md.with_conditions(header, lines, real)
 
 
-def memory_tables(rows: Sequence[Row]) -> str:
+def all_tables(rows: Sequence[Row]) -> str:
     """All of a run, for the terminal."""
     parts = (image_table, depth_table, side_table, detection_table, check_table)
     return "\n".join(text for text in (part(rows) for part in parts) if text)

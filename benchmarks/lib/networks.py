@@ -58,17 +58,8 @@ def _networks() -> dict[str, Network]:
 NETWORKS = _networks()
 
 
-def _reversible(net: RevBiFPN) -> nn.Module:
-    net.reversible = True
-    return net
-
-
-def _exact(net: RevBiFPN) -> nn.Module:
-    net.reversible, net.lattice = True, LATTICE
-    return net
-
-
-def _stored(net: nn.Module) -> nn.Module:
+def _reversible(net: RevBiFPN, lattice: float | None = None) -> nn.Module:
+    net.reversible, net.lattice = True, lattice
     return net
 
 
@@ -81,7 +72,9 @@ def _checkpointed(net: RevBiFPN) -> nn.Module:
 
 
 def _reversible_compiled(net: RevBiFPN) -> nn.Module:
-    _allow_many_graphs()
+    # The transforms differ in their sizes, and all run the same few lines of Python.
+    config = torch._dynamo.config
+    config.recompile_limit = config.accumulated_recompile_limit = 4096
     for module in net.modules():
         if isinstance(module, MBConv):
             module.compile()
@@ -109,8 +102,8 @@ class _CompilerRecomputes(nn.Module):
 # Name → what makes it of a network that stores activations; the first run without a compiler.
 EAGER = {
     "reversible": _reversible,
-    "exact": _exact,
-    "stored": _stored,
+    "exact": functools.partial(_reversible, lattice=LATTICE),
+    "stored": lambda net: net,
     "checkpoint": _checkpointed,
 }
 COMPILED = {
@@ -120,12 +113,6 @@ COMPILED = {
 }
 PROVIDERS = EAGER | COMPILED
 ANY_NETWORK = ("stored", "stored+compile", "compiler recomputes")  # the others are ours
-
-
-def _allow_many_graphs() -> None:
-    """The transforms differ in their sizes, and all run the same few lines of Python."""
-    config = torch._dynamo.config
-    config.recompile_limit = config.accumulated_recompile_limit = 4096
 
 
 def fake_network(name: str, provider: str = "stored", **changes) -> nn.Module:

@@ -10,10 +10,10 @@ import shlex
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+import triton
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -50,20 +50,11 @@ def commit() -> str:
 
 def cpu_name() -> str:
     """With the instruction set: processors of one name may differ by a factor of two in it."""
-    match = None
-    if Path("/proc/cpuinfo").exists():
-        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    name = match.group(1) if match else platform.processor() or platform.machine()
+    match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    name = match.group(1) if match else platform.machine()
     name = re.sub(r"\((R|TM)\)|\bProcessor\b|\bCPU\b|@.*", " ", name, flags=re.IGNORECASE)
     words = [*name.split(), torch.backends.cpu.get_cpu_capability()]
     return f"{' '.join(words)} {len(os.sched_getaffinity(0))} cores"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def conditions(device: str, command: str) -> Row:
@@ -77,7 +68,7 @@ def conditions(device: str, command: str) -> Row:
         "commit": commit(),
         "device": names.get(device, lambda: device)(),
         "torch": torch.__version__.split("+")[0],
-        "triton": _version("triton"),
+        "triton": triton.__version__,
         "cuda": (torch.version.cuda or "") if device == "cuda" else "",
         "command": command,
     }

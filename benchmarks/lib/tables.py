@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from . import markdown as md
-from .memory_tables import memory_tables as memory_tables  # noqa: PLC0414  (for bench_memory)
 from .record import Row
 
 DTYPES_OF_OPS = {"fp32": "fp32", "bf16": "bf16", "fp32+bf16": "fp32, bf16 sources"}
@@ -67,15 +66,13 @@ def ops_table(rows: Sequence[Row], only: str = "") -> str:
               "of clone", "× eager", "× compile", "peak MiB, ours / eager")  # fmt: skip
     order = list(dict.fromkeys(line[0] for line in lines))
     lines.sort(key=lambda line: order.index(line[0]))
-    return md.with_conditions(
-        md.table(header, lines), used, "sources at 1/2, 1/4 and 1/8 of the side"
-    )
+    return md.with_conditions(header, lines, used, "sources at 1/2, 1/4 and 1/8 of the side")
 
 
 def host_table(rows: Sequence[Row]) -> str:
     rows = md.of_mode(rows, "host")
     lines = [(f"`{r['op']}`", r["provider"], f"{1e3 * ms(r):.1f}") for r in rows]
-    return md.with_conditions(md.table(("op", "provider", "host time per call, µs"), lines), rows)
+    return md.with_conditions(("op", "provider", "host time per call, µs"), lines, rows)
 
 
 # What MBConv does besides 1×1 convolutions
@@ -100,7 +97,7 @@ def norms_table(rows: Sequence[Row]) -> str:
                 ops = " and ".join(f"`{part}`" for part in op.split(", "))
                 lines.append((f"{ops}: × {name}", *cells))
     header = (" / ".join(shapes).replace("x", "×"), *(", ".join(column) for column in columns))
-    return md.with_conditions(md.table(header, lines), rows)
+    return md.with_conditions(header, lines, rows)
 
 
 def depthwise_table(rows: Sequence[Row]) -> str:
@@ -115,7 +112,7 @@ def depthwise_table(rows: Sequence[Row]) -> str:
         faster = times_faster(found.get("torch"), ours) or ours.get("note", "")
         lines.append((f"`{op}`", kernel, shape.replace("x", "×"), dtype, *floors, faster))
     header = ("op", "kernel", "shape", "dtype", "ours, times of a copy", "PyTorch", "× PyTorch")
-    return md.with_conditions(md.table(header, lines), rows, "channels_last")
+    return md.with_conditions(header, lines, rows, "channels_last")
 
 
 # GPU kernels
@@ -142,19 +139,15 @@ def kernels_table(rows: Sequence[Row], only: str = "") -> str:
               *(DTYPES_OF_OPS[dtype] for dtype in dtypes))  # fmt: skip
     note = f"{spilling or 'none'} of {len(rows)} compiled kernels spills registers"
     triton = "".join(dict.fromkeys(f"Triton {row['triton']}" for row in rows))
-    return md.with_conditions(md.table(header, lines), rows, triton, note)
+    return md.with_conditions(header, lines, rows, triton, note)
 
 
 # Training steps
 
 
-def timed_networks(rows: Sequence[Row]) -> list[Row]:
-    return md.of_mode(rows, "step")
-
-
 def step_table(rows: Sequence[Row]) -> str:
     """A training step of each network and mode; time beside the same network's stored."""
-    steps, lines, previous = timed_networks(rows), [], ""
+    steps, lines, previous = md.of_mode(rows, "step"), [], ""
     stored = {key: found.get("stored") for key, found in by_case(steps, "op", "shape").items()}
     for row in steps:
         own = stored[row["op"], row["shape"]] if row["op"].startswith("revbifpn") else None
@@ -165,14 +158,12 @@ def step_table(rows: Sequence[Row]) -> str:
         lines.append((name, md.mode(row["provider"]), time, times, *sizes))
         previous = row["op"]
     header = ("network", "activations", "step ms", "× ours stored", "held MiB", "peak MiB")
-    return md.with_conditions(md.table(header, lines), steps)
+    return md.with_conditions(header, lines, steps)
 
 
 def all_steps_table(rows: Sequence[Row]) -> str:
     """All that was measured of a step."""
-    found = md.by(
-        [r for r in rows if r["mode"] != "peak"], "op", "shape", "dtype", "provider", "mode"
-    )
+    found = md.by(rows, "op", "shape", "dtype", "provider", "mode")
     lines = []
     for *case, kind in found:
         row = found[(*case, kind)]
@@ -192,12 +183,12 @@ def all_steps_table(rows: Sequence[Row]) -> str:
     header = (
         "network,shape,dtype,mode,step ms,eval ms,images/s,held MiB,transient,launches"
     ).split(",")
-    return md.with_conditions(md.table(header, lines), md.of_mode(rows, "step"))
+    return md.with_conditions(header, lines, md.of_mode(rows, "step"))
 
 
 def losses_table(rows: Sequence[Row]) -> str:
     """Where ours is slower than an alternative that was timed in the same turns."""
-    steps, lines = [r for r in timed_networks(rows) if ms(r)], []
+    steps, lines = [r for r in md.of_mode(rows, "step") if ms(r)], []
     for key, found in by_case(steps, "op", "shape", "dtype").items():
         ours = found.get("reversible")
         for provider, rival in found.items():
@@ -209,7 +200,7 @@ def losses_table(rows: Sequence[Row]) -> str:
                           f"{times:.2f}×", f"{memory:.1f}×"))  # fmt: skip
     header = ("network", "shape", "faster than reversible", "our time over its",
               "its peak memory over ours")  # fmt: skip
-    return md.with_conditions(md.table(header, lines), steps)
+    return md.with_conditions(header, lines, steps)
 
 
 def profile_table(rows: Sequence[Row]) -> str:
@@ -228,7 +219,7 @@ def profile_table(rows: Sequence[Row]) -> str:
                 cells.append(f"{ms(row):.0f} ({share}; {row['operators']})" if row else "")
             lines.append((part, *cells))
         header = (md.network(name), *(md.mode(provider) for provider in providers))
-        texts.append(md.with_conditions(md.table(header, lines), mine))
+        texts.append(md.with_conditions(header, lines, mine))
     return "\n".join(texts)
 
 
@@ -263,7 +254,7 @@ def precision_table(rows: Sequence[Row]) -> str:
               "difference from the same mode with stored activations (fp32; bf16)",
               "test accuracy on digits")  # fmt: skip
     largest = "".join(dict.fromkeys(f"streams up to {r['largest_stream']}" for r in gradients))
-    return md.with_conditions(md.table(header, lines), gradients, largest)
+    return md.with_conditions(header, lines, gradients, largest)
 
 
 def digits_table(rows: Sequence[Row]) -> str:
@@ -276,4 +267,4 @@ def digits_table(rows: Sequence[Row]) -> str:
     header = ("activations", "correct test images", "test accuracy", "training time",
               "CPU time of the command", "waiting for images")  # fmt: skip
     epochs = "".join(dict.fromkeys(f"epochs: {r['epochs']}; one thread per run" for r in rows))
-    return md.with_conditions(md.table(header, lines), rows, epochs)
+    return md.with_conditions(header, lines, rows, epochs)

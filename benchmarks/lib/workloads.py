@@ -1,8 +1,9 @@
 """What bench_ops times, as data: inputs, our ops, the rivals, the bytes that must move."""
 
+import argparse
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -24,14 +25,14 @@ Outputs = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """One set of inputs, and who is timed on it."""
+    """One set of inputs."""
 
     name: str
     shape: Shape
     dtype: str
     layout: str
     threads: int
-    rivals: tuple[str, ...] = ("torch",)
+    compiles: bool = False  # whether the compiler is a rival, which takes minutes
 
     def __str__(self) -> str:
         return (
@@ -174,49 +175,48 @@ OPS = (ADD, ADD_, INVERSE, ADJOINT, UNDO)
 S6, S0 = (28, 320, 88, 88), (1, 48, 56, 56)  # level 0, beyond the caches and in one core's
 
 
+# Who is compiled on GPUs: name, dtype, layout.
+COMPILED = {
+    ("S6", "fp32", "nchw"),
+    ("S6", "bf16", "nchw"),
+    ("S6", "fp32", "channels_last"),
+    ("S0, one image", "fp32", "nchw"),
+}
+
+
+def _cases(name: str, shape: Shape, threads: int, compiled: Collection = ()) -> list[Case]:
+    """A shape in every dtype and layout."""
+    return [
+        Case(name, shape, dtype, layout, threads, (name, dtype, layout) in compiled)
+        for dtype, layout in itertools.product(DTYPES, LAYOUTS)
+    ]
+
+
 def cpu_cases(threads: int) -> list[Case]:
-    """S6's level 0 in every dtype and layout; S0's on one thread."""
-    pairs = list(itertools.product(DTYPES, LAYOUTS))
-    compiled = {("fp32", "nchw"): ("torch", "compile")}
-    cases = [Case("S6", S6, *pair, threads, compiled.get(pair, ("torch",))) for pair in pairs]
-    return cases + [Case("S0", S0, *pair, 1) for pair in pairs]
+    """S6's level 0; S0's on one thread."""
+    return _cases("S6", S6, threads, {("S6", "fp32", "nchw")}) + _cases("S0", S0, 1)
 
 
 def cuda_cases(threads: int) -> list[Case]:
-    """Level 0 of S0, S4 and S6 at batches several times the L2; and one image, bound by launches.
-
-    The compiler is a rival where its minutes allow.
-    """
-    shapes = {
-        "S6": (32, 320, 88, 88),
-        "S4": (64, 192, 80, 80),
-        "S0": (512, 48, 56, 56),
-        "S0, one image": S0,
-    }
-    compiled = {
-        ("S6", "fp32", "nchw"),
-        ("S6", "bf16", "nchw"),
-        ("S6", "fp32", "channels_last"),
-        ("S0, one image", "fp32", "nchw"),
-    }
-
-    def case(name: str, dtype: str, layout: str) -> Case:
-        compiles = ("compile",) if (name, dtype, layout) in compiled else ()
-        return Case(name, shapes[name], dtype, layout, threads, ("torch", *compiles))
-
-    return [case(*names) for names in itertools.product(shapes, DTYPES, LAYOUTS)]
+    """Level 0 of S6, S4, S0 at batches several times the L2; and one image, bound by launches."""
+    shapes = {"S6": (32, *S6[1:]), "S4": (64, 192, 80, 80), "S0": (512, *S0[1:])}
+    shapes["S0, one image"] = S0
+    return [case for pair in shapes.items() for case in _cases(*pair, threads, COMPILED)]
 
 
 def quick_cases(threads: int) -> list[Case]:
     """A quarter of S6's batch in the dtypes and layouts that differ most."""
-    shape = (7, *S6[1:])
-    pairs = (("fp32", "nchw"), ("fp32", "channels_last"), ("bf16", "nchw"), ("fp32+bf16", "nchw"))
-    return [Case("S6, a quarter of the batch", shape, *pair, threads) for pair in pairs]
+    cases = _cases("S6, a quarter of the batch", (7, *S6[1:]), threads)
+    return [c for c in cases if c.layout == "nchw" or c.dtype == "fp32"]
 
 
-def cases_for_shapes(shapes: list[Shape], threads: int) -> list[Case]:
-    pairs = itertools.product(shapes, DTYPES, LAYOUTS)
-    return [Case("given", *case, threads) for case in pairs]
+def cases_of(run: argparse.Namespace) -> list[Case]:
+    """What the options of bench_ops ask for."""
+    if run.shapes:
+        return [case for shape in run.shapes for case in _cases("given", shape, run.threads)]
+    if run.quick:
+        return quick_cases(run.threads)
+    return (cuda_cases if run.device == "cuda" else cpu_cases)(run.threads)
 
 
 @functools.cache

@@ -1,7 +1,5 @@
 """Counted memory: of a few and of more images, as a real step allocates it."""
 
-import subprocess
-
 import pytest
 import torch
 from torch import nn
@@ -9,6 +7,8 @@ from torch import nn
 from benchmarks import bench_memory
 from benchmarks.lib import memory
 from revbifpn_kernels import training_memory
+from revbifpn_kernels.recipes.detect import memory as detect_memory
+from revbifpn_kernels.recipes.detect import options
 
 MIB = 2**20
 
@@ -26,8 +26,6 @@ def test_slope():
     assert (found.held, found.peak) == (10, 100)
     parameters = sum(p.numel() for p in net.parameters()) * 4
     assert found.constant == 3 * parameters + 1000
-    assert found.batch_in(3 * parameters + 1000 + 199) == 1
-    assert found.batch_in(100) == 0
 
 
 def test_the_count_equals_a_real_step():
@@ -40,19 +38,17 @@ def test_the_count_equals_a_real_step():
     assert counted.peak <= peak <= counted.peak + MIB  # workspaces
 
 
-def test_rows_of_detection_are_those_that_the_command_prints(monkeypatch):
-    text = (
-        "MiB per image of 512×512, torch.float32\nbackbone   parameters     held     peak\n"
-        "revbifpn_s0, stored      1,700,712    306.3    327.4\n"
-        "ResNet-50-FPN           26,852,416    446.6    499.7\n"
-    )
-    finished = subprocess.CompletedProcess([], 0, stdout=text)
-    monkeypatch.setattr(bench_memory.subprocess, "run", lambda *args, **kwargs: finished)
-    ours, rival = bench_memory.detection_rows()
-    assert (ours["op"], ours["shape"]) == ("revbifpn_s0, stored", "1x3x512x512")
-    assert (rival["parameters"], rival["held_mib"], rival["peak_mib"]) == (
-        "26852416", "446.6", "499.7"
-    )  # fmt: skip
+def test_rows_of_detection_are_those_that_the_command_prints(monkeypatch, capsys):
+    backbones = {"a small net": conv_net, "a layer": lambda: nn.Conv2d(3, 8, 3)}
+    monkeypatch.setattr(detect_memory, "candidates", lambda options: backbones.items())
+    detect_memory.print_table(options.parse(["--memory"]))
+    printed = capsys.readouterr().out
+    rows = bench_memory.detection_rows()
+    assert [row["op"] for row in rows] == list(backbones) and "512×512" in printed
+    for row in rows:
+        assert row["shape"] == "1x3x512x512"
+        numbers = [row[column] for column in ("parameters", "held_mib", "peak_mib")]
+        assert " ".join([row["op"], *numbers]) in " ".join(printed.split())
 
 
 def test_jobs_count_each_network_once_per_mode_and_dtype():

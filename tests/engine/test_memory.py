@@ -18,7 +18,7 @@ def held(net, xs) -> int:
         return sum((y * c).sum() for y, c in zip(net(*xs), cotangents, strict=True))
 
     forward()  # warm: what PyTorch allocates once
-    return held_and_peak(forward, gradients=False)[0]
+    return held_and_peak(forward)[0]
 
 
 def nodes_of(ys) -> list:

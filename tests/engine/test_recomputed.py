@@ -81,7 +81,7 @@ def test_only_the_inputs_of_the_first_are_held():
             return net(x)[0].square().sum()
 
         forward()
-        return held_and_peak(forward, gradients=False)[0] - 8 * x.nbytes  # of the square
+        return held_and_peak(forward)[0] - 8 * x.nbytes  # of the square
 
     assert held(chain(Widening, Following, Following)) <= SMALL_BYTES
     assert held(chain(Widening, Widening, Following)) >= 2 * x.nbytes
@@ -133,7 +133,7 @@ def test_models_do_not_hold_the_pyramid_unless_it_is_watched():
             return net(x).square().sum()
 
         forward()
-        return held_and_peak(forward, gradients=False)[0]
+        return held_and_peak(forward)[0]
 
     chained, apart = held(net), held(watched)
     pyramid = sum(p.nbytes for p in seen[:4])

@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from cases import HAS_GPU, INTERPRETED
 from helpers import assert_as_accurate, leaves_alone, same_bits
-from squeeze_excite_cases import CASES, inputs
+from squeeze_excite_cases import CASES, inputs, planned_launches
 from torch import Tensor
 
-from benchmarks.kernels import plan_squeeze_excite_launches
 from revbifpn_kernels.ops.norm_act.arguments import ACTIVATIONS
 from revbifpn_kernels.ops.squeeze_excite.gates import (
     _squeeze_excite_gates_cuda,
@@ -150,7 +149,7 @@ def test_empty_batch(backend):
 
 def test_another_batch_is_no_new_kernel():
     def specialised(batch):
-        for launch, _ in plan_squeeze_excite_launches((batch, 480, 40)):
+        for launch, _ in planned_launches((batch, 480, 40)):
             sizes = {name: value for name, value in launch.args.items() if name != "N"}
             yield launch.kernel.__name__, launch.constants, sizes
 

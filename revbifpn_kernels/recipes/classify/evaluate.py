@@ -60,10 +60,9 @@ def evaluate(run: ClassifierState, views: Evaluation, signals: Signals) -> Score
         skipped += unread
     for module in was_training:
         module.training = True
-    loss, right, count = world.total(sums).tolist()
-    if not count:
-        return Score(float("nan"), float("nan"), 0, tuple(skipped))
-    return Score(loss / count, right / count, int(count), tuple(skipped))
+    *totals, count = world.total(sums)
+    loss, accuracy = ((total / count).item() for total in totals)  # NaN of no image
+    return Score(loss, accuracy, int(count), tuple(skipped))
 
 
 def autocast(options: Options, world: World):

@@ -7,10 +7,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as states
 
 from ..run.checkpoint import WHOLE
 from ..run.errors import RunError
@@ -48,8 +45,8 @@ def refuse_forgetful(options: Options) -> None:
         _steps(model, whole, after, PROBED_LR / 2)
         _steps(stopped, first, before, PROBED_LR)
         # Copied: reading the state changes it, where an optimizer keeps it elsewhere.
-        state = copy.deepcopy(get_optimizer_state_dict(stopped, first, options=WHOLE))
-        set_optimizer_state_dict(stopped, again, state, options=WHOLE)
+        state = copy.deepcopy(states.get_optimizer_state_dict(stopped, first, options=WHOLE))
+        states.set_optimizer_state_dict(stopped, again, state, options=WHOLE)
         _steps(stopped, again, after, PROBED_LR / 2)
     except Exception as error:  # optimizers raise all kinds
         reason = f"{options.opt} fails: {type(error).__name__}: {error}"

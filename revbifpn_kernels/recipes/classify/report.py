@@ -76,8 +76,7 @@ class Report(Console):
         if self.events is not None:
             self._scalars({"test_accuracy": score.accuracy})
             self.events.close()
-        self.tell_skipped()
-        self.tell_waiting()
+        self.tell_end()
         self.say(f"peak memory {peak_mib(run.world.device):.0f} MiB; all files in {self.out}")
         right = round(score.accuracy * score.count) if score.count else 0
         self.say(f"{right} of {score.count} test images right, loss {score.loss:.4f}")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from ...models.cost import training_memory
 from ...models.revbifpn import RevBiFPN
@@ -94,7 +95,7 @@ def write_result(
     run: ClassifierState, classes: list[str], test: data.Evaluation, report: Report
 ) -> None:
     """Writes the weights that were tested, and exports them if asked."""
-    weights = state.get_model_state_dict(run.result, options=checkpoint.WHOLE)
+    weights = get_model_state_dict(run.result, options=checkpoint.WHOLE)
     if not run.world.is_first:
         return
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}

@@ -9,12 +9,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as states
 
 from ...models.revbifpn import RevBiFPN
 from ...models.sizes import Config
@@ -49,22 +44,24 @@ class ClassifierState(RunState):
         return self.model if self.ema is None else self.ema.module
 
     def captured_tensors(self) -> dict[str, Any]:
+        model, optimizer = states.get_state_dict(self.model, self.optimizer, options=WHOLE)
         ema = None
         if self.ema is not None:
-            ema = get_model_state_dict(self.ema.module, options=WHOLE)
+            ema = states.get_model_state_dict(self.ema.module, options=WHOLE)
         return {
-            "model": get_model_state_dict(self.model, options=WHOLE),
+            "model": model,
             "ema": ema,
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE),
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "generators": self.world.gathered(checkpoint.generators()),
         }
 
     def restore_tensors(self, content: dict[str, Any]) -> None:
-        set_model_state_dict(self.model, content["model"], options=WHOLE)
+        states.set_model_state_dict(self.model, content["model"], options=WHOLE)
         if self.ema is not None:
-            set_model_state_dict(self.ema.module, content["ema"], options=WHOLE)
-        set_optimizer_state_dict(self.model, self.optimizer, content["optimizer"], options=WHOLE)
+            states.set_model_state_dict(self.ema.module, content["ema"], options=WHOLE)
+        optimizer = content["optimizer"]
+        states.set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=WHOLE)
         self.scaler.load_state_dict(content["scaler"])
         ranks = len(content["generators"])
         if ranks != self.world.size:

@@ -72,8 +72,7 @@ class Report(Console):
         """The skipped entries, and the last line."""
         run = self.run
         self.bar.close()
-        self.tell_skipped()
-        self.tell_waiting()
+        self.tell_end()
         self.say(
             f"{run.cpu_seconds:.0f} s of CPU time, peak memory {peak_mib(run.world.device):.0f} "
             f"MiB; all files in {self.out}"

@@ -43,17 +43,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError:
         beside.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Writes a rename to the disk, where the file system can sync folders."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    folder = os.open(path.parent, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # not every file system syncs the rename itself
+        os.fsync(folder)
+    os.close(folder)
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -135,9 +128,9 @@ class Keeper:
             try:
                 save(self.path, content)
             except OSError as error:
-                old = (
-                    "there is none yet" if self.step is None else f"that of step {self.step} stays"
-                )
+                old = "there is none yet"
+                if self.step is not None:
+                    old = f"that of step {self.step} stays"
                 self.warn(f"checkpoint of step {step} not written to {self.path}: {error}; {old}")
                 return False
         self.step = step

@@ -131,7 +131,9 @@ class Console:
         if self.skipped:
             self.warn(f"{len(self.skipped)} skipped, see {SKIPPED}")
 
-    def tell_waiting(self) -> None:
+    def tell_end(self) -> None:
+        """What was skipped, and the share of the time that steps waited for images."""
+        self.tell_skipped()
         if self.stepped:
             share = 100 * self.waited / self.stepped
             self.say(f"waiting for images took {share:.1f} % of the steps")

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,25 +30,25 @@ BELOW_1 = Range(lambda v: 0 <= v < 1, "in [0, 1)")
 PROBABILITY = Range(lambda v: 0 <= v <= 1, "in [0, 1]")
 
 
-def option(default, help: str, range: Range | None = None, **argument):
+def option(
+    default, help: str, range: Range | None = None, *, defaults=(), is_free=False, **argument
+) -> Any:
     """Returns a field; its annotation says how an answer is read, a bool becomes two switches.
 
     `argument` is what `add_argument` takes beyond that.
     """
     metadata = {"help": help, "range": range, "argument": argument}
+    metadata |= {"defaults": defaults, "is_free": is_free}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def by_data(digits, folder, help: str, range: Range | None = None, **argument):
+def by_data(digits, folder, help: str, range: Range | None = None, **argument) -> Any:
     """An option whose default depends on the data; None: that data has no default."""
-    field = option(None, help, range, **argument)
-    return dataclasses.field(default=None, metadata=field.metadata | {"defaults": (digits, folder)})
+    return option(None, help, range, defaults=(digits, folder), **argument)
 
 
-def free(default, help: str, range: Range | None = None, **argument):
-    """An option that may change when a run is resumed, as it changes no number of the run."""
-    field = option(default, help, range, **argument)
-    return dataclasses.field(default=default, metadata=field.metadata | {"is_free": True})
+# An option that may change when a run is resumed, as it changes no number of the run.
+free = functools.partial(option, is_free=True)
 
 
 def settings_of(digits: tuple) -> dataclasses.Field:
@@ -116,7 +117,7 @@ class RunOptions:
     def saved(self) -> dict[str, Any]:
         """The options that a checkpoint keeps: all that change a run's numbers."""
         fields = dataclasses.fields(self)
-        return {f.name: getattr(self, f.name) for f in fields if "is_free" not in f.metadata}
+        return {f.name: getattr(self, f.name) for f in fields if not f.metadata["is_free"]}
 
 
 def fields_of(options: type[RunOptions]) -> dict[str, dataclasses.Field]:
@@ -152,7 +153,7 @@ def _shown_default(field: dataclasses.Field, data: tuple[str, str]) -> str:
         return ""
     if field.default is not None:
         return f" (default: {field.default})"
-    found = zip(field.metadata.get("defaults", ()), data, strict=False)
+    found = zip(field.metadata["defaults"], data, strict=False)
     texts = [f"{value} for {name}" for value, name in found if value is not None]
     return f" (default: {', '.join(texts)})" if texts else ""
 
@@ -163,7 +164,7 @@ def defaults_of(options: RunOptions) -> dict[str, Any]:
     defaults = {
         field.name: field.metadata["defaults"][which]
         for field in dataclasses.fields(options)
-        if "defaults" in field.metadata
+        if field.metadata["defaults"]
     }
     found = {name: value for name, value in defaults.items() if getattr(options, name) is None}
     settings = dict(defaults["settings"]) if options.model is None else {}

@@ -111,10 +111,10 @@ def synchronised(model: RevBiFPN, world: World) -> nn.Module:
 
 def distributed(model: RevBiFPN, world: World, fsdp: bool) -> nn.Module:
     """Returns what a step calls: the model, sharded in place, or DDP around it."""
-    if world.size == 1:
-        return shard(model, world) if fsdp else model
     if fsdp:
         return shard(model, world)
+    if world.size == 1:
+        return model
     # About 1×1 convolutions in channels_last, whose two strides describe the same layout.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     return DistributedDataParallel(
@@ -159,9 +159,8 @@ def share_statistics(model: nn.Module, world: World) -> None:
         for buffer in (module.running_mean, module.running_var)
         if buffer is not None and not isinstance(module, nn.SyncBatchNorm)
     ]
-    if not statistics:
-        return
-    flat = torch.cat([buffer.flatten() for buffer in statistics])
-    dist.all_reduce(flat)
-    parts = flat.div_(world.size).split([buffer.numel() for buffer in statistics])
-    torch._foreach_copy_(statistics, [p.view_as(b) for p, b in zip(parts, statistics, strict=True)])
+    if statistics:
+        flat = torch.cat(statistics)
+        dist.all_reduce(flat)
+        parts = flat.div_(world.size).split([len(buffer) for buffer in statistics])
+        torch._foreach_copy_(statistics, list(parts))
