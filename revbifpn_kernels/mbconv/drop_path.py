@@ -33,21 +33,12 @@ def drop_factors(probability: float, samples: int, like: Tensor) -> Tensor:
 
     In a block's call they are drawn at once for all its transforms of that probability.
     """
-    shared = recompute.shared_draws()
-    if shared is None:
-        return _drawn(1, probability, samples, like)[0]
-    block, drawn = shared
+    block, drawn = recompute.shared_draws() or (None, {})
     rows = drawn.setdefault((DropPath, probability, samples, like.dtype, like.device), [])
     if not rows:
-        rows += _drawn(_count(block, probability), probability, samples, like).unbind()
+        parts = () if block is None else parts_of(block)
+        drops = (part for part in parts if type(part) is DropPath and part.training)
+        count = max(1, sum(drop.probability == probability for drop in drops))
+        keep = 1.0 - probability
+        rows += like.new_empty(count, samples).bernoulli_(keep).div_(keep).unbind()
     return rows.pop()
-
-
-def _drawn(count: int, probability: float, samples: int, like: Tensor) -> Tensor:
-    keep = 1.0 - probability
-    return like.new_empty(count, samples).bernoulli_(keep).div_(keep)
-
-
-def _count(block: nn.Module, probability: float) -> int:
-    drops = (part for part in parts_of(block) if type(part) is DropPath and part.training)
-    return max(1, sum(drop.probability == probability for drop in drops))

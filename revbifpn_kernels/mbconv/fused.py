@@ -17,7 +17,6 @@ from ..ops.conv.depthwise import depthwise_input_grad, depthwise_weight_grad
 from ..ops.conv.pointwise_conv import pointwise_conv, pointwise_conv_backward
 from ..ops.layout import Geometry
 from ..ops.norm_act.arguments import ACTIVATIONS
-from ..ops.norm_act.factors import norm_factors
 from ..ops.norm_act.forward import norm_act_reference
 from ..ops.resample.folded_norm import ScaledSource, Source
 from ..reversible import recompute
@@ -114,7 +113,7 @@ class _StagesRun:
                 self.maps += [x, u]
             norm = saved.mean, saved.invstd, gamma, beta
             if self.folds_norm and k + 1 == len(self.stages):
-                return ScaledSource(u, *norm_factors(*norm, saved.drop_factors, len(u)))
+                return ScaledSource(u, *_ops.norm_factors(*norm, saved.drop_factors, len(u)))
             x = _ops.norm_act(u, *norm, saved.multiplier(u.shape[1]), stage.act)
         return x
 

@@ -211,7 +211,9 @@ class RevBiFPN(nn.Module):
         weight = next(self.parameters(), None)
         # FSDP and quantisation replace the weights by their own, and convert the image.
         is_plain = type(weight) is nn.Parameter and weight.dim() == 4
-        if is_plain and image.dtype != weight.dtype and not _is_autocast(image.device.type):
+        device = image.device.type
+        is_autocast = device != "meta" and torch.is_autocast_enabled(device)
+        if is_plain and image.dtype != weight.dtype and not is_autocast:
             raise TypeError(
                 f"RevBiFPN: image must have the model's dtype {weight.dtype} outside autocast, got "
                 f"{image.dtype}"
@@ -223,10 +225,6 @@ class RevBiFPN(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-
-
-def _is_autocast(device_type: str) -> bool:
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def _needs_pixels(module: nn.Module) -> bool:

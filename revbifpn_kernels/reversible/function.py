@@ -10,11 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..ops.layout import Geometry
+from ..ops.layout import Geometry, in_format
 from .recompute import BlockTrace, is_traced, sharing_draws
 from .step import Step
-from .streams import Streams, enter, identity, in_stream_format
-from .tape import BlockCall, Tape
+from .streams import Streams, enter, identity
+from .tape import BlockCall, Tape, compute_of
 
 # The tape of a chain's call and the block's index in it; without a tape it runs as a plain module.
 TapeSlot = tuple[Tape | None, int]
@@ -61,8 +61,10 @@ class _Block(torch.autograd.Function):
         saved = [y.detach() for y in ctx.saved_tensors[: ctx.saved_streams]]
         ys = call.streams_from(saved) if saved else call.tape.take(call.index, call.block)
         del saved
-        formats = zip(grad_ys, ctx.channels_last, strict=True)
-        grads = [in_stream_format(grad, is_last) for grad, is_last in formats]
+        grads = [
+            grad if grad is None or grad.dim() != 4 else in_format(grad, channels_last)
+            for grad, channels_last in zip(grad_ys, ctx.channels_last, strict=True)
+        ]
         step = Step(trace, ctx.needs_input_grad[1 : 1 + call.input_count])
         # Stand-ins: tensors used instead of parameters in the recompute, by the parameters' ids.
         trace.stand_ins = trace.state.stand_ins()
@@ -83,12 +85,12 @@ def run_by_engine(compute: Callable) -> Callable:
         if type(self).forward is not forward:  # called by a subclass through super()
             return compute(self, *xs)
         if slot is not None:
-            return _call_block(self, compute, slot, xs)
+            return _call_block(self, slot, xs)
         xs = enter(self, xs, self.lattice)
         if not (self.reversible and wants_graph(self)):
-            return _call_block(self, compute, (None, 0), xs)
+            return _call_block(self, (None, 0), xs)
         call = _call_block_untraced if torch.compiler.is_compiling() else _call_block
-        return call(self, compute, (Tape(1, self.check), 0), xs)
+        return call(self, (Tape(1, self.check), 0), xs)
 
     forward.compute = compute
     return forward
@@ -101,23 +103,21 @@ def wants_graph(chain: nn.Module) -> bool:
     return torch.is_grad_enabled() and not (is_replica or is_recorded or is_traced())
 
 
-def _call_block(block: nn.Module, compute: Callable, slot: TapeSlot, xs: Streams) -> Streams:
+def _call_block(block: nn.Module, slot: TapeSlot, xs: Streams) -> Streams:
     if torch.compiler.is_compiling():  # there is no tape then
-        return compute(block, *xs)
+        return compute_of(block)(block, *xs)
     with sharing_draws(block):
-        tape, index = slot
-        if tape is None:
-            return compute(block, *xs)
-        return _call_with_tape(block, compute, tape, index, xs)
+        has_tape = slot[0] is not None
+        return _call_with_tape(block, *slot, xs) if has_tape else compute_of(block)(block, *xs)
 
 
-def _call_with_tape(block, compute: Callable, tape: Tape, index: int, xs: Streams) -> Streams:
+def _call_with_tape(block: nn.Module, tape: Tape, index: int, xs: Streams) -> Streams:
     trace = BlockTrace(block, tape.check)
     parameters = [p for p in trace.state.unique_parameters if p.requires_grad]
     if not parameters and not any(x.requires_grad for x in xs):
         tape.previous = tape.returned_identities = None
         with torch.no_grad():
-            return compute(block, *xs)
+            return compute_of(block)(block, *xs)
     if tape.first is None:
         tape.first = index
     previous = tape.previous[0] if block.reruns_before and tape.previous else None

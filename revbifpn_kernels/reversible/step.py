@@ -86,11 +86,8 @@ class Step:
         outputs, grads = zip(*pairs, strict=True)
         results = torch.autograd.grad(outputs, [*wanted, *parameters], grads, allow_unused=True)
         for parameter, grad in zip(parameters, results[len(wanted) :], strict=True):
-            self._collect(parameter, grad)
+            if grad is not None:
+                known = self.parameter_grads.get(id(parameter))
+                self.parameter_grads[id(parameter)] = grad if known is None else known + grad
         found = iter(results)
         return [next(found) if x.requires_grad else None for x in inputs]
-
-    def _collect(self, parameter: Tensor, grad: Tensor | None) -> None:
-        if grad is not None:
-            known = self.parameter_grads.get(id(parameter))
-            self.parameter_grads[id(parameter)] = grad if known is None else known + grad

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import resample_add
-from ..ops.layout import in_format
 
 Streams = tuple[Tensor, ...]
 
@@ -51,8 +50,3 @@ def identity(x: Tensor) -> tuple:
     """Return a key for a tensor's memory, layout and version: equal if nothing was written."""
     storage = x.untyped_storage()._cdata
     return storage, x.storage_offset(), x._version, x.dtype, x.shape, x.stride()
-
-
-def in_stream_format(grad: Tensor | None, channels_last: bool) -> Tensor | None:
-    """Return a gradient in the memory format of its stream; kernels read others slowly."""
-    return grad if grad is None or grad.dim() != 4 else in_format(grad, channels_last)

@@ -47,25 +47,17 @@ def _norm_factors_kernel(
     tl.store(shift_ptr + n * C + c, shift, mask)
 
 
-def plan_norm_factors(scale, shift, mean, invstd, weight, bias, kept) -> tuple[Launch, dict]:
-    """The launch that writes scale and shift, and its operands."""
-    samples, channels = scale.shape
-    grid = samples, triton.cdiv(channels, BLOCK)
-    launch = Launch(
-        _norm_factors_kernel, grid, {"samples": samples, "C": channels}, {"BLOCK": BLOCK}
-    )
-    results = {"scale_ptr": scale, "shift_ptr": shift, "kept_ptr": contiguous(kept)}
-    return launch, {**results, **norm_operands(mean, invstd, weight, bias)}
-
-
 def norm_factors_cuda(mean, invstd, weight, bias, kept, samples) -> tuple[Tensor, Tensor]:
-    scale, shift = (mean.new_empty(samples, len(mean)) for _ in range(2))
-    launch, operands = plan_norm_factors(scale, shift, mean, invstd, weight, bias, kept)
-    launch.run(mean.device, operands)
+    channels = len(mean)
+    scale, shift = (mean.new_empty(samples, channels) for _ in range(2))
+    operands = {"scale_ptr": scale, "shift_ptr": shift, "kept_ptr": contiguous(kept)}
+    operands |= norm_operands(mean, invstd, weight, bias)
+    grid, args = (samples, triton.cdiv(channels, BLOCK)), {"samples": samples, "C": channels}
+    Launch(_norm_factors_kernel, grid, args, {"BLOCK": BLOCK}).run(mean.device, operands)
     return scale, shift
 
 
-# The CPU's kernel is registered in csrc/norm_act/factors.cpp.
+# Scale and shift in mean's dtype: float32, or float64 on CPUs (csrc/norm_act/factors.cpp).
 library.define(
     "norm_factors(Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor? kept, "
     "int samples) -> (Tensor, Tensor)"
@@ -75,21 +67,9 @@ library.impl("norm_factors", norm_factors_cuda, "CUDA")
 
 @torch.library.register_fake("revbifpn::norm_factors", lib=library)
 def _norm_factors_fake(mean, invstd, weight, bias, kept, samples):
-    channels, images = tuple(mean.shape), (samples,)
-    given = ("invstd", invstd, channels), ("weight", weight, channels), ("bias", bias, channels)
-    for name, values, shape in (*given, ("kept", kept, images)):
+    given = {"invstd": invstd, "weight": weight, "bias": bias, "kept": kept}
+    for name, values in given.items():
+        shape = (samples,) if name == "kept" else tuple(mean.shape)
         if values is not None:
             check_values("norm_factors", name, values, (shape, mean.dtype, mean.device))
     return tuple(mean.new_empty(samples, len(mean)) for _ in range(2))
-
-
-def norm_factors(
-    mean: Tensor,  # (C,)
-    invstd: Tensor,  # (C,)
-    weight: Tensor | None,  # (C,)
-    bias: Tensor | None,  # (C,)
-    kept: Tensor | None,  # (N,)
-    samples: int,
-) -> tuple[Tensor, Tensor]:
-    """Return scale and shift, (N, C), of mean's dtype: float32, or float64 on CPUs. No autograd."""
-    return torch.ops.revbifpn.norm_factors(mean, invstd, weight, bias, kept, samples)

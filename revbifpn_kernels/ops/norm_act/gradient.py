@@ -74,10 +74,10 @@ def norm_act_grad_reference(
     """The specification of dx, dweight, dbias, by autograd through the statistics."""
     with torch.enable_grad():
         leaf = x.detach().to(mean.dtype).requires_grad_()
-        factor = mean.new_ones(mean.shape) if weight is None else weight.detach()
-        factor = factor.clone().requires_grad_()
-        shift = (mean.new_zeros(mean.shape) if bias is None else bias.detach()).clone()
-        shift.requires_grad_()
+        given = torch.ones_like(mean) if weight is None else weight
+        factor = given.detach().clone().requires_grad_()
+        given = torch.zeros_like(mean) if bias is None else bias
+        shift = given.detach().clone().requires_grad_()
         center, spread = mean, invstd
         if is_batch:
             # invstd² = 1/(var + eps), so eps need not be known.

@@ -1,4 +1,4 @@
-"""Options of the command, and defaults that depend on the data."""
+"""Options of `train`, and defaults that depend on the data."""
 
 import dataclasses
 import os
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..run import options as run
 from ..run.errors import RunError
 from ..run.networks import THREE_LEVELS
-from ..run.options import BELOW_1, FROM_0, FROM_1, NOT_NEGATIVE, by_data, free, option
+from ..run.options import BELOW_1, FROM_0, FROM_1, NOT_NEGATIVE, by_data, changeable, option
 
 DIGITS_NETWORK = (
     *THREE_LEVELS,
@@ -27,42 +27,55 @@ class Options(run.RunOptions):
     DATA = ("digits", "folder")
 
     # A moved folder is the same data: names and labels are compared.
-    data: str | None = free(
+    data: str | None = changeable(
         None,
         "folder with train/ and val/ (and test/), or with a folder for each class, which is split "
         "80:10:10; without it, scikit-learn's handwritten digits",
     )
-    split_seed: int = option(0, "of the split of digits and of undivided folders", FROM_0)
+    split_seed: int = option(
+        0, "seed of the train/val/test split of data without one", FROM_0
+    )
     model: str | None = option(
         None, "revbifpn_s0 … revbifpn_s6; S0 unless given, for digits of three levels"
     )
     settings: tuple = run.settings_of(DIGITS_NETWORK)
     norm: str = option(
-        "batch", "group does not depend on how a batch is split", choices=("batch", "group")
+        "batch",
+        "batch norm or group norm (group: independent of --accumulate and of processes)",
+        choices=("batch", "group"),
     )
     image_size: int | None = option(
         None, "side in pixels, the model's unless given", run.whole_from(32)
     )
-    new_head: bool = option(False, "a new classifier, also if --checkpoint has as many classes")
-    freeze: tuple = option(
-        (), "parts that stay as they are: stem,body.0,body,neck,head", type=run.names
+    new_head: bool = option(
+        False, "a new classifier, even if that of --checkpoint has as many classes"
     )
-    batch_size: int | None = by_data(64, 256, "images per step, over processes and parts", FROM_1)
+    freeze: tuple = option(
+        (), "parts that are not trained: stem,body.0,body,neck,head", type=run.names
+    )
+    batch_size: int | None = by_data(64, 256, "images per step, over all processes", FROM_1)
     epochs: int | None = by_data(25, 300, "passes over the images; 0: no training", FROM_0)
-    accumulate: int = option(1, "parts that a step's images are processed in", FROM_1)
+    accumulate: int = option(1, "micro-batches per step, whose gradients are added up", FROM_1)
     opt: str = option("adamw", "an optimizer of timm's: adamw, sgd, lamb, …")
     lr: float | None = by_data(4e-3, 1e-3, "learning rate after the warm-up", run.POSITIVE)
     min_lr: float = option(1e-5, "learning rate at the end, after a cosine", NOT_NEGATIVE)
     warmup_epochs: float | None = by_data(
-        2, 5, "in which the learning rate rises; a fifth of --epochs if that is less", NOT_NEGATIVE
+        2, 5, "epochs of learning-rate warm-up; a fifth of --epochs if that is less", NOT_NEGATIVE
     )
-    weight_decay: float | None = by_data(0.02, 0.05, "not of biases and norms", NOT_NEGATIVE)
-    clip_grad: float = option(5.0, "longest gradient of all parameters; 0: any", NOT_NEGATIVE)
-    label_smoothing: float = option(0.1, "share of the target for all classes", BELOW_1)
-    drop: float | None = option(None, "dropout before the classifier", BELOW_1)
-    drop_path: float | None = option(None, "stochastic depth of the last silo", BELOW_1)
+    weight_decay: float | None = by_data(
+        0.02, 0.05, "weight decay, not of biases and norms", NOT_NEGATIVE
+    )
+    clip_grad: float = option(5.0, "maximum norm of the gradient; 0: no clipping", NOT_NEGATIVE)
+    label_smoothing: float = option(0.1, "share of the target spread over all classes", BELOW_1)
+    drop: float | None = option(None, "probability of dropout before the classifier", BELOW_1)
+    drop_path: float | None = option(
+        None, "stochastic depth: probability in the last silo", BELOW_1
+    )
     ema_decay: float | None = by_data(
-        0.99, 0.9999, "of the averaged weights, which are the result; 0: none", BELOW_1
+        0.99,
+        0.9999,
+        "decay of the weights' moving average, which is tested and saved; 0: no average",
+        BELOW_1,
     )
     augment: str | None = by_data(
         "affine",
@@ -73,25 +86,25 @@ class Options(run.RunOptions):
     erasing: float = option(0.0, "probability that a rectangle is erased", run.PROBABILITY)
     mixup: float = option(0.0, "alpha of MixUp, 0: none", NOT_NEGATIVE)
     cutmix: float = option(0.0, "alpha of CutMix, 0: none", NOT_NEGATIVE)
-    seed: int = option(0, "of weights, order, augmentation and dropout", FROM_0)
-    amp: str = option("none", "autocast", choices=("none", "bfloat16", "float16"))
-    channels_last: bool = option(False, "memory format of images and weights")
+    seed: int = option(0, "seed of weights, order, augmentation and dropout", FROM_0)
+    amp: str = option("none", "dtype of autocast", choices=("none", "bfloat16", "float16"))
+    channels_last: bool = option(False, "channels_last memory format for images and weights")
     compile: str | None = option(
         None,
-        "compile by this backend, inductor unless named: transforms, or the network if stored",
+        "torch.compile by this backend, inductor unless named: transforms, or a stored network",
         nargs="?",
         const="inductor",
     )
-    fsdp: bool = free(False, "shard by FSDP2, under torchrun; DDP otherwise")
-    threads: int | None = free(
-        None, "of the CPU, per process; 1 for digits, else PyTorch's choice", FROM_1
+    fsdp: bool = changeable(False, "shard by FSDP2 under torchrun, instead of DDP")
+    threads: int | None = changeable(
+        None, "CPU threads per process; 1 for digits, else PyTorch's choice", FROM_1
     )
-    workers: int | None = free(
-        None, "processes that load images; one less than the cores, at most 8", FROM_0
+    workers: int | None = changeable(
+        None, "processes that load images; one fewer than the cores, at most 8", FROM_0
     )
-    tensorboard: bool = free(True, "write TensorBoard's events")
-    export: str | None = free(None, "folder for ONNX and torch.export of the result")
-    memory: bool = free(False, "count a step's memory, beside stored, and stop")
+    tensorboard: bool = changeable(True, "write TensorBoard's events")
+    export: str | None = changeable(None, "folder for the result as ONNX and torch.export")
+    memory: bool = changeable(False, "print a step's memory, reversible and stored, and stop")
 
 
 FIELDS = run.fields_of(Options)
@@ -103,7 +116,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
 
 def completed(options: Options) -> Options:
-    """Replaces None by the data's defaults; raises for what is out of range."""
+    """Replaces None by the data's defaults; raises for values out of range."""
     found = run.defaults_of(options)
     if options.warmup_epochs is None:  # a short run has to reach its learning rate, too
         epochs = found.get("epochs", options.epochs)

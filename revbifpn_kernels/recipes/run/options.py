@@ -13,7 +13,7 @@ from .errors import RunError
 
 
 class Range(NamedTuple):
-    """The values that an option may have, in code and in words."""
+    """The values that an option may have: a test, and words for messages."""
 
     holds: Callable[[Any], bool]
     text: str
@@ -31,30 +31,30 @@ PROBABILITY = Range(lambda v: 0 <= v <= 1, "in [0, 1]")
 
 
 def option(
-    default, help: str, range: Range | None = None, *, defaults=(), is_free=False, **argument
+    default, help: str, allowed: Range | None = None, *, defaults=(), may_change=False, **argument
 ) -> Any:
-    """Returns a field; its annotation says how an answer is read, a bool becomes two switches.
+    """Returns a field. Its annotation is the type for argparse; a bool gives --name and --no-name.
 
     `argument` is what `add_argument` takes beyond that.
     """
-    metadata = {"help": help, "range": range, "argument": argument}
-    metadata |= {"defaults": defaults, "is_free": is_free}
+    metadata = {"help": help, "allowed": allowed, "argument": argument}
+    metadata |= {"defaults": defaults, "may_change": may_change}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def by_data(digits, folder, help: str, range: Range | None = None, **argument) -> Any:
+def by_data(on_digits, on_own_data, help: str, allowed: Range | None = None, **argument) -> Any:
     """An option whose default depends on the data; None: that data has no default."""
-    return option(None, help, range, defaults=(digits, folder), **argument)
+    return option(None, help, allowed, defaults=(on_digits, on_own_data), **argument)
 
 
-# An option that may change when a run is resumed, as it changes no number of the run.
-free = functools.partial(option, is_free=True)
+# An option that may change when a run is resumed, because it does not affect the run's numbers.
+changeable = functools.partial(option, may_change=True)
 
 
-def settings_of(digits: tuple) -> dataclasses.Field:
-    """`--set`, with the settings of the model that digits are trained on."""
-    text = "a number of the model, a field of Config, such as extra_silos=1; may be repeated"
-    return by_data(digits, (), text, type=setting, action="append")
+def settings_of(on_digits: tuple) -> dataclasses.Field:
+    """`--set`, by default with the settings of the model for digits."""
+    text = "a field of the model's Config, such as extra_silos=1; may be repeated"
+    return by_data(on_digits, (), text, type=setting, action="append")
 
 
 def power(text: str) -> float:
@@ -94,34 +94,36 @@ def switch(name: str) -> str:
 class RunOptions:
     """The options that both commands have. None: a default that depends on the data."""
 
-    DATA: ClassVar[tuple[str, str]]  # names of the embedded data and of a user's
+    DATA: ClassVar[tuple[str, str]]  # names of the built-in data and of a user's
 
     checkpoint: str | None = option(
         None, "file with the model's weights to start from: ours, official or safetensors"
     )
     lattice: float | None = option(None, "exact mode, such as 2^-12", type=power)
-    reversible: bool = option(True, "recompute activations, or store them")
+    reversible: bool = option(True, "recompute activations in the backward, or store them")
     device: str = option("auto", "a GPU if there is one", choices=("auto", "cpu", "cuda"))
-    out: str | None = free(None, "folder of the run; runs/NAME-TIME unless given")
-    resume: str = free(
+    out: str | None = changeable(None, "folder of the run; runs/NAME-TIME unless given")
+    resume: str = changeable(
         "never", "auto continues the run in --out if there is one", choices=("never", "auto")
     )
-    checkpoint_minutes: float = free(5.0, "between checkpoints; 0: after each step", NOT_NEGATIVE)
-    log_every: int = free(10, "steps per row of steps.csv", FROM_1)
-    progress: bool = free(True, "a progress bar on terminals")
+    checkpoint_minutes: float = changeable(
+        5.0, "minutes between checkpoints; 0: after each step", NOT_NEGATIVE
+    )
+    log_every: int = changeable(10, "steps per row of steps.csv", FROM_1)
+    progress: bool = changeable(True, "a progress bar on terminals")
 
     @property
     def dataset(self) -> str:
         return self.DATA[0] if self.data is None else self.DATA[1]
 
-    def saved(self) -> dict[str, Any]:
-        """The options that a checkpoint keeps: all that change a run's numbers."""
+    def fixed_on_resume(self) -> dict[str, Any]:
+        """The options that a checkpoint saves: all that affect the run's numbers."""
         fields = dataclasses.fields(self)
-        return {f.name: getattr(self, f.name) for f in fields if not f.metadata["is_free"]}
+        return {f.name: getattr(self, f.name) for f in fields if not f.metadata["may_change"]}
 
 
 def fields_of(options: type[RunOptions]) -> dict[str, dataclasses.Field]:
-    """An application's own fields, then those that it shares."""
+    """All fields by name: the command's own first, then those of `RunOptions`."""
     fields = dataclasses.fields(options)
     own = options.__annotations__
     return {field.name: field for field in sorted(fields, key=lambda f: f.name not in own)}
@@ -148,7 +150,7 @@ def parsed(
 
 
 def _shown_default(field: dataclasses.Field, data: tuple[str, str]) -> str:
-    """The default for the help; nothing where the help has said it."""
+    """The default as --help shows it; empty if the help text names it."""
     if field.name == "settings" or field.default == () or field.default is False:
         return ""
     if field.default is not None:
@@ -175,9 +177,9 @@ def defaults_of(options: RunOptions) -> dict[str, Any]:
 def check(options: RunOptions) -> None:
     """Raises `RunError` for the first option that is out of its range."""
     for field in dataclasses.fields(options):
-        value, range = getattr(options, field.name), field.metadata["range"]
-        if range is not None and value is not None and not range.holds(value):
-            raise RunError(f"{switch(field.name)} must be {range.text}, got {value}")
+        value, allowed = getattr(options, field.name), field.metadata["allowed"]
+        if allowed is not None and value is not None and not allowed.holds(value):
+            raise RunError(f"{switch(field.name)} must be {allowed.text}, got {value}")
     if options.resume == "auto" and not options.out:
         raise RunError("--resume auto needs --out, the folder of the run; got none")
 

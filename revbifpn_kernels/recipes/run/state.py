@@ -52,7 +52,7 @@ class RunState:
 
     def capture(self) -> dict[str, Any]:
         """Returns a checkpoint's content, on the first process; each process must call it."""
-        about = {"version": VERSION, "options": self.options.saved(), "data": self.digest}
+        about = {"version": VERSION, "options": self.options.fixed_on_resume(), "data": self.digest}
         counters = {name: getattr(self, name) for name in self.COUNTERS}
         return about | counters | self.captured_tensors()
 
@@ -69,7 +69,7 @@ class RunState:
             )
         refuse_changes(
             content["options"] | {"training images": content["data"]},
-            self.options.saved() | {"training images": self.digest},
+            self.options.fixed_on_resume() | {"training images": self.digest},
             list(fields_of(type(self.options))),
         )
         for name in self.COUNTERS:

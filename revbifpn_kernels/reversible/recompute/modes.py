@@ -5,7 +5,7 @@ recompute, and the generators' states are saved whenever it trains.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -158,9 +158,7 @@ class ReplayMode(TorchFunctionMode):
         return event
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if self.stand_ins:
-            args, kwargs = _substituted((args, kwargs), self.stand_ins)
+        args, kwargs = _substituted(args, kwargs or {}, self.stand_ins)
         kind = _kind_of(func)
         if kind is None or torch.compiler.is_compiling():
             return func(*args, **kwargs)
@@ -182,9 +180,7 @@ class GuardMode(TorchFunctionMode):
         self.name, self.is_in_transform, self.stand_ins = name, is_in_transform, stand_ins
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if self.stand_ins:
-            args, kwargs = _substituted((args, kwargs), self.stand_ins)
+        args, kwargs = _substituted(args, kwargs or {}, self.stand_ins)
         is_special = _kind_of(func) in ("draw", "norm") and kwargs.get("training") is not False
         if is_special and not self.is_in_transform():
             raise RuntimeError(
@@ -194,9 +190,11 @@ class GuardMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _substituted(values, stand_ins: Mapping[int, Tensor]):
-    """`values` with the tensors that have a stand-in replaced by it."""
-    return tree_map_only(Tensor, lambda tensor: stand_ins.get(id(tensor), tensor), values)
+def _substituted(args: tuple, kwargs: dict, stand_ins: Mapping[int, Tensor]) -> tuple[tuple, dict]:
+    """The arguments with the tensors that have a stand-in replaced by it."""
+    if not stand_ins:
+        return args, kwargs
+    return tree_map_only(Tensor, lambda t: stand_ins.get(id(t), t), (args, kwargs))
 
 
 def _is_checkpointed() -> bool:
@@ -227,7 +225,8 @@ def record_opaque(record: CallRecord, function: Callable, x: tuple):
     record.updated += running_statistics(record.parts)
     is_training = any(part.training for part in record.parts)
     # A CUDA graph cannot save generator states; without dropout layers none is needed.
-    if is_training and (not rng.is_capturing() or _may_drop(record.parts)):
+    may_drop = any("drop" in type(p).__name__.lower() and p.training for p in record.parts)
+    if is_training and (may_drop or not rng.is_capturing()):
         devices = {torch.device("cpu"), *(tensor.device for tensor in x)}
         generators = map(rng.generator_on, devices)
         record.events += map(rng.saved_generator, generators)
@@ -244,7 +243,3 @@ def replay_opaque(record: CallRecord, function: Callable, x: tuple):
     finally:
         for buffer, value in zip(buffers, before, strict=True):
             buffer.data.copy_(value)  # keeps the version: the graph saved it, but does not read it
-
-
-def _may_drop(parts: Sequence[nn.Module]) -> bool:
-    return any("drop" in type(part).__name__.lower() and part.training for part in parts)

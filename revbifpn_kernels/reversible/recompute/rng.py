@@ -99,8 +99,9 @@ def rewound(saved: Sequence[SavedGenerator]) -> Iterator[None]:
 def saved_generator(generator: torch.Generator) -> SavedGenerator:
     if is_capturing() and generator.device.type == "cuda":
         raise NotRepeatable(
-            f"draws more than {SMALL} random numbers, whose generator's state cannot be saved in a "
-            "CUDA graph; drop samples or channels instead of elements, or set reversible=False"
+            "draws random numbers whose generator's state cannot be saved in a CUDA graph: more "
+            f"than {SMALL} at once, or in a layer such as nn.Dropout2d; replace it by "
+            "revbifpn_kernels.mbconv.drop_path.DropPath, or set reversible=False"
         )
     return SavedGenerator(generator, generator.get_state())
 
