@@ -1,7 +1,7 @@
 // The gradient of a depthwise convolution's input, in channels_last: lanes run over channels.
 
-/// The taps onto one place of the input along an axis: tap first + t * stride reads the result's
-/// gradient at place - t, for t in [begin, end).
+/// The taps that reach one position of the input along an axis: tap first + t * stride reads the
+/// result's gradient at place - t, for t in [begin, end).
 struct TapRange {
   int64_t first, place, count, size, begin = 0, end = 0;
 
@@ -11,7 +11,7 @@ struct TapRange {
     stay_inside();
   }
 
-  /// To the place of the input `stride` further on, which the same taps reach.
+  /// Advances to the position of the input `stride` further on, which the same taps reach.
   REVBIFPN_INLINE void advance() {
     ++place;
     stay_inside();

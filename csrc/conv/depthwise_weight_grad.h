@@ -1,6 +1,6 @@
 // The gradient of a depthwise convolution's weights, in channels_last: lanes run over channels.
 
-constexpr int MOST_TAPS = 8; // sums that fit the registers beside the loaded values
+constexpr int MOST_TAPS = 8; // their sums fit the registers beside the loaded values
 
 /// sums[t] += over a row: grad[column] * x[column * stride + shift + t], where that is inside.
 template <int TAPS, class T, class Vector>

@@ -53,9 +53,9 @@ std::tuple<Tensor, Tensor> pointwise_conv_backward_cpu(const Tensor &grad, const
                       grad.size(0) == x.size(0) && grad.size(2) == x.size(2) &&
                       grad.size(3) == x.size(3),
                   op, ": grad must have the shape and dtype of the convolution's result");
-  const Tensor pulled = pixels_of(grad);
-  const Tensor grad_weight = stable::matmul(stable::transpose(pulled, 0, 1), pixels_of(x));
-  return {maps_of_pixels(stable::matmul(pulled, matrix), x),
+  const Tensor grad_pixels = pixels_of(grad);
+  const Tensor grad_weight = stable::matmul(stable::transpose(grad_pixels, 0, 1), pixels_of(x));
+  return {maps_of_pixels(stable::matmul(grad_pixels, matrix), x),
           stable::view(grad_weight, {weight.size(0), weight.size(1), 1, 1})};
 }
 

@@ -35,13 +35,13 @@ template <class Acc> Moments moments_of(const NormJob<Acc> &job, int64_t c) {
   return moments;
 }
 
-/// A running statistic to be moved, or null.
+/// The values of a running statistic, which is updated, or null.
 template <class Acc>
 Acc *running_of(const char *name, const OptionalTensor &tensor, int64_t channels) {
   return const_cast<Acc *>(values_of<Acc>("batch_statistics", name, tensor, channels));
 }
 
-template <class Acc> void move(Acc &running, long double value, double momentum) {
+template <class Acc> void update(Acc &running, long double value, double momentum) {
   running = static_cast<Acc>(running + momentum * (value - running));
 }
 
@@ -59,8 +59,8 @@ std::tuple<Tensor, Tensor> batch_statistics_cpu(const Tensor &x_given, double ep
   dispatch_dtype(maps_of(op, x).dtype, [&]<class T>() {
     using Acc = accumulator_t<T>;
     NormJob<Acc> job = job_of<Acc>(op, x);
-    Acc *moved_mean = running_of<Acc>("running_mean", running_mean, channels);
-    Acc *moved_var = running_of<Acc>("running_var", running_var, channels);
+    Acc *running_means = running_of<Acc>("running_mean", running_mean, channels);
+    Acc *running_vars = running_of<Acc>("running_var", running_var, channels);
     const auto sums = run_sums(job, 3, REVBIFPN_BEST_KERNEL(statistics_units, T));
     for (int64_t c = 0; c < channels; ++c) {
       const Moments moments = moments_of(job, c);
@@ -69,10 +69,10 @@ std::tuple<Tensor, Tensor> batch_statistics_cpu(const Tensor &x_given, double ep
       data_of<Acc>(mean)[c] = static_cast<Acc>(moments.sum / moments.count);
       data_of<Acc>(invstd)[c] = static_cast<Acc>(1 / std::sqrt(var + eps));
       const long double unbiased = moments.spread / (moments.count - 1);
-      if (moved_mean != nullptr && !is_empty)
-        move(moved_mean[c], moments.mean, momentum);
-      if (moved_var != nullptr && !is_empty)
-        move(moved_var[c], unbiased, momentum);
+      if (running_means != nullptr && !is_empty)
+        update(running_means[c], moments.mean, momentum);
+      if (running_vars != nullptr && !is_empty)
+        update(running_vars[c], unbiased, momentum);
     }
   });
   if (batches)

@@ -52,9 +52,9 @@ template <bool GATED> struct GradSums {
   template <class Vector>
   REVBIFPN_INLINE static void step(const Factors<Vector> &f, Vector x, Vector grad, Vector *sums) {
     const Vector xc = x - f.mean, z = f.normalised(xc);
-    const Vector slope = slope_lanes(f.act, z), pulled = grad * slope;
-    sums[0] += pulled;
-    sums[1] += pulled * xc;
+    const Vector slope = slope_lanes(f.act, z), sloped = grad * slope;
+    sums[0] += sloped;
+    sums[1] += sloped * xc;
     if constexpr (GATED) {
       sums[2] += slope;
       sums[3] += slope * xc;

@@ -53,7 +53,7 @@ def check_mode(op: str, mode: str) -> None:
 
 
 def check_number(op: str, name: str, value: float) -> None:
-    """Raise unless `value` is a real number that a float holds; symbolic ones are traced."""
+    """Raise unless `value` is a real number that fits a float; symbolic ones of a tracer pass."""
     if isinstance(value, (float, torch.SymFloat, torch.SymInt)):
         return
     if not isinstance(value, numbers.Real):

@@ -1,4 +1,4 @@
-"""A kernel launch as a value: planned once per geometry, run often, or compiled for any GPU."""
+"""A kernel launch as an object: planned once per geometry, run often, or compiled for any GPU."""
 
 import contextlib
 import functools
@@ -49,7 +49,7 @@ class Launch:
             self.kernel[self.grid](**operands, **self.args, **self.constants, **options)
 
     def compile(self, target: "triton.backends.compiler.GPUTarget", operands: dict[str, Any]):
-        """Compile for `target` what Triton's launcher would compile there for the operands."""
+        """Compile the kernel for `target` as Triton's launcher would for these operands."""
         backend = make_backend(target)
         bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
         given = {**operands, **self.args, **self.constants, **self.options(target.warp_size)}

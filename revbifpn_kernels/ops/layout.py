@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Geometry(NamedTuple):
-    """All that a launch plan depends on in a tensor; hashable, so that plans are cached."""
+    """What a launch plan needs to know of a tensor; hashable, so that plans can be cached."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]

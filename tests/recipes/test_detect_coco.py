@@ -43,8 +43,8 @@ def _counts(counts):
         ({"bbox": None}, "must be four numbers: None"),
         ({"category_id": 2}, "category is unknown: 2"),
         ({"category_id": [3]}, "category is unknown: [3]"),
-        ({"image_id": 99}, "of an image that is not there: 99"),
-        ({"image_id": {}}, "of an image that is not there: {}"),
+        ({"image_id": 99}, "image is unknown: 99"),
+        ({"image_id": {}}, "image is unknown: {}"),
         ({"segmentation": []}, "outline is empty"),
         ({"segmentation": [[1, 2]]}, "outline is empty"),
         (

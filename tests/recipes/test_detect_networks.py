@@ -41,7 +41,7 @@ def test_autocast_reaches_the_trunk_and_found_boxes_are_float32():
 def test_a_detector_is_told_from_the_weights_of_a_backbone(tmp_path, capsys):
     kept = detect(tmp_path / "run") / "checkpoint.pt"
     assert main([*TINY, f"--checkpoint={kept}", f"--out={tmp_path / 'other'}"]) == 1
-    assert "it is of a detector's run, which --resume auto continues" in capsys.readouterr().err
+    assert "it is a detector's checkpoint, which --resume auto continues" in capsys.readouterr().err
 
 
 def test_memory_is_counted_under_autocast():

@@ -10,7 +10,7 @@ from revbifpn_kernels.recipes.classify.augment import Collate, for_training
 from revbifpn_kernels.recipes.classify.data import Training, digits
 from revbifpn_kernels.recipes.classify.options import parse
 from revbifpn_kernels.recipes.run.errors import RunError
-from revbifpn_kernels.recipes.run.order import Key, Order, Parts, drawing_from
+from revbifpn_kernels.recipes.run.order import Key, MicroBatches, Order, drawing_from
 from revbifpn_kernels.recipes.run.samples import split
 
 
@@ -25,11 +25,13 @@ def test_the_order_is_a_function_of_the_step():
     again = Order(103, 20, seed=3)
     assert [key for s in range(15) for key in again.keys(s)] == sum(epochs, [])
     assert Order(103, 20, seed=4).keys(0) != order.keys(0)
-    shares = [list(Parts(order, 2, 4, parts=2, rank=rank, ranks=2)) for rank in range(2)]
+    shares = [
+        list(MicroBatches(order, 2, 4, accumulate=2, rank=rank, ranks=2)) for rank in range(2)
+    ]
     together = [key for part in zip(*shares, strict=True) for keys in part for key in keys]
     assert together == order.keys(2) + order.keys(3)
     with pytest.raises(RunError, match="multiple of --accumulate 3 times 2 processes, got 20"):
-        Parts(order, 0, 1, parts=3, ranks=2)
+        MicroBatches(order, 0, 1, accumulate=3, ranks=2)
 
 
 def test_samples_draw_from_generators_of_their_own():
@@ -71,10 +73,10 @@ def test_mixtures_are_of_their_batch():
 
 def test_splits_are_disjoint_complete_and_have_all_classes():
     data = digits(1, 32, 0)
-    parts = [data.train, data.val, data.test]
-    names = [name for part in parts for name in part.names]
+    accumulate = [data.train, data.val, data.test]
+    names = [name for part in accumulate for name in part.names]
     assert sorted(names) == sorted(f"digit {k}" for k in range(200))
-    assert all(set(part.labels) == set(range(10)) for part in parts)
+    assert all(set(part.labels) == set(range(10)) for part in accumulate)
     assert split([0, 1] * 50, 0, (0.8, 0.1, 0.1)) == split([0, 1] * 50, 0, (0.8, 0.1, 0.1))
     assert digits(1, 32, 1).test.names != data.test.names
     assert [len(part) for part in split([0] * 3 + [1] * 2, 0, (0.8, 0.1, 0.1))] == [3, 1, 1]

@@ -109,9 +109,9 @@ def test_processes_that_see_other_checkpoints_do_not_train():
         world = SimpleNamespace(gathered=lambda own: [own, *seen])
         return SimpleNamespace(world=world, digest="abc")
 
-    session.agree(run("a checkpoint of step 4, abc"), {"step": 4})
+    session.check_processes_agree(run("a checkpoint of step 4, abc"), {"step": 4})
     with pytest.raises(RunError, match="process 0: no checkpoint, abc; process 1: a checkpoint"):
-        session.agree(run("a checkpoint of step 4, abc"), None)
+        session.check_processes_agree(run("a checkpoint of step 4, abc"), None)
 
 
 @pytest.mark.parametrize("name", ["adamw", "momentum", "lamb", "adan", "adafactor"])

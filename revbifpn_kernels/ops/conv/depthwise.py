@@ -47,7 +47,7 @@ library.define(
 
 
 def _check_at_least(op: str, **values: tuple[int, int]) -> None:
-    """Raise unless each value is at least the one beside it."""
+    """Raise unless each value of (value, least) is at least `least`."""
     for name, (value, least) in values.items():
         if value < least:
             raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
@@ -107,7 +107,7 @@ def depthwise_input_grad(
     stride: int = 1,
     padding: int = 0,
 ) -> Tensor:
-    """Return the gradient (N, C, *size) of the x of `F.conv2d(x, weight, …, groups=C)`.
+    """Return the gradient (N, C, *size) w.r.t. x of `F.conv2d(x, weight, …, groups=C)`.
 
     Equivalent to `torch.nn.grad.conv2d_input`, accumulated in float32 (float64 for float64), in
     channels_last, the same bits on any number of threads. CPU only; not differentiable.
@@ -134,7 +134,7 @@ def depthwise_weight_grad(
     stride: int = 1,
     padding: int = 0,
 ) -> Tensor:
-    """Return the gradient (C, 1, k, k) of `F.conv2d(x, weight, None, stride, padding, groups=C)`.
+    """Return the gradient (C, 1, k, k) w.r.t. weight of `F.conv2d(x, weight, …, groups=C)`.
 
     Equivalent to `torch.nn.grad.conv2d_weight`, accumulated in float32 (float64 for float64), the
     same bits on any number of threads. CPU only; not differentiable.

@@ -21,7 +21,7 @@ NORM = "Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias"
 
 
 def sums_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of statistics, gates and sums."""
+    """The dtype of statistics, gates and sums for maps x."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

@@ -1,4 +1,4 @@
-"""Batch norm, activation and gate in one pass, and the means that squeeze-excite wants before.
+"""Batch norm, activation and gate in one pass, and the means from which the gate is computed.
 
     z = (x − mean) · invstd · weight + bias,  y = act(z) · gate,  means = Σ act(z) / (H·W)
 
@@ -95,7 +95,7 @@ def _norm_act_cuda(x, *arguments) -> Tensor:
 
 
 def plan_norm_act_means(x, mean, invstd, weight, bias, act) -> tuple[Launch, dict, Tensor]:
-    """The launch that writes the means of each chunk of pixels, and these: (chunks, N, C)."""
+    """The launch that writes the means of each chunk, its operands, the means (chunks, N, C)."""
     launch = plan_tiles(_norm_act_means_kernel, {"x": x}, "plane", ACT=act)
     shape = (launch.args["chunks"], *x.shape[:2])
     means = torch.empty(shape, dtype=torch.float32, device=x.device)

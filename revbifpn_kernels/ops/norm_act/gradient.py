@@ -8,9 +8,9 @@ and m, each pixel's share of the gradient of squeeze-excite's means:
 `norm_act_sums` reads 2E for E elements of x, `norm_act_grad` reads 2E and writes E. Neither needs
 more than x, the statistics and the gate: z and act(z) are computed again.
 
-On GPUs a launch of its own folds the N sums of each channel. Otherwise every streaming program
-would read 2 to 6 numbers for each of its channels and each of N images, beside 2 numbers per pixel
-of some of the images: at 64 images of 7×7, more than its own maps.
+On GPUs a separate launch adds up the N sums of each channel. Otherwise each program of
+`norm_act_grad` would read 2 to 6 sums per channel and image, for all N images: at 64 images of
+7×7 that is more than its own part of the maps.
 """
 
 import torch
@@ -43,7 +43,7 @@ from .tiles import (
 )
 
 GATED_SUMS, PLAIN_SUMS = 5, 2
-OF_GATES = 4  # the gates' gradient among the gated sums
+OF_GATES = 4  # index of the gates' gradient among the gated sums
 
 
 def _act_and_slope(z: Tensor, act: str) -> tuple[Tensor, Tensor]:
@@ -208,7 +208,7 @@ def _norm_act_grad_kernel(
 def plan_norm_act_sums(
     grad, x, mean, invstd, weight, bias, act, gated
 ) -> tuple[Launch, dict, Tensor]:
-    """The launch that writes the sums of each chunk, and these: (chunks, 2 or 5, N, C)."""
+    """The launch that writes the chunks' sums, its operands, the sums (chunks, 2 or 5, N, C)."""
     maps, vectors = {"grad": grad, "x": x}, 1 if gated else 2
     launch = plan_tiles(_norm_act_sums_kernel, maps, "plane", vectors, ACT=act, GATED=gated)
     shape = (launch.args["chunks"], GATED_SUMS if gated else PLAIN_SUMS, *x.shape[:2])
@@ -269,7 +269,7 @@ def norm_act_grad_cuda(
     gates = gate, grad_means, sums
     planned = plan_norm_act_grad(dx, dweight, dbias, grad, x, *norm, *gates, act, is_batch)
     run_all(planned, x.device)
-    if len(x) == 0:  # as PyTorch's, whatever the statistics of an empty batch are
+    if len(x) == 0:  # as in PyTorch; an empty batch's invstd is NaN
         dweight.zero_()
     return filled(result, dx), dweight, dbias
 

@@ -37,7 +37,7 @@ def activate(z, ACT: tl.constexpr):
 
 @triton.jit
 def activate_with_slope(z, ACT: tl.constexpr):
-    """act(z) and act′(z), which at the kinks is PyTorch's."""
+    """act(z) and act′(z), at the kinks PyTorch's value."""
     if ACT == "silu":
         share = tl.sigmoid(z)
         return z * share, share * tl.fma(z, 1.0 - share, 1.0)
@@ -56,9 +56,9 @@ def locate(
     N, C, pixels, blocks, chunks, images, chunk,
     UNIT: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """C and this program's channels [CHANNELS, 1], images and tiles: two firsts and two ends.
+    """C, this program's channels [CHANNELS, 1], first and end image, first and end tile.
 
-    Blocks of channels vary fastest: what runs at the same time lies side by side in both formats.
+    Blocks of channels vary fastest: programs that run together read neighbours in both formats.
     """
     if CHANNELS_LAST:
         C = C * UNIT
@@ -97,7 +97,7 @@ def tile_pointers(
     ptr, strides, n, c, t, UNIT: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr
 ):
     """[CHANNELS, PIXELS] pointers to tile t of image n; strides of n, c and pixels."""
-    # Interpreted loops count in Python's numbers, which would become a stride's 32 bits.
+    # The interpreter's loop counters are Python ints, and would take a stride's 32 bits.
     n = tl.full([], n, tl.int64)
     p = tl.full([], t, tl.int64) * PIXELS
     offs_p = tl.arange(0, PIXELS)[None, :]

@@ -1,4 +1,4 @@
-"""How maps are cut among the programs of the family's Triton kernels, and the launches of that."""
+"""How the family's Triton kernels divide maps among programs, and the launch plans for it."""
 
 import functools
 from typing import Any
@@ -14,13 +14,13 @@ from ..tiling import BLOCK, VECTOR_BYTES
 # Programs that fill an H200's 132 multiprocessors; with fewer, planes are cut into chunks. All
 # numbers here are counted by hand: not yet tuned on a GPU.
 PROGRAMS = 132 * 8
-# A plane of so few tiles takes less time in one program than a launch that adds up chunks.
+# Planes of at most so many tiles are not cut: a second launch, to add up chunks, takes longer.
 SHORT_PLANE = 4
 # Tiles per streaming program, which loads the factors of its channels once.
 MAX_TILES = 32
-# Fewest elements side by side in memory that a tile holds, where the map has as many.
+# Fewest neighbours in memory that a tile holds, if the map has as many.
 SHORTEST_RUN = 16
-# Lanes that a tile with longer runs may take, over those of the tile with the fewest.
+# A tile with longer runs is preferred if it takes at most so many times the fewest lanes.
 IDLE_ALLOWED = 1.08
 CHANNELS_OF_TOTALS = 8
 
@@ -41,7 +41,7 @@ def _has_dense_planes(maps: Geometry, channels_last: bool) -> bool:
 
 
 def in_planes(x: Tensor, *others: Tensor) -> list[Tensor]:
-    """The maps, each copied unless its planes are dense in x's format."""
+    """The maps, each copied unless its planes are dense in x's memory format."""
     channels_last = Geometry.of(x).channels_last
     return [
         maps
@@ -60,7 +60,7 @@ def empty_result(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def filled(result: Tensor, written: Tensor) -> Tensor:
-    """`result` of `empty_result` once the kernel has written."""
+    """`empty_result`'s result after the kernel has written: copied over if it wrote elsewhere."""
     return result if written is result else result.copy_(written)
 
 
@@ -97,7 +97,7 @@ def _tile_sides(channels: int, pixels: int, channels_last: bool, size: int) -> t
 
 
 def _depth(blocks: int, tiles: int, results: str) -> int:
-    """Tiles per program, of `blocks` of channels and images that have `tiles` each."""
+    """Tiles per program, for `blocks` (of channels, per image) of `tiles` tiles each."""
     depth = max(1, blocks * tiles // PROGRAMS)
     if results != "channel":
         depth = min(depth, MAX_TILES)

@@ -4,8 +4,8 @@
     gates = hardsigmoid(hidden · expandᵀ + expand_bias)
 
 means, gates (N, C); the weights (hidden, C, 1, 1) and (C, hidden, 1, 1) are those of 1×1
-convolutions. Composed of PyTorch's operators, gates are 4 calls and their gradient 11, on numbers
-that fit a cache: calls take most of the time. The gradient needs only the means: hidden values and
+convolutions. With PyTorch's operators the gates take 4 calls and their gradient 11, on data that
+fits a cache: the calls take most of the time. The gradient needs only the means: hidden values and
 logits are computed again.
 """
 
@@ -54,7 +54,7 @@ def squeeze_excite_gates_backward_reference(
 def _plan(
     kernel: Any, sides: Sequence[tuple[int, int]], sizes: tuple[int, int, int], act="", **operands
 ) -> tuple[Launch, dict]:
-    """The launch of a kernel whose results have these sides, and its operands."""
+    """The launch of a kernel whose results are matrices of these `sides`, and its operands."""
     tiles = sum(triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS) for rows, columns in sides)
     args = dict(zip(("N", "C", "hidden"), sizes, strict=True))
     constants = {"ACT": act} if act else {}
@@ -82,7 +82,7 @@ def plan_squeeze_excite_gates_backward(
 ) -> list[tuple[Launch, dict]]:
     """The launches that write the gradients, in the arguments' order; all tensors are contiguous.
 
-    Each of the four needs the whole result of the one before; `scratch` holds these results.
+    Each of the four needs the whole result of the one before, which `scratch` holds.
     """
     sizes = N, C, hidden = *means.shape, len(reduce_bias)
     values, before, grad_before, grad_logits = scratch

@@ -16,7 +16,7 @@ COUNTS = ("N",)
 
 @triton.jit
 def tile_of(pid, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The rows and the columns of tile `pid` of a matrix, tiles of a row one after the other."""
+    """The rows and columns of tile `pid` of a matrix; tiles are numbered row by row."""
     blocks = tl.cdiv(columns, COLUMNS)
     row = (pid // blocks).to(tl.int64) * ROWS
     column = (pid % blocks).to(tl.int64) * COLUMNS
@@ -63,7 +63,7 @@ def _squeeze_kernel(
     values_ptr, before_ptr, means_ptr, weight_ptr, bias_ptr, N, C, hidden, ACT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """Hidden values (N, hidden), and if wanted the activation's inputs."""
+    """Hidden values (N, hidden), and the activation's inputs unless `before_ptr` is None."""
     n, h = tile_of(tl.program_id(0), hidden, ROWS, COLUMNS)
     before = logits_tile(means_ptr, weight_ptr, bias_ptr, n, h, N, hidden, C, TERMS)
     if before_ptr is not None:
@@ -112,7 +112,7 @@ def weight_gradient(
     weight_ptr, bias_ptr, pid, grads_ptr, inputs_ptr, N, outputs, inputs,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of gradsᵀ (outputs, N) · inputs (N, inputs); a row's first sums the bias's."""
+    """A tile of gradsᵀ (outputs, N) · inputs (N, inputs); a row's first also sums for the bias."""
     o, i = tile_of(pid, inputs, ROWS, COLUMNS)
     grad = product(grads_ptr, 1, outputs, inputs_ptr, inputs, 1, o, i, outputs, inputs, N, TERMS)
     store_tile(weight_ptr, o, i, outputs, inputs, grad)

@@ -26,7 +26,7 @@ def norm_act_excite_grad_cuda(
     return *own, *grads
 
 
-# Those of x, weight and bias, as in `norm_act_grad`, then of the network's parameters.
+# Returns the gradients of x, weight and bias, then of the network's parameters.
 # The CPU's kernel is registered in csrc/squeeze_excite/gates.cpp.
 library.define(
     f"norm_act_excite_grad(Tensor grad, {NORM}, Tensor gate, {NETWORK}, str squeeze_act, "

@@ -19,7 +19,7 @@ CROP = 0.875  # of the shorter side, in evaluation
 
 
 class CentreSquare(nn.Module):
-    """The middle of an image, cropped and then resized: an enlarged strip would be vast."""
+    """Crops the centre square, then resizes; resizing first could make a strip image huge."""
 
     def __init__(self, side: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Batch(NamedTuple):
 
 
 class Collate:
-    """Samples → `Batch`, mixed by MixUp or CutMix if asked; the first sample's seed fixes how."""
+    """Makes a `Batch` of samples, mixed by MixUp or CutMix if set, with the first sample's seed."""
 
     def __init__(self, classes: int = 0, mixup: float = 0.0, cutmix: float = 0.0) -> None:
         kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))

@@ -1,4 +1,4 @@
-"""Images and their labels: where they come from, how they are split, a sample by its key."""
+"""Labelled images: where they come from, how they are split, and samples by key."""
 
 import dataclasses
 import os
@@ -20,7 +20,7 @@ from ..run.order import Key, drawing_from, seed_of
 from ..run.samples import Skipped, Views, first_readable, split
 
 MODES = {1: "L", 3: "RGB"}  # of images, by channels
-IGNORED = -1  # the label of padding and of files that cannot be read
+IGNORED = -1  # label of padding and of unreadable files
 EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 DIGITS_SHARES = (0.7, 0.1, 0.2)
@@ -29,7 +29,7 @@ FOLDER_SHARES = (0.8, 0.1, 0.1)
 
 @dataclass(frozen=True)
 class Source:
-    """Labelled images by number. `load` gives what transforms take, or raises `BadImage`."""
+    """Labelled images by index. `load` returns what transforms take, or raises `BadImage`."""
 
     labels: list[int]
     names: list[str]
@@ -42,13 +42,13 @@ class Source:
 
 
 class Data(NamedTuple):
-    """Three disjoint parts; `test` may be `val` itself, where a folder has no third."""
+    """Three disjoint parts; without a test folder, `test` is `val`."""
 
     classes: list[str]
     train: Source
     val: Source
     test: Source
-    skipped: list[Skipped]  # found unfit without opening anything
+    skipped: list[Skipped]  # known to be unusable without opening a file
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def folder(root: str, channels: int, side: int, split_seed: int) -> Data:
 def listed(
     folder: Path, top: Path, classes: list[str], mode: str, side: int
 ) -> tuple[Files, list[Skipped]]:
-    """The images below a folder, sorted by name, and what is left out; names start at `top`."""
+    """The images in a folder, sorted by name, and what is left out; names are relative to `top`."""
     paths, labels, skipped = [], [], []
 
     def skip(path: str | Path, reason: str, end: str = "") -> None:
@@ -141,7 +141,7 @@ def listed(
             skip(folder / name, "no images; the class keeps its output", "/")
     for name in _classes(folder):
         if name not in classes:
-            skip(folder / name, "no class of the training images", "/")
+            skip(folder / name, "not a class of the training images", "/")
     return Files(labels, [str(path.relative_to(top)) for path in paths], paths, mode, side), skipped
 
 
@@ -172,7 +172,7 @@ def _classes(top: Path) -> list[str]:
 
 def _unfit(path: Path) -> str | None:
     if not _is_image_name(path.name):
-        return "no image by its name"
+        return "not the name of an image"
     try:
         is_file = stat.S_ISREG(path.stat().st_mode)
     except OSError as error:
@@ -215,7 +215,7 @@ class Training(Views):
 
 @dataclass
 class Evaluation(Views):
-    """Samples by number. Unreadable files and number `IGNORED` are blank and not counted."""
+    """Samples by index. Unreadable files and index `IGNORED` give blank images, not counted."""
 
     transform: Callable
     blank: Tensor

@@ -24,7 +24,7 @@ class Score(NamedTuple):
 
 
 def shares(count: int, batch: int, world: World) -> Iterator[list[int]]:
-    """This process' images, in as many batches as each other's: sharded networks run in step."""
+    """This process' batches of indices, as many as every process has: FSDP needs equal numbers."""
     per_rank = -(-count // world.size)
     numbers = [k if k < count else IGNORED for k in range(per_rank * world.size)]
     own = numbers[world.rank :: world.size]

@@ -1,4 +1,4 @@
-"""A trained network for other runtimes: torch.export and ONNX, each run again and compared."""
+"""Exports a trained network by torch.export and to ONNX, and compares each with the network."""
 
 import importlib.util
 import json
@@ -17,12 +17,12 @@ from .data import MODES, Evaluation
 
 PROGRAM, ONNX, ABOUT = "network.pt2", "network.onnx", "network.json"
 IMAGES = 4
-# Largest error over the largest logit: other runtimes only add in another order.
+# Largest error over the largest logit: other runtimes add in another order.
 TOLERANCE = 1e-4
 
 
 def prepare_folder(out: Path) -> None:
-    """Makes the folder; raises if that or an export is impossible, before a long training."""
+    """Makes the folder; raises before a long training if exporting will be impossible."""
     make_folder("--export", out)
     for name in ("onnxscript", "onnxruntime"):
         if importlib.util.find_spec(name) is None:
@@ -35,7 +35,7 @@ def export(network: RevBiFPN, out: Path, views: Evaluation, classes: list[str]) 
     network.json beside it has what a caller must know: classes, side, mean, standard deviation.
 
     Raises:
-        RunError: An export does not compute what the network does.
+        RunError: An exported network does not compute what the network does.
     """
     network = network.eval()
     # Several: with a single image, exporters would take the number of images for fixed.
@@ -88,5 +88,5 @@ def _through_onnx(network: RevBiFPN, images: Tensor, path: Path) -> Tensor:
 
 
 def _parts(images: Tensor) -> tuple[Tensor, ...]:
-    """One image, then the others, to try two numbers of images."""
+    """One image, then the others: the export must run on different batch sizes."""
     return tuple(part for part in (images[:1], images[1:]) if len(part))

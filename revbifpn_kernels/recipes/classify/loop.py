@@ -13,7 +13,7 @@ from ..run.networks import to_training
 from ..run.processes import reducing, share_statistics
 from .evaluate import Score, autocast
 
-LEAST_SCALE = 2.0**-14  # of float16's losses: halved at each overflow from 2^16 on
+LEAST_SCALE = 2.0**-14  # of float16 losses; the scaler starts at 2^16, halves at overflows
 
 
 class ClassifierLoop(Loop):
@@ -42,7 +42,7 @@ class ClassifierLoop(Loop):
         return True
 
     def advance(self) -> Step:
-        """One step of the optimizer, on all parts of its batch."""
+        """One step of the optimizer, on all micro-batches of its batch."""
         run, options, device = self.run, self.run.options, self.run.world.device
         waited = 0.0
         to_training(run.model, options.freeze)
@@ -63,7 +63,7 @@ class ClassifierLoop(Loop):
         return Step({"loss": total}, self._update(), run.optimizer.param_groups[0]["lr"], waited)
 
     def _update(self) -> Tensor:
-        """Moves weights, their average and statistics; returns the unclipped gradient's length."""
+        """Updates weights, their average and statistics; returns the unclipped gradient norm."""
         run = self.run
         trained = [p for p in run.model.parameters() if p.grad is not None]
         run.scaler.unscale_(run.optimizer)
@@ -78,13 +78,13 @@ class ClassifierLoop(Loop):
             run.ema.update(run.model, step=run.step)
         return gradient
 
-    def settle(self, recent: list[Step]) -> list[list[float]]:
+    def check_and_log(self, recent: list[Step]) -> list[list[float]]:
         run = self.run
         if run.scaler.is_enabled() and run.scaler.get_scale() < LEAST_SCALE:
             raise RunError(
                 "expected gradients that float16 holds, got an overflow in each of the steps "
                 f"before step {run.step}; last good checkpoint: {self.keeper.described()}"
             )
-        rows = super().settle(recent)
+        rows = super().check_and_log(recent)
         run.losses += [loss for loss, _ in rows]
         return rows

@@ -20,7 +20,7 @@ from .options import Options
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Groups of eight channels, or fewer where eight do not divide them."""
+    """Group norm with groups of eight channels, or of fewer where eight is no divisor."""
     return nn.GroupNorm(channels // math.gcd(channels, 8), channels, eps=1e-3)
 
 
@@ -64,7 +64,7 @@ def build(options: Options, numbers: Config, is_new: bool = True) -> RevBiFPN:
 
 
 def model_options(options: Options) -> str:
-    """The options that name a run's model, as they are written on a command line."""
+    """The options that describe a run's model, as on a command line."""
     words = ["--model", options.model]
     for name, value in options.settings:
         numbers = ",".join(map(str, value)) if isinstance(value, tuple) else repr(value)
@@ -73,7 +73,7 @@ def model_options(options: Options) -> str:
 
 
 def compile_parts(model: RevBiFPN, backend: str) -> None:
-    """Compiles each transform, as chains break the compiler's graph; a stored model as a whole."""
+    """Compiles each transform, because chains break the graph; a model that stores, as a whole."""
     known = torch._dynamo.list_backends(exclude_tags=())
     if backend not in known:
         raise RunError(f"--compile must be one of {', '.join(known)}, got {backend}")

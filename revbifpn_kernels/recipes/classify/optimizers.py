@@ -28,7 +28,7 @@ def optimizer_of(options: Options, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def refuse_forgetful(options: Options) -> None:
-    """Raises for an optimizer that keeps state where no checkpoint sees it.
+    """Raises for an optimizer whose state a checkpoint does not contain completely.
 
     Tried on a network of three layers, before processes join: its states belong to one process.
     """

@@ -32,9 +32,7 @@ class Options(run.RunOptions):
         "folder with train/ and val/ (and test/), or with a folder for each class, which is split "
         "80:10:10; without it, scikit-learn's handwritten digits",
     )
-    split_seed: int = option(
-        0, "seed of the train/val/test split of data without one", FROM_0
-    )
+    split_seed: int = option(0, "seed of the train/val/test split of data without one", FROM_0)
     model: str | None = option(
         None, "revbifpn_s0 … revbifpn_s6; S0 unless given, for digits of three levels"
     )

@@ -1,4 +1,4 @@
-"""What a classifier's run tells: epochs.csv, TensorBoard's events, a figure, the last line."""
+"""What a classifier's run reports: epochs.csv, TensorBoard events, a figure, the last line."""
 
 import io
 from pathlib import Path
@@ -17,7 +17,7 @@ EPOCH_COLUMNS = "step epoch train_loss val_loss val_accuracy seconds".split()
 
 
 class Report(Console):
-    """All that a run says, on the first process; silence elsewhere."""
+    """The report of a classifier's run; only the first process prints and writes."""
 
     command = "train"
     step_columns = "step epoch loss gradient lr images_per_s data_share peak_mib".split()
@@ -66,7 +66,7 @@ class Report(Console):
         self._scalars({name: row[name] for name in EPOCH_COLUMNS[2:5]})
 
     def finish(self, score: Score) -> None:
-        """The figure, the skipped files, and the last line."""
+        """Writes the figure, prints the skipped files and the last line."""
         run = self.run
         self.bar.close()
         self.gather_skipped()

@@ -1,4 +1,4 @@
-"""A whole training: put together, trained, tested, written down."""
+"""A whole run of `train`: sets up, trains, tests, writes the results."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +12,10 @@ from ...models.revbifpn import RevBiFPN
 from ...models.sizes import Config
 from ..run import checkpoint
 from ..run.errors import RunError
-from ..run.networks import MADE_WITH, dtype_of, parameter_count
+from ..run.networks import MODEL_OPTIONS, dtype_of, parameter_count
 from ..run.processes import joined
 from ..run.samples import training_loader
-from ..run.session import WEIGHTS, begun, carry_out, folder_of
+from ..run.session import WEIGHTS, folder_of, start_or_resume, train_until_stopped
 from ..run.tables import MIB
 from . import augment, data, evaluate, networks, state
 from .loop import ClassifierLoop
@@ -26,7 +26,7 @@ from .state import ClassifierState
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains as asked; returns 0 if the end was reached, 128 + the signal if one came before."""
+    """Runs the command; returns 0 after the last step, 128 + the signal if one ended it."""
     options = parse(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -41,15 +41,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.export is not None:
             from .export import prepare_folder
 
-            prepare_folder(Path(options.export))  # tells what is missing before the training
+            prepare_folder(Path(options.export))  # raises for what is missing before the training
         out = folder_of(options, world)
-        run = begun(out, lambda is_new: state.start(options, world, config, found, is_new))
+        run = start_or_resume(
+            out, lambda is_new: state.start(options, world, config, found, is_new)
+        )
         report = Report(run, out)
-        return carry_out(run, report, lambda *control: _train(run, found, side, report, *control))
+        return train_until_stopped(
+            run, report, lambda *control: _train(run, found, side, report, *control)
+        )
 
 
 def prepare(options: Options) -> tuple[data.Data, Config, int]:
-    """Data, the model's numbers and the side of images, which depend on each other."""
+    """The data, the model's configuration and the side of images, which depend on each other."""
     config = networks.config(options, 1)
     side = options.image_size or config.resolution
     if options.data is None:
@@ -60,7 +64,7 @@ def prepare(options: Options) -> tuple[data.Data, Config, int]:
 
 
 def _train(run: ClassifierState, found: data.Data, side: int, report: Report, keeper, signals):
-    """Trains and tests; returns whether no signal came before the end."""
+    """Trains and tests; returns False if a signal ended it."""
     options, mode = run.options, data.MODES[run.config.in_chans]
     transform = augment.for_evaluation(options, mode, side)
     blank = torch.zeros(run.config.in_chans, side, side)
@@ -87,7 +91,7 @@ def _train(run: ClassifierState, found: data.Data, side: int, report: Report, ke
         try:
             write_result(run, found.classes, test, report)
         finally:
-            report.finish(score)  # also if the disk is full, or the export refused
+            report.finish(score)  # also if the disk is full or the export failed
     return bool(score)
 
 
@@ -101,7 +105,7 @@ def write_result(
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     path = report.out / WEIGHTS
     try:
-        about = {MADE_WITH: networks.model_options(run.options)}
+        about = {MODEL_OPTIONS: networks.model_options(run.options)}
         checkpoint.write_atomically(path, safetensors.torch.save(tensors, about))
     except OSError as error:
         raise RunError(

@@ -1,4 +1,4 @@
-"""A classifier's run between two steps: made from options, captured, restored."""
+"""A classifier's state between two steps: created, captured, restored."""
 
 import hashlib
 import warnings
@@ -77,7 +77,7 @@ class ClassifierState(RunState):
 def start(
     options: Options, world: World, config: Config, data: Data, is_new: bool = True
 ) -> ClassifierState:
-    """A run before its first step; one that is to be restored does not load `--checkpoint`."""
+    """A run before its first step; unless `is_new`, it does not load `--checkpoint`."""
     order = Order(len(data.train), options.batch_size, options.seed)
     model = networks.build(options, config, is_new)
     if options.channels_last:
@@ -111,6 +111,6 @@ def start(
 
 
 def _digest(data: Data) -> str:
-    """Changes with the training images' names and labels, their order and the classes."""
+    """A hash of the training images' names and labels, in order, and of the classes."""
     content = repr((data.classes, data.train.names, list(data.train.labels))).encode()
     return f"{len(data.train)} images, {hashlib.blake2b(content, digest_size=8).hexdigest()}"

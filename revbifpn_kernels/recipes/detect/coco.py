@@ -1,9 +1,8 @@
 """COCO annotations, checked: what can be trained on, and what is left out, and why.
 
-Images without objects are kept: detectors learn from them, too. Boxes that reach over the image's
-edge are cut off there. Left out are boxes without area, of unknown categories or images, and with
-masks, objects without a usable outline. No image is opened. A reason names its kind before a
-colon; kinds are counted.
+Images without objects are used: detectors learn from them, too. Boxes are cut off at the image's
+edges. Left out are boxes without area or of unknown categories or images and, with masks, objects
+without a usable outline. No image is opened. A reason is "kind: case"; the summary counts kinds.
 """
 
 import json
@@ -20,8 +19,8 @@ from pycocotools import mask as rle
 from ..run.errors import RunError
 from .outlines import Unfit, is_number, run_lengths
 
-LEAST_SIDE = 0.1  # of a box, in pixels
-MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # beyond which Pillow opens nothing
+LEAST_SIDE = 0.1  # pixels; smaller boxes have no area
+MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow refuses larger images
 CUT, TURNED = "cut to the image", "turned upright"  # kinds of objects that are used, but changed
 REQUIRED = ("images", "annotations", "categories")
 
@@ -56,14 +55,14 @@ class View(NamedTuple):
 
 @dataclass
 class Annotations:
-    """The usable part of a document, and the names of the rest."""
+    """The usable part of a COCO document, and what was left out of it."""
 
     classes: list[str]
     images: list[Annotated]
     skipped: list[tuple[str, str]]
 
     def truth(self) -> dict[str, Any]:
-        """What is used, as a document for pycocotools: categories are labels, images numbered."""
+        """The usable part as a document for pycocotools; ids are labels and image indices."""
         objects = [(k, i, n) for k, i in enumerate(self.images) for n in range(len(i.boxes))]
         annotations = [
             {
@@ -90,10 +89,10 @@ def bbox_of(box: Sequence[float]) -> list[float]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The document in a file.
+    """Returns the COCO document in a file.
 
     Raises:
-        RunError: There is no such file, or it is no JSON, or no COCO document.
+        RunError: The file does not exist, or is not JSON, or not a COCO document.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -110,7 +109,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def read(document: dict[str, Any], where: str, masks: bool) -> Annotations:
-    """Checks a document; `where` names it in messages."""
+    """Returns the usable part of a document; `where` names it in messages."""
     classes, label_of = _categories(document["categories"], where)
     images, skipped = _images(document["images"], where)
     for k, entry in enumerate(document["annotations"]):
@@ -119,7 +118,7 @@ def read(document: dict[str, Any], where: str, masks: bool) -> Annotations:
         image_id = entry.get("image_id")
         image = images.get(image_id) if isinstance(image_id, int | str) else None
         if image is None:
-            skipped.append((name, f"of an image that is not there: {image_id!r}"))
+            skipped.append((name, f"image is unknown: {image_id!r}"))
             continue
         name += f" of {image.name}"
         try:
@@ -170,7 +169,7 @@ def _images(entries: list, where: str) -> tuple[dict[Any, Annotated], list[tuple
 
 
 def _is_name(value: Any) -> bool:
-    """Whether a file can have this name: JSON may hold halves of characters."""
+    """Whether a file can have this name: JSON strings may contain lone surrogates."""
     try:
         return isinstance(value, str) and bool(os.fsencode(value))
     except UnicodeEncodeError:
@@ -196,7 +195,7 @@ def _add(image: Annotated, entry: dict, label_of: dict[Any, int], masks: bool) -
 
 
 def _box(given: Any, image: Annotated) -> tuple[tuple[float, ...], bool]:
-    """Left, top, right, bottom inside the image; whether much was cut off."""
+    """Left, top, right, bottom inside the image; whether more than a pixel was cut off."""
     if not isinstance(given, list | tuple) or len(given) != 4 or not all(map(is_number, given)):
         raise Unfit(f"box must be four numbers: {given!r}")
     x, y, w, h = given
@@ -220,11 +219,11 @@ def is_used(reason: str) -> bool:
 
 
 def summary(skipped: Iterable[tuple[str, str]]) -> str:
-    """How often each kind of fault was found, most frequent first."""
+    """How often each kind of reason was found, most frequent first."""
     kinds = Counter(_kind(reason) for _, reason in skipped)
     return ", ".join(f"{count}× {kind}" for kind, count in kinds.most_common(5))
 
 
 def because(skipped: Collection[tuple[str, str]]) -> str:
-    """The end of a message that there are too few images or objects."""
+    """The end of an error message about too few images or objects: what was left out."""
     return f"; left out: {summary(skipped)}" if skipped else ""

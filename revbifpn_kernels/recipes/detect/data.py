@@ -1,4 +1,4 @@
-"""Images and targets by key, of generated scenes and of folders with COCO annotations."""
+"""Images and targets by key, from generated scenes or from folders with COCO annotations."""
 
 import os
 import stat
@@ -23,8 +23,8 @@ from .options import Options
 from .scenes import Scenes
 
 PARTS = ("train", "val")
-WORST_STRETCH = 0.02  # between an image's sides and those that its annotations name
-SIDEWAYS = (5, 6, 7, 8)  # EXIF's orientations that exchange width and height
+WORST_STRETCH = 0.02  # most difference in aspect ratio between an image and its annotations
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
 class Sample(NamedTuple):
@@ -65,7 +65,7 @@ class Folder:
 def _is_annotated_upright(
     stored: Image.Image, annotated: tuple[int, int], notes: list[str]
 ) -> bool:
-    """Whether annotations are of the image as viewers turn it; a shape that fits both: yes."""
+    """Whether the annotations fit the image turned by its EXIF tag, rather than as it is stored."""
     orientation = stored.getexif().get(ExifTags.Base.Orientation)
     if orientation not in range(2, 9):
         return True
@@ -77,7 +77,7 @@ def _is_annotated_upright(
 
 
 def _stretch(size: tuple[int, int], wanted: tuple[int, int]) -> float:
-    """By which share one side has to be enlarged more than the other."""
+    """By which share the aspect ratios of the two sizes differ."""
     return abs(size[0] * wanted[1] / (size[1] * wanted[0]) - 1)
 
 
@@ -101,7 +101,7 @@ class Data(NamedTuple):
 
 
 def prepare(options: Options) -> Data:
-    """What the options ask for."""
+    """Returns the data that the options ask for."""
     if options.data is not None:
         return _folder(Path(options.data), options)
     train, val = digits(options)
@@ -167,7 +167,7 @@ def _annotation_file(top: Path, part: str) -> Path:
 
 
 def _located(name: str, roots: Sequence[Path]) -> tuple[Path | None, str]:
-    """An image's path, or None and why."""
+    """Returns an image's path, or None and the reason why not."""
     reason = f"no such file: in {roots[0]}"
     for root in roots:
         path = root / name
@@ -201,7 +201,7 @@ def image_of(image: Image.Image) -> Tensor:
 
 
 def masks_of(outlines: Sequence[dict[str, Any]], size: tuple[int, int]) -> Tensor:
-    """(objects, H, W) of 0 and 1: 1 where an object covers most of a pixel."""
+    """(objects, H, W), 1 where an object covers more than half of a pixel, else 0."""
     masks = np.zeros((len(outlines), *size[::-1]), np.uint8)
     for mask, outline in zip(masks, outlines, strict=True):
         annotated = rle.decode(outline)
@@ -251,7 +251,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 class Measured(NamedTuple):
-    """An image to measure on, None if it cannot be read."""
+    """An evaluated image; `image` is None if it cannot be read."""
 
     number: int
     image: Tensor | None
@@ -259,7 +259,7 @@ class Measured(NamedTuple):
 
 
 class Evaluation(Views):
-    """Images by number."""
+    """The evaluated images by index."""
 
     def __getitem__(self, number: int) -> Measured:
         name = self.source.name(number)

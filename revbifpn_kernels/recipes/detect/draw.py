@@ -19,7 +19,7 @@ EDGE = [withStroke(linewidth=2.2, foreground="#000000b0")]  # visible on any pho
 
 
 def grid(data: Data, found: dict[int, Found], count: int) -> bytes:
-    """PNG of the first measured images: true boxes dashed and white, found ones orange."""
+    """A PNG of the first evaluated images: true boxes dashed white, predicted ones orange."""
     numbers = sorted(found)[:count]
     rows = max(1, -(-len(numbers) // COLUMNS))
     figure = Figure(figsize=(3 * COLUMNS, 3.2 * rows), layout="constrained")
@@ -41,7 +41,7 @@ def grid(data: Data, found: dict[int, Found], count: int) -> bytes:
 
 def _draw(axes, data: Data, number: int, found: Found) -> None:
     image, annotated, _ = data.val.load(Key(0, number))
-    extent = (0, annotated.width, annotated.height, 0)  # boxes count from the edge of a pixel
+    extent = (0, annotated.width, annotated.height, 0)  # boxes count from a pixel's edge
     axes.imshow(image, extent=extent)
     shown = [k for k, score in enumerate(found["scores"]) if score >= LEAST_SCORE]
     if "outlines" in found:

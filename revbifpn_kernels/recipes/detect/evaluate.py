@@ -18,11 +18,11 @@ from .coco import Annotations, bbox_of
 from .data import Data, Evaluation
 from .state import DetectorState
 
-# Names of pycocotools' first six numbers: over IoUs of 0.5 to 0.95, at one, and by area.
+# pycocotools' first six numbers: over IoUs of 0.5 to 0.95, at 0.5 and at 0.75, and by area.
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
-# Boxes, labels, scores as torchvision returns them, in pixels of the annotations; with masks also
-# outlines, as run lengths.
+# What is found in an image: torchvision's boxes, labels and scores, in pixels of the annotations;
+# with masks also outlines, as run lengths.
 Found = dict[str, Any]
 
 
@@ -34,9 +34,9 @@ class Result(NamedTuple):
 
 @torch.no_grad()
 def evaluate(run: DetectorState, data: Data, signals: Signals) -> Result | None:
-    """Detects on all images to measure on, and scores those that can be read.
+    """Detects objects in the validation images, and scores those that can be read.
 
-    None if a signal came meanwhile.
+    Returns None if a signal came meanwhile.
     """
     options, found, skipped = run.options, {}, []
     run.model.eval()
@@ -55,7 +55,7 @@ def evaluate(run: DetectorState, data: Data, signals: Signals) -> Result | None:
 
 
 def _kept(output: Found, seen: tuple[int, int], annotated: tuple[int, int]) -> Found:
-    """Moves an output to the CPU, and scales it to the pixels of the annotations."""
+    """Copies an output to the CPU, scaled to the pixels of the annotations."""
     kept = {key: output[key].cpu() for key in ("boxes", "labels", "scores")}
     kept["boxes"] *= torch.tensor(annotated * 2) / torch.tensor(tuple(seen) * 2)
     if "masks" in output:
@@ -65,14 +65,14 @@ def _kept(output: Found, seen: tuple[int, int], annotated: tuple[int, int]) -> F
 
 
 def _outline(mask: Tensor, size: tuple[int, int]) -> dict[str, Any]:
-    """Run lengths of one mask of probabilities (1, H, W), for an image of another size."""
+    """Run lengths of a mask of probabilities (1, H, W), resized to the annotated `size`."""
     if mask.shape[1:] != size[::-1]:
         mask = F.interpolate(mask[None], size[::-1], mode="bilinear")[0]
     return rle.encode(np.asfortranarray((mask[0] > 0.5).cpu().numpy().view(np.uint8)))
 
 
 def precisions(truth: Annotations, found: dict[int, Found], masks: bool) -> dict[str, float]:
-    """By COCO's rules, on the images in `found`."""
+    """Average precisions by COCO's rules, on the images in `found`."""
     if not found:
         return dict.fromkeys(NAMES, float("nan"))
     kinds = {"": "bbox"} | ({"mask_": "segm"} if masks else {})

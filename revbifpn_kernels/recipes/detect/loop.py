@@ -1,4 +1,4 @@
-"""A detector's steps, and the evaluations amid its training."""
+"""A detector's steps, and the evaluations during its training."""
 
 import math
 
@@ -20,7 +20,7 @@ class DetectorLoop(Loop):
 
     def train(self) -> bool:
         is_complete = super().train()
-        if is_complete and self.keeper.step is None:  # no step was to be made
+        if is_complete and self.keeper.step is None:  # --epochs 0: no step was made
             self.keeper.save(self.run.step)
         return is_complete
 
@@ -29,14 +29,14 @@ class DetectorLoop(Loop):
         return self.run.step > 0 and between > 0 and self.run.step % between == 0
 
     def evaluate_if_due(self) -> bool:
-        # The last step is measured after the training.
+        # After the last step `measure` is called for the final result.
         if self.run.progress < 1 and self.is_evaluation_due() and not self.report.has_score:
             self.measure()
             return self.signals.received is None
         return True
 
     def measure(self) -> evaluate.Result | None:
-        """Measures the detector now; None if a signal ended it."""
+        """Evaluates the detector and reports the scores; returns None if a signal ended it."""
         result = evaluate.evaluate(self.run, self.data, self.signals)
         self.clock.tick(is_training=False)
         if result is not None:

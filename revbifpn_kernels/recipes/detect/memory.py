@@ -1,6 +1,6 @@
-"""Bytes that a detector's backbone holds for its backward, beside those of usual backbones.
+"""Memory that a detector's backbone holds for its backward, compared with usual backbones.
 
-Counted per allocation on fake tensors: nothing is computed, each machine gives the same numbers.
+Counted per allocation on fake tensors: nothing is computed, every machine gives the same numbers.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ BATCHES = (2, 4)  # their difference is the share per image
 
 
 def _resnet50_fpn(norm_layer: type[nn.Module], layers: int) -> nn.Module:
-    """Trained are the pyramid and the last `layers` of ResNet's five."""
+    """ResNet-50-FPN of which the pyramid and the last `layers` of ResNet's five are trained."""
     return resnet_fpn_backbone(
         backbone_name="resnet50", weights=None, norm_layer=norm_layer, trainable_layers=layers
     )
 
 
 def _hrnet_w18() -> nn.Module:
-    """The four maps of its last stage, without a neck or the layers before its classifier."""
+    """HRNet-W18's four maps of the last stage, without a neck or the layers of its classifier."""
     try:
         import timm
     except ModuleNotFoundError as error:

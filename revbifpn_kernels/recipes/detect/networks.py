@@ -23,16 +23,16 @@ from .options import Options
 
 DROPPED = {"drop_rate": 0.0}  # the classifier's, which a backbone does not have
 TRUNK = "backbone.model"  # the name of a RevBiFPN in a detector
-BOX_BINS, MASK_BINS = 7, 14  # per side, of what is pooled
+BOX_BINS, MASK_BINS = 7, 14  # per side of a pooled box
 
 
 class Heads(NamedTuple):
-    """Numbers that depend on the size of images and objects."""
+    """Settings of the detector's heads, which depend on the size of images and objects."""
 
-    anchors: tuple[float, ...]  # roots of their areas, in pixels of their level
+    anchors: tuple[float, ...]  # square roots of their areas, in pixels of their level
     ratios: tuple[float, ...]  # of height to width
     extra: int  # levels beyond the pyramid's
-    points: int  # per side of a bin; their gradient is slow on CPUs
+    points: int  # samples per side of a bin; their gradient is slow on CPUs
     representation: int
     box_layers: tuple[int, ...]  # channels of convolutions; none: two linear layers
     mask_layers: tuple[int, ...]
@@ -63,7 +63,7 @@ HEADS = {
 
 
 class Trunk(DetectionBackbone):
-    """The backbone, alone under autocast: its maps leave it in float32.
+    """The backbone, the only part under autocast; it returns float32 maps.
 
     torchvision's heads cast boxes to the precision of the maps, and bfloat16 counts pixels beyond
     256 by twos: thin objects would lose their width.
@@ -108,13 +108,13 @@ def backbone(options: Options) -> Trunk:
 
 
 def _hint_of(weights: str) -> str:
-    """Says what a file that does not fit holds, if one of our commands wrote it."""
+    """For an error message: what kind of file this is, if one of our commands wrote it."""
     try:
-        held = torch.load(weights, map_location="cpu", weights_only=True)["model"]
-        is_detector = any(name.startswith(f"{TRUNK}.") for name in held)
-    except Exception:  # not PyTorch's: the error itself says what is wrong
+        names = torch.load(weights, map_location="cpu", weights_only=True)["model"]
+        is_detector = any(name.startswith(f"{TRUNK}.") for name in names)
+    except Exception:  # not a file of PyTorch's
         return hint_of(weights)
-    return "; it is of a detector's run, which --resume auto continues" if is_detector else ""
+    return "; it is a detector's checkpoint, which --resume auto continues" if is_detector else ""
 
 
 def build(options: Options, classes: int) -> FasterRCNN:
@@ -148,7 +148,7 @@ def build(options: Options, classes: int) -> FasterRCNN:
 
 
 def frozen(options: Options) -> list[str]:
-    """Names of a detector's parts that stay as they are."""
+    """Names of a detector's parts that are not trained."""
     return [f"{TRUNK}.{part}" for part in options.freeze]
 
 

@@ -1,7 +1,7 @@
 """Outlines of COCO's three forms as run lengths, checked: pycocotools checks nothing.
 
-Polygons that are not finite or far away crash it; with counts of another sum than the image's
-pixels it reads memory beyond the mask.
+Polygons that are not finite or far away crash it; if counts do not add up to the image's pixels, it
+reads memory beyond the mask.
 """
 
 import math
@@ -9,19 +9,19 @@ from typing import Any
 
 from pycocotools import mask as rle
 
-FAR = 4  # image sides beyond an edge, to which a polygon may reach
-FEWEST = 6  # numbers of a polygon; shorter ones have no area
+FAR = 4  # how far a polygon may reach beyond an edge, in sides of the image
+FEWEST = 6  # numbers of a polygon with an area
 
 
 class Unfit(Exception):
-    """Why an entry is left out: the kind of fault, a colon, the case."""
+    """An annotation that is left out; the message is "kind of fault: case"."""
 
 
 def run_lengths(given: Any, width: int, height: int) -> dict[str, Any]:
     """Run lengths of polygons, of a list of counts, or of counts packed in a string.
 
     Raises:
-        Unfit: They are none, of another image's size, or of no area.
+        Unfit: The outline is malformed, of another image size, or without area.
     """
     size = [height, width]
     if isinstance(given, list):
@@ -65,8 +65,8 @@ def _counts(given: Any, size: list[int]) -> list[int]:
 
 
 def _unpacked(text: str | bytes) -> list[int]:
-    """Six bits a character, from "0" on: five of a number, the low ones first, and whether it goes
-    on; from the fourth number on, the difference to the last but one."""
+    """Decodes pycocotools' strings. A character minus "0" has five bits of a number, low first,
+    and one that says if more follow; from the fourth on, numbers are added to the last but one."""
     counts: list[int] = []
     value = shift = 0
     for code in text.encode(errors="surrogatepass") if isinstance(text, str) else text:
@@ -87,7 +87,7 @@ def _unpacked(text: str | bytes) -> list[int]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is real and finite, as a float too."""
+    """Whether `value` is a real number that is finite as a float."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     try:

@@ -1,4 +1,4 @@
-"""What a detector's run tells: precision.csv, what was skipped or changed, the last line."""
+"""What a detector's run reports: precision.csv, skipped and changed objects, the last line."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def shown(value: float) -> str:
 
 
 class Report(Console):
-    """All that a run says."""
+    """The report of a detector's run."""
 
     command = "detect"
     step_columns = ["step", "epoch", "loss", *LOSSES, "lr", "images_per_s", "data_share"]

@@ -25,10 +25,10 @@ from . import coco
 HEIGHTS = (16, 80)  # of digits, in pixels, drawn evenly on a logarithmic scale
 MOST = 6  # digits per scene
 EMPTY = 0.05  # share of scenes without digits
-OVERLAP = 0.1  # most of a box that another may cover
+OVERLAP = 0.1  # largest share of a box that another may cover
 CONTRAST = 0.3  # least difference in brightness of a digit and its background; 1: white to black
 SHARES = (0.8, 0.2)  # of the digits, to train and to measure on
-CUT = 0.6  # of the photographs' width
+CUT = 0.6  # share of the photographs' width to train on
 CATEGORIES = [{"id": k + 1, "name": str(k)} for k in range(10)]
 
 
@@ -39,7 +39,7 @@ class Scene(NamedTuple):
 
 @functools.cache
 def _glyphs(part: int) -> tuple[list[Image.Image], list[int]]:
-    """Digits without their margins, 0 to 255, and their labels."""
+    """The digits of a part, cropped, 0 to 255, and their labels."""
     pixels, labels = load_digits(return_X_y=True)
     numbers = split(labels.tolist(), 0, SHARES)[part]
     glyphs = []
@@ -111,7 +111,7 @@ def _digit(draw: np.random.Generator, side: int, part: int) -> tuple[int, np.nda
 
 
 def _place(draw, boxes, shape: tuple[int, int], side: int) -> tuple[int, int] | None:
-    """A place where it covers little of the others; None after ten tries."""
+    """A random position that covers little of the other boxes; None after ten tries."""
     h, w = shape
     for _ in range(10):
         x, y = int(draw.integers(side - w + 1)), int(draw.integers(side - h + 1))
@@ -161,7 +161,7 @@ def _annotation(number: int, label: int, mask: np.ndarray) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Scenes:
-    """Scenes by key, made when asked for: each epoch has new ones, evaluations epoch 0's."""
+    """Scenes by key, generated on demand: each epoch has new ones, evaluations use epoch 0."""
 
     part: int
     count: int

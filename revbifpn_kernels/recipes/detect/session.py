@@ -1,4 +1,4 @@
-"""A whole run: put together, trained, measured, written down."""
+"""A whole run of `detect`: sets up, trains, evaluates, writes the results."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from ..run.checkpoint import write_atomically
 from ..run.networks import parameter_count
 from ..run.processes import World, device_of
 from ..run.samples import training_loader
-from ..run.session import begun, carry_out, folder_of
+from ..run.session import folder_of, start_or_resume, train_until_stopped
 from . import data, draw, scenes, state
 from .loop import DetectorLoop
 from .options import parse
@@ -18,7 +18,7 @@ from .state import DetectorState
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains as asked; returns 0 if the end was reached, 128 + the signal if one came before."""
+    """Runs the command; returns 0 after the last step, 128 + the signal if one ended it."""
     options = parse(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -32,13 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     found = data.prepare(options)
     out = folder_of(options, World(0, 1, device_of(options.device)), "detect-")
-    run = begun(out, lambda is_new: state.start(options, found))
+    run = start_or_resume(out, lambda is_new: state.start(options, found))
     report = Report(run, out)
-    return carry_out(run, report, lambda *control: _train(run, found, report, *control))
+    return train_until_stopped(run, report, lambda *control: _train(run, found, report, *control))
 
 
 def _train(run: DetectorState, found: data.Data, report: Report, keeper, signals) -> bool:
-    """Trains and measures; returns whether no signal came before the end."""
+    """Trains and evaluates; returns False if a signal ended it."""
     report.say(
         f"{len(found.train)} images per epoch to train on, {len(found.val)} to measure on, "
         f"{len(found.classes)} classes; {parameter_count(run.model):,} parameters; "

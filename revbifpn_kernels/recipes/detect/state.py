@@ -1,4 +1,4 @@
-"""A detector's run between two steps: made from options, captured, restored."""
+"""A detector's state between two steps: created, captured, restored."""
 
 import hashlib
 import math
@@ -20,7 +20,7 @@ from .data import Data
 from .options import Options
 from .scenes import Scenes
 
-BETAS = (0.9, 0.99)  # AdamW's; in a short training, second moments have few steps to settle
+BETAS = (0.9, 0.99)  # AdamW's; 0.99, because short trainings have few steps for second moments
 
 
 @dataclass(kw_only=True)
@@ -88,7 +88,7 @@ def _optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _digest(data: Data) -> str:
-    """Changes with the training images' names, sizes and annotations, and with the classes."""
+    """A hash of the training images' names, sizes and annotations, and of the classes."""
     if isinstance(data.train, Scenes):
         return "digits"  # a function of the options
     digest = hashlib.blake2b(repr(data.classes).encode(), digest_size=8)

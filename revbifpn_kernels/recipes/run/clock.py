@@ -14,7 +14,7 @@ def cpu_now() -> float:
 
 
 class Clock:
-    """Adds the time that passes to a run's counters."""
+    """Adds the time that passes to a run's counters of seconds."""
 
     def __init__(self, run) -> None:
         self.run, self.last, self.last_cpu = run, now(), cpu_now()

@@ -12,7 +12,7 @@ def run_command(name: str, session: str, arguments: Sequence[str] | None) -> int
     try:
         main = importlib.import_module(session).main
     except ModuleNotFoundError as error:
-        extra = f'pip install "revbifpn_kernels[{name}]"'
+        extra = f'pip install --no-build-isolation ".[{name}]" in a clone'
         print(f"{name}: needs {error.name}: {extra}", file=sys.stderr)
         return 1
     try:

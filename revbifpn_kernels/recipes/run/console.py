@@ -17,7 +17,7 @@ SKIPPED = "skipped.txt"
 
 
 class Console:
-    """What a run tells. Only the first process tells; a full disk costs rows, not the run."""
+    """What a run prints and writes, on its first process; a full disk costs rows, not the run."""
 
     command: str
     step_columns: list[str]
@@ -48,7 +48,7 @@ class Console:
         tqdm.write(f"{self.command}: {text}", file=sys.stderr)
 
     def write(self, action: Callable[[], None]) -> None:
-        """Calls what writes a file; warns once if that fails."""
+        """Calls `action`, which writes a file; warns if that fails, once per run."""
         try:
             action()
         except OSError as error:
@@ -57,7 +57,7 @@ class Console:
             self.has_failed = True
 
     def columns_of(self, means: dict[str, float]) -> dict[str, str]:
-        """An application's columns of losses and gradient."""
+        """The command's own columns: losses and gradient norm."""
         raise NotImplementedError
 
     def log(
@@ -91,7 +91,7 @@ class Console:
         return f"skipped {': '.join(entry)}"
 
     def skip(self, found: Iterable[Skipped]) -> None:
-        """Names each entry that was left out or changed, once, here and in the file."""
+        """Names each entry that was left out or changed once, on the terminal and in the file."""
         new = {}
         for entry in map(_in_a_line, found):
             key = self.key_of(entry)

@@ -1,4 +1,4 @@
-"""An image file becomes RGB or grey pixels, whatever it holds, or a reason why not."""
+"""Opens an image file of any kind as RGB or grey pixels, or says why it cannot be used."""
 
 import stat
 import warnings
@@ -13,7 +13,7 @@ DRAFT_PIXELS = 16_000_000
 
 
 class BadImage(Exception):
-    """Why a file cannot be trained on."""
+    """A file that cannot be trained on; the message says why."""
 
 
 def open_image(
@@ -29,7 +29,7 @@ def open_image(
     An image for which `is_turned` is false is returned as it is stored, not upright.
 
     Raises:
-        BadImage: Damaged, truncated, no image, no regular file, or of more than 179 million
+        BadImage: Damaged, truncated, not an image, not a regular file, or of more than 179 million
             pixels, which Pillow refuses to decode.
     """
     try:

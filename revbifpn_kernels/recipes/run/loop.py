@@ -19,18 +19,18 @@ class Step(NamedTuple):
     """A step that has been made; its numbers have not been read from the device yet."""
 
     losses: dict[str, Tensor]
-    gradient: Tensor  # its length, before it was clipped
+    grad_norm: Tensor  # before clipping
     lr: float
-    waited: float  # seconds, for images
+    waited: float  # seconds for images
     number: int = 0
     seconds: float = 0.0
 
 
 class Loop:
-    """Goes on until the last step; an application says what steps and evaluations are.
+    """The training loop; subclasses define `advance` and the evaluation.
 
     Args:
-        batches: This process' parts of all steps that are left.
+        batches: Iterator over this process' micro-batches of all remaining steps.
     """
 
     checks_gradient = True  # whether a gradient that is not finite ends the run
@@ -47,15 +47,15 @@ class Loop:
         raise NotImplementedError
 
     def is_evaluation_due(self) -> bool:
-        """Whether an evaluation amid the training follows the last step."""
+        """Whether an evaluation during the training is due after the step just made."""
         raise NotImplementedError
 
     def evaluate_if_due(self) -> bool:
-        """Evaluates if that is due and not done yet; False if a signal ended it."""
+        """Evaluates if that is due and not done yet; returns False if a signal ended it."""
         raise NotImplementedError
 
     def next_batch(self) -> tuple[tuple, float]:
-        """The next part of a step without its skipped files, and the seconds waited for it."""
+        """The next micro-batch, without its skipped files, and the seconds waited for it."""
         start = clock.now()
         *batch, skipped = next(self.batches)
         waited = clock.now() - start
@@ -63,7 +63,7 @@ class Loop:
         return tuple(batch), waited
 
     def train(self) -> bool:
-        """Returns whether the last step was reached, and no signal came before."""
+        """Trains; returns whether it reached the last step before a signal came."""
         run, recent = self.run, []
         while True:
             if not self.evaluate_if_due():
@@ -80,22 +80,22 @@ class Loop:
                 run.world.is_first and self.keeper.is_due, self.signals.received is not None
             )
             # Also before an evaluation, which may take long.
-            is_kept = is_due or is_stopped or run.progress >= 1 or self.is_evaluation_due()
-            if is_kept or len(recent) >= run.options.log_every:
-                self.settle(recent)
+            save_now = is_due or is_stopped or run.progress >= 1 or self.is_evaluation_due()
+            if save_now or len(recent) >= run.options.log_every:
+                self.check_and_log(recent)
                 recent.clear()
-            if is_kept:
+            if save_now:
                 self.keeper.save(run.step)
             if is_stopped:
                 return False
 
-    def settle(self, recent: list[Step]) -> list[list[float]]:
-        """Looks at steps: one that is not finite ends the run before anything of it is kept.
+    def check_and_log(self, recent: list[Step]) -> list[list[float]]:
+        """Logs the means of steps; raises if a loss is not finite, before a checkpoint is written.
 
-        Returns losses and gradient of each step.
+        Returns losses and gradient norm of each step.
         """
         world, names = self.run.world, [*recent[0].losses, "gradient"]
-        tensors = [torch.stack([*step.losses.values(), step.gradient]) for step in recent]
+        tensors = [torch.stack([*step.losses.values(), step.grad_norm]) for step in recent]
         values = torch.stack(tensors).double()
         values[:, :-1] = world.total(values[:, :-1].contiguous()) / world.size
         rows = values.tolist()

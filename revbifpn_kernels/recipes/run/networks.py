@@ -1,4 +1,4 @@
-"""Parts of a model for both applications: frozen, settings, hints about files of weights."""
+"""What both applications do to a model: freezing, settings, hints about files of weights."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from .errors import RunError
 
-MADE_WITH = "options"  # of the model, in the metadata of a run's weights
+MODEL_OPTIONS = "options"  # metadata key of weights for the options that describe the model
 
 # RevBiFPN-S0 without its coarsest level, which would have few pixels of small images.
 THREE_LEVELS = (
@@ -24,7 +24,7 @@ THREE_LEVELS = (
 
 
 def refuse_settings(settings: dict) -> None:
-    """Raises `RunError` for numbers of a model that follow from the data and the command."""
+    """Raises `RunError` for settings of a model that follow from the data and other options."""
     for name in ("num_classes", "neck", "norm_layer", "act_layer"):
         if name in settings:
             raise RunError(f"--set cannot change {name}, got {settings[name]!r}")
@@ -44,17 +44,17 @@ def freeze(model: nn.Module, parts: tuple[str, ...]) -> None:
 
 
 def to_training(model: nn.Module, frozen: Iterable[str]) -> None:
-    """Sets a model to training; frozen parts keep their running statistics and drop nothing."""
+    """Sets a model to training mode, its frozen parts to eval mode."""
     model.train()
     for part in frozen:
         model.get_submodule(part).eval()
 
 
 def hint_of(weights: str) -> str:
-    """The model options of the run that wrote a file of weights, if one of ours did."""
+    """For an error message: the model options of the run that wrote a file of weights, if known."""
     try:
         with safetensors.safe_open(weights, "pt") as file:
-            written = (file.metadata() or {}).get(MADE_WITH)
+            written = (file.metadata() or {}).get(MODEL_OPTIONS)
     except (OSError, safetensors.SafetensorError):
         return ""
     return f"; it was trained with {written}" if written else ""

@@ -20,7 +20,7 @@ from .errors import RunError
 
 
 class Key(NamedTuple):
-    """A training sample: its image and epoch, which with the seed fix its augmentation."""
+    """(epoch, image): with the seed they determine the random numbers of its augmentation."""
 
     epoch: int
     index: int
@@ -49,7 +49,7 @@ def drawing_from(seed: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Order:
-    """Steps of `batch_size` of `count` images, shuffled anew in each epoch.
+    """Which of `count` images form each batch of `batch_size`, shuffled anew in each epoch.
 
     Each epoch leaves out its last images, fewer than `batch_size`.
     """
@@ -82,30 +82,30 @@ def _shuffled(count: int, seed: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Parts(Sampler):
-    """One process' share of each part of the steps from `first` to `last`, as lists of keys."""
+class MicroBatches(Sampler):
+    """One process' share of each micro-batch of the steps `first` to `last`, as lists of keys."""
 
     order: Order
     first: int
     last: int
-    parts: int = 1
+    accumulate: int = 1  # micro-batches per step
     rank: int = 0
     ranks: int = 1
 
     def __post_init__(self) -> None:
-        if self.order.batch_size % (self.parts * self.ranks):
+        if self.order.batch_size % (self.accumulate * self.ranks):
             raise RunError(
-                f"--batch-size must be a multiple of --accumulate {self.parts} times "
+                f"--batch-size must be a multiple of --accumulate {self.accumulate} times "
                 f"{self.ranks} processes, got {self.order.batch_size}"
             )
 
     def __len__(self) -> int:
-        return (self.last - self.first) * self.parts
+        return (self.last - self.first) * self.accumulate
 
     def __iter__(self) -> Iterator[list[Key]]:
-        share = self.order.batch_size // (self.parts * self.ranks)
+        share = self.order.batch_size // (self.accumulate * self.ranks)
         for step in range(self.first, self.last):
             keys = self.order.keys(step)
-            for part in range(self.parts):
-                start = (part * self.ranks + self.rank) * share
+            for k in range(self.accumulate):
+                start = (k * self.ranks + self.rank) * share
                 yield keys[start : start + share]

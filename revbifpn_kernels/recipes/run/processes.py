@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ...models.revbifpn import RevBiFPN
 from .errors import RunError
 
-# Small, so that gradients are reduced during the backward: PyTorch's 25 MiB hold all of S0's.
+# Small, to reduce gradients during the backward: PyTorch's default of 25 MiB holds all of S0's.
 BUCKET_MIB = 4
 
 
@@ -39,7 +39,7 @@ class World:
         return self.rank == 0
 
     def any(self, *flags: bool) -> list[bool]:
-        """Returns whether each flag is set on any process; by gloo, so no GPU is waited for."""
+        """Returns whether each flag is set on any process; over gloo, without waiting for a GPU."""
         if self.size == 1:
             return list(flags)
         raised = torch.tensor(flags, dtype=torch.int32)
@@ -137,7 +137,7 @@ def shard(model: RevBiFPN, world: World) -> RevBiFPN:
 
 @contextlib.contextmanager
 def reducing(net: nn.Module, is_last: bool) -> Iterator[None]:
-    """Adds up gradients; those of a step's last part are then reduced over processes."""
+    """Accumulates gradients; reduces them over processes in a step's last micro-batch."""
     if isinstance(net, FSDPModule):
         net.set_requires_gradient_sync(is_last)
         yield

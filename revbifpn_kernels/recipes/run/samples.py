@@ -9,17 +9,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from .errors import RunError
 from .images import BadImage
-from .order import Parts
+from .order import MicroBatches
 from .signals import ignore_signals
 
-PATIENCE = 100  # bad files in a row until the disk is to blame, not a file
+PATIENCE = 100  # bad files in a row, after which the disk is to blame
 
 Skipped = tuple[str, str]  # the name of a file, and why
 
 
 @dataclass
 class Views(Dataset):
-    """Samples of a source of images, by key or by number."""
+    """The samples of a source of images: by `Key` in training, by index in evaluation."""
 
     source: Any
 
@@ -28,7 +28,9 @@ class Views(Dataset):
 
 
 def split(labels: Sequence[int], seed: int, shares: Sequence[float]) -> list[list[int]]:
-    """Returns each part's image numbers; each class has these shares, if it can in all parts."""
+    """Returns the indices of each part, stratified: each part gets at least one image of each class
+    that has enough.
+    """
     parts: list[list[int]] = [[] for _ in shares]
     generator = torch.Generator().manual_seed(seed)
     members: dict[int, list[int]] = {}
@@ -51,7 +53,7 @@ def first_readable(
     """Returns the first readable image from `index` on: its index, itself, what was skipped.
 
     Raises:
-        RunError: So many files in a row cannot be read that the disk must be gone.
+        RunError: PATIENCE files in a row cannot be read, as if the disk were gone.
     """
     skipped = []
     for further in range(min(PATIENCE, count)):
@@ -77,12 +79,14 @@ def loader(samples: Dataset, workers: int, **arguments) -> DataLoader:
     )
 
 
-def training_loader(run, samples: Dataset, collate: Callable, parts: int = 1) -> DataLoader:
-    """Loads this process' share of all steps that are left, each step in so many parts."""
+def training_loader(run, samples: Dataset, collate: Callable, accumulate: int = 1) -> DataLoader:
+    """Loads this process' share of all remaining steps, `accumulate` micro-batches per step."""
     return loader(
         samples,
         run.options.workers,
-        batch_sampler=Parts(run.order, run.step, run.steps, parts, run.world.rank, run.world.size),
+        batch_sampler=MicroBatches(
+            run.order, run.step, run.steps, accumulate, run.world.rank, run.world.size
+        ),
         collate_fn=collate,
         pin_memory=run.world.device.type == "cuda",
     )

@@ -18,7 +18,7 @@ WEIGHTS = "weights.safetensors"
 
 
 def folder_of(options: RunOptions, world: World, prefix: str = "") -> Path:
-    """The run's folder, the same for all processes; a run that is in it is not overwritten."""
+    """The run's folder, the same for all processes; raises if it has a run not to be resumed."""
     name = Path(options.data).resolve().name if options.data else "digits"
     out = Path(world.gathered(options.out or _new_folder(f"runs/{prefix}{name}-"))[0])
     found = [name for name in (checkpoint.NAME, WEIGHTS) if (out / name).exists()]
@@ -38,22 +38,23 @@ def _new_folder(start: str) -> str:
     return next(name for name in candidates if not os.path.exists(name))
 
 
-def begun(out: Path, start: Callable[[bool], RunState]) -> RunState:
-    """The run in a folder, or a new one.
+def start_or_resume(out: Path, start: Callable[[bool], RunState]) -> RunState:
+    """The run restored from a folder's checkpoint, or a new one.
 
     Args:
-        start: Makes a run before its first step; told whether it stays so.
+        start: Makes a run before its first step; its argument is False if a checkpoint will be
+            restored afterwards.
     """
     content = checkpoint.load(out / checkpoint.NAME)
     run = start(content is None)
-    agree(run, content)
+    check_processes_agree(run, content)
     if content is not None:
         run.restore(content)
     return run
 
 
-def agree(run: RunState, content: dict | None) -> None:
-    """Raises where processes would go on from different states, or on different images."""
+def check_processes_agree(run: RunState, content: dict | None) -> None:
+    """Raises if processes would continue from different steps, or on different images."""
     step = "no checkpoint" if content is None else f"a checkpoint of step {content.get('step')}"
     seen = run.world.gathered(f"{step}, {run.digest}")
     if len(set(seen)) > 1:
@@ -61,7 +62,7 @@ def agree(run: RunState, content: dict | None) -> None:
         raise RunError("--out and --data must be the same folders for every process, got " + listed)
 
 
-def carry_out(
+def train_until_stopped(
     run: RunState, report: Console, train: Callable[[checkpoint.Keeper, Signals], bool]
 ) -> int:
     """Trains; returns 0 if the end was reached, 128 + the signal if one came before."""

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run between two steps; processes that load images outlive them."""
+"""SIGTERM and SIGINT end a run between two steps; the processes that load images ignore them."""
 
 import atexit
 import multiprocessing
@@ -10,7 +10,7 @@ KINDS = (signal.SIGTERM, signal.SIGINT)
 class Signals:
     """Notes a signal, so that a run ends between two steps; the same signal again ends it at once.
 
-    The other kind does not: torchrun sends SIGTERM to each process after Ctrl-C reached them all.
+    The other signal does not: after Ctrl-C, torchrun also sends SIGTERM to each process.
     """
 
     def __init__(self) -> None:
@@ -37,8 +37,8 @@ def ignore_signals(worker: int) -> None:
 
 @atexit.register
 def _end_workers() -> None:
-    """Ends loaders before Python waits for them: they ignore SIGTERM, a traceback keeps them."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise as each one ends
+    """Kills loaders before Python waits for them: they ignore SIGTERM."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch's handler would raise
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

@@ -25,8 +25,8 @@ class RunState:
     optimizer: torch.optim.Optimizer
     digest: str  # of the training images
     step: int = 0
-    seconds: float = 0.0  # of training and of evaluations amid it
-    cpu_seconds: float = 0.0  # the same, of all threads
+    seconds: float = 0.0  # of training and the evaluations during it
+    cpu_seconds: float = 0.0  # the same, CPU time of all threads
     trained_seconds: float = 0.0  # of training alone
 
     @property
@@ -35,7 +35,7 @@ class RunState:
 
     @property
     def epoch(self) -> float:
-        """Epochs done, with the share of the one that is begun."""
+        """Epochs done, a fraction within an epoch."""
         return self.step / self.order.steps_per_epoch
 
     @property
@@ -60,7 +60,7 @@ class RunState:
         """Continues from a checkpoint.
 
         Raises:
-            RunError: It is of a run with other options or data; the differences are listed.
+            RunError: The checkpoint is of other options or data; the message lists what differs.
         """
         if content.get("version") != VERSION or "optimizer" not in content:
             raise RunError(

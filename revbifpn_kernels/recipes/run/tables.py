@@ -26,7 +26,7 @@ class Table:
         self.path, self.columns = path, columns
 
     def begin(self, step: int) -> None:
-        """Keeps the rows up to a step: later ones are written again by the resumed run."""
+        """Drops the rows after a step, which the resumed run writes again."""
         rows = [row for row in self.rows() if int(row["step"]) <= step]
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, lineterminator="\n")
