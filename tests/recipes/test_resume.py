@@ -172,8 +172,7 @@ def test_a_changed_configuration_is_refused_with_the_difference(trained, capsys)
     assert "--lr: 0.004 in the checkpoint, 0.5 now" in said
     assert "features: 24 in the checkpoint, 48 now" in said
     assert "--split-seed: 0 in the checkpoint, 1 now" in said
-    assert "training images: 140 images, " in said
-    assert "--workers" not in said
+    assert "training images: 140 images, " in said and "--workers" not in said
 
 
 def test_a_changed_detector_is_refused_with_the_difference(tmp_path, capsys):
@@ -231,10 +230,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(command, tmp_path, capsys):
     wild = ["--lr=1e30", "--clip-grad=0", "--log-every=2", EVERY_STEP]
     assert command.main([*command.TINY, f"--out={tmp_path}", *wild]) == 1
     said, kept = capsys.readouterr().err, checkpoint(tmp_path)
-    assert (
-        "expected a finite " in said
-        and f"in step {kept['step'] + 1} (epoch 1), learning rate " in said
-    )
+    assert f"in step {kept['step'] + 1} (epoch 1), learning rate " in said
     assert f"last good checkpoint: {tmp_path}/checkpoint.pt of step {kept['step']}" in said
     assert all(t.isfinite().all() for t in kept["model"].values())
 
