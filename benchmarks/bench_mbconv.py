@@ -145,45 +145,30 @@ def stage_fault(stage: Stage) -> str:
     return ""
 
 
-@dataclass(frozen=True)
-class Depthwise:
-    """Maps, weights and the result's gradient of a depthwise convolution, channels_last."""
+def depthwise_calls(
+    case: tuple[int, ...], dtype: torch.dtype, is_input: bool
+) -> tuple[Tensor, int, Calls]:
+    """Maps in channels_last, the bytes to move, and who takes the gradient of maps or weights."""
+    channels, side, kernel, stride = case
+    sizes = {"stride": stride, "padding": kernel // 2}
+    x = torch.randn(BATCH, channels, side, side, dtype=dtype)
+    x = x.to(memory_format=torch.channels_last)
+    weight = torch.randn(channels, 1, kernel, kernel, dtype=dtype)
+    grad = torch.randn_like(F.conv2d(x, weight, None, **sizes, groups=channels))
 
-    x: Tensor
-    weight: Tensor
-    grad: Tensor
-    sizes: dict[str, int]  # stride and padding
+    def ours() -> Tensor:
+        if is_input:
+            return depthwise_input_grad(grad, weight, x.shape[2:], **sizes)
+        return depthwise_weight_grad(x, grad, kernel_size=kernel, **sizes)
 
-    @classmethod
-    def make(cls, case: tuple[int, ...], dtype: str) -> "Depthwise":
-        channels, side, kernel, stride = case
-        sizes = {"stride": stride, "padding": kernel // 2}
-        x = torch.randn(BATCH, channels, side, side, dtype=DTYPES[dtype])
-        x = x.to(memory_format=torch.channels_last)
-        weight = torch.randn(channels, 1, kernel, kernel, dtype=DTYPES[dtype])
-        y = F.conv2d(x, weight, None, **sizes, groups=channels)
-        return cls(x, weight, torch.randn_like(y), sizes)
+    pairs, wanted = [[size] * 2 for size in sizes.values()], [is_input, not is_input, False]
+    rest = *pairs, [1, 1], False, [0, 0], channels, wanted
 
-    def calls(self, is_input: bool) -> Calls:
-        kernel, pairs = self.weight.shape[2], [[size] * 2 for size in self.sizes.values()]
-        wanted = [is_input, not is_input, False]
-        ours = {
-            True: lambda: depthwise_input_grad(
-                self.grad, self.weight, self.x.shape[2:], **self.sizes
-            ),
-            False: lambda: depthwise_weight_grad(
-                self.x, self.grad, kernel_size=kernel, **self.sizes
-            ),
-        }
-        theirs = lambda: torch.ops.aten.convolution_backward(  # noqa: E731
-            self.grad, self.x, self.weight, None, *pairs, [1, 1], False, [0, 0],
-            self.x.shape[1], wanted,
-        )[wanted.index(True)]  # fmt: skip
-        return {"ours": ours[is_input], "torch": theirs}
+    def theirs() -> Tensor:
+        grads = torch.ops.aten.convolution_backward(grad, x, weight, None, *rest)
+        return grads[wanted.index(True)]
 
-    @property
-    def bytes_moved(self) -> int:
-        return self.x.nbytes + self.grad.nbytes
+    return x, x.nbytes + grad.nbytes, {"ours": ours, "torch": theirs}
 
 
 def depthwise_fault(calls: Calls) -> str:
@@ -223,15 +208,14 @@ def stages(run: argparse.Namespace) -> Iterator[list[Row]]:
 def convolutions(run: argparse.Namespace) -> Iterator[list[Row]]:
     cases = DEPTHWISE[: 1 if run.quick else None]
     for case, dtype, is_input in itertools.product(cases, DTYPES, (True, False)):
-        convolution = Depthwise.make(case, dtype)
+        x, bytes_moved, calls = depthwise_calls(case, DTYPES[dtype], is_input)
         op = "depthwise_input_grad" if is_input else "depthwise_weight_grad"
-        row = record.row_of(op, "ours", "bwd", dtype, convolution.x.shape, "channels_last")
+        row = record.row_of(op, "ours", "bwd", dtype, x.shape, "channels_last")
         row["kernel"] = f"{case[2]}x{case[2]}, stride {case[3]}"
-        calls = convolution.calls(is_input)
         if fault := depthwise_fault(calls):
             yield [row | {"note": f"WRONG: {fault}"}]
         else:
-            yield timed(row, calls, convolution.x, convolution.bytes_moved, run)
+            yield timed(row, calls, x, bytes_moved, run)
 
 
 def main(arguments: list[str]) -> int:

@@ -83,7 +83,11 @@ def kind_of(name: str, args: tuple, tensors: list[Tensor], batch: int) -> str:
     if _is_gate(tensors, batch):
         return "squeeze-excite, classifier"
     if "convolution" in name:
-        return _kind_of_convolution(name, args)
+        weight = args[2] if "backward" in name else args[1]
+        if weight.shape[1] == 1:
+            return "convolution, depthwise"
+        is_pointwise = weight.shape[2:] == (1, 1)
+        return "convolution, 1×1" if is_pointwise else "convolution, dense"
     if "batch_norm" in name:
         return "batch norm"
     if any(activation in name for activation in ACTIVATIONS):
@@ -100,14 +104,6 @@ def _is_gate(tensors: list[Tensor], batch: int) -> bool:
         or (t.dim() == 2 and t.shape[0] == batch)
         for t in tensors
     )
-
-
-def _kind_of_convolution(name: str, args: tuple) -> str:
-    weight = args[2] if "backward" in name else args[1]
-    if weight.shape[1] == 1:
-        return "convolution, depthwise"
-    is_pointwise = weight.shape[2:] == (1, 1)
-    return "convolution, 1×1" if is_pointwise else "convolution, dense"
 
 
 class Profile:

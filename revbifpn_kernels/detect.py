@@ -1,14 +1,11 @@
 """`python -m revbifpn_kernels.detect`: see docs/detection.md."""
 
+import functools
 import sys
-from collections.abc import Sequence
 
 from .recipes.run.command import run_command
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run_command("detect", "revbifpn_kernels.recipes.detect.session", arguments)
-
+main = functools.partial(run_command, "detect", "revbifpn_kernels.recipes.detect.session")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -36,7 +36,6 @@ def shares(count: int, batch: int, world: World) -> Iterator[list[int]]:
 def evaluate(run: ClassifierState, views: Evaluation, signals: Signals) -> Score | None:
     """Scores each image once, spread over the processes; None if a signal to any of them came."""
     network, options, world = run.result, run.options, run.world
-    was_training = [module for module in network.modules() if module.training]
     network.eval()
     batch = max(1, options.batch_size // (options.accumulate * world.size))
     batches = loader(
@@ -58,8 +57,6 @@ def evaluate(run: ClassifierState, views: Evaluation, signals: Signals) -> Score
         right = (logits.argmax(1) == labels) & is_counted
         sums += torch.stack([loss.double(), right.sum().double(), is_counted.sum().double()])
         skipped += unread
-    for module in was_training:
-        module.training = True
     *totals, count = world.total(sums)
     loss, accuracy = ((total / count).item() for total in totals)  # NaN of no image
     return Score(loss, accuracy, int(count), tuple(skipped))

@@ -27,7 +27,7 @@ class Report(Console):
         self.epochs = Table(out / "epochs.csv", EPOCH_COLUMNS)
         self.events = None
         if self.is_on:
-            self.write(lambda: self.epochs.begin(run.step - len(run.losses)))
+            self.write(self.epochs.begin, run.step - len(run.losses))
             if run.options.tensorboard:
                 self.write(self._open_events)
 
@@ -62,7 +62,7 @@ class Report(Console):
             f"{score.loss:.4f}, val accuracy {100 * score.accuracy:.2f} %, {run.seconds:.0f} s"
         )
         if self.is_on:
-            self.write(lambda: self.epochs.add(row))
+            self.write(self.epochs.add, row)
         self._scalars({name: row[name] for name in EPOCH_COLUMNS[2:5]})
 
     def finish(self, score: Score) -> None:
@@ -105,6 +105,4 @@ class Report(Console):
     def _scalars(self, values: dict) -> None:
         if self.events is not None:
             for name, value in values.items():
-                self.write(
-                    lambda n=name, v=value: self.events.add_scalar(n, float(v), self.run.step)
-                )
+                self.write(self.events.add_scalar, name, float(value), self.run.step)

@@ -28,7 +28,7 @@ class Report(Console):
     def __init__(self, run: DetectorState, out: Path) -> None:
         super().__init__(run, out)
         self.precisions = Table(out / "precision.csv", AP_COLUMNS)
-        self.write(lambda: self.precisions.begin(run.step))
+        self.write(self.precisions.begin, run.step)
 
     def told(self, entry: Skipped) -> str:
         is_used = coco.is_used(entry[1])
@@ -50,7 +50,7 @@ class Report(Console):
         times = {"seconds": f"{run.seconds:.1f}", "cpu_seconds": f"{run.cpu_seconds:.1f}"}
         row = {"step": run.step, "epoch": f"{run.epoch:.3f}"} | times
         row |= {name: f"{value:.4f}" for name, value in result.precisions.items()}
-        self.write(lambda: self._set_score(row))
+        self.write(self._set_score, row)
         self.say(
             f"epoch {run.epoch:.1f}: "
             + ", ".join(f"{name} {shown(value)}" for name, value in result.precisions.items())

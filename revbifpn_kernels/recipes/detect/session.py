@@ -52,6 +52,6 @@ def _train(run: DetectorState, found: data.Data, report: Report, keeper, signals
         return False
     if run.options.draw:
         figure = draw.grid(found, result.found, run.options.draw)
-        report.write(lambda: write_atomically(report.out / draw.NAME, figure))
+        report.write(write_atomically, report.out / draw.NAME, figure)
     report.finish(result)
     return True

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from .errors import RunError
 
 
-def run_command(name: str, session: str, arguments: Sequence[str] | None) -> int:
+def run_command(name: str, session: str, arguments: Sequence[str] | None = None) -> int:
     """Calls `main` of the module `session`; returns its exit status, 1 after an error."""
     try:
         main = importlib.import_module(session).main

@@ -37,7 +37,7 @@ class Console:
         self.steps = Table(out / "steps.csv", self.step_columns)
         if self.is_on:
             self.write(self._remember_skipped)
-            self.write(lambda: self.steps.begin(run.step))
+            self.write(self.steps.begin, run.step)
 
     def say(self, text: str) -> None:
         if self.is_on:
@@ -47,10 +47,10 @@ class Console:
     def warn(self, text: str) -> None:
         tqdm.write(f"{self.command}: {text}", file=sys.stderr)
 
-    def write(self, action: Callable[[], None]) -> None:
+    def write(self, action: Callable[..., None], *arguments) -> None:
         """Calls `action`, which writes a file; warns if that fails, once per run."""
         try:
-            action()
+            action(*arguments)
         except OSError as error:
             if not self.has_failed:
                 self.warn(f"a report could not be written, training goes on: {error}")
@@ -80,7 +80,7 @@ class Console:
             f"peak {row['peak_mib']} MiB"
         )
         if self.is_on:
-            self.write(lambda: self.steps.add(row))
+            self.write(self.steps.add, row)
         return row
 
     def key_of(self, entry: Skipped) -> Hashable:
@@ -103,7 +103,7 @@ class Console:
             elif len(self.skipped) == SHOWN + 1:
                 self.warn(f"skipped more; {SKIPPED} names them")
         if new and self.is_on:
-            self.write(lambda: self._note(new.values()))
+            self.write(self._note, new.values())
 
     def _note(self, entries: Iterable[Skipped]) -> None:
         with open(self.out / SKIPPED, "a", encoding="utf-8", errors="surrogateescape") as file:
