@@ -170,8 +170,9 @@ def _cpp_pairs():
 def _triton_pairs():
     yield from ((*pair, ()) for pair in _QUICK_TRITON)
     for k, case in enumerate(CASES):
-        pair = case, ("fp32", "bf16", "fp16")[k % 3]
-        if pair not in _QUICK_TRITON and case != "revbifpn":
+        # Of two channels chance decides the largest error, so half precision is left out.
+        pair = case, "fp32" if case == "two-channels" else ("fp32", "bf16", "fp16")[k % 3]
+        if case != "revbifpn" and case not in dict(_QUICK_TRITON):
             yield *pair, INTERPRETED
 
 

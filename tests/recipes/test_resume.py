@@ -157,13 +157,12 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(command, tmp_path, mon
 
 def test_a_full_disk_costs_rows_and_not_the_run(trained, monkeypatch, capsys):
     (trained / "skipped.txt").write_text("a.png\tdamaged\n")
-    count = len(losses(trained))
     for module in (tables, console):
         fill_disk(monkeypatch, module)
     train(trained, *DRAWING, "--resume=auto")
     assert "a report could not be written, training goes on" in capsys.readouterr().err
     assert (trained / "skipped.txt").read_text() == "a.png\tdamaged\n"
-    assert len(losses(trained)) == count > 0
+    assert len(losses(trained)) == trainings.STEPS
 
 
 def test_a_changed_configuration_is_refused_with_the_difference(trained, capsys):
@@ -173,8 +172,7 @@ def test_a_changed_configuration_is_refused_with_the_difference(trained, capsys)
     assert "--lr: 0.004 in the checkpoint, 0.5 now" in said
     assert "features: 24 in the checkpoint, 48 now" in said
     assert "--split-seed: 0 in the checkpoint, 1 now" in said
-    assert "training images: 140 images, " in said
-    assert "--workers" not in said
+    assert "training images: 140 images, " in said and "--workers" not in said
 
 
 def test_a_changed_detector_is_refused_with_the_difference(tmp_path, capsys):
@@ -200,10 +198,10 @@ def test_checkpoints_keep_their_format(trained, tmp_path):
 
 
 def test_a_finished_run_is_only_tested_again(trained, capsys):
-    before, curve = checkpoint(trained), losses(trained)
+    curve = losses(trained)
     train(trained, *DRAWING, "--resume=auto")
     assert "test accuracy" in capsys.readouterr().out.splitlines()[-1]
-    assert checkpoint(trained)["step"] == before["step"] and losses(trained) == curve
+    assert checkpoint(trained)["step"] == trainings.STEPS and losses(trained) == curve
 
 
 @BOTH
@@ -216,8 +214,7 @@ def test_a_run_is_not_overwritten(command, tmp_path, capsys):
 @BOTH
 @pytest.mark.parametrize("content", ["bytes", "list", "version"])
 def test_a_damaged_checkpoint_is_named(command, content, tmp_path, capsys):
-    path = tmp_path / "checkpoint.pt"
-    path.write_bytes(b"PK\x03\x04 nothing more")
+    (path := tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 nothing more")
     if content != "bytes":
         torch.save([1, 2] if content == "list" else {"version": 1, "step": 0}, path)
     assert command.main([*command.TINY, f"--out={tmp_path}", "--resume=auto"]) == 1
@@ -233,7 +230,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(command, tmp_path, capsys):
     wild = ["--lr=1e30", "--clip-grad=0", "--log-every=2", EVERY_STEP]
     assert command.main([*command.TINY, f"--out={tmp_path}", *wild]) == 1
     said, kept = capsys.readouterr().err, checkpoint(tmp_path)
-    assert "expected a finite " in said
     assert f"in step {kept['step'] + 1} (epoch 1), learning rate " in said
     assert f"last good checkpoint: {tmp_path}/checkpoint.pt of step {kept['step']}" in said
     assert all(t.isfinite().all() for t in kept["model"].values())
