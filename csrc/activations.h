@@ -1,11 +1,5 @@
 // Activations and their slopes, on vectors. NaN comes out as NaN.
 
-/// `value` in all lanes.
-template <class Vector> REVBIFPN_INLINE Vector splat(double value) {
-  using Acc = std::remove_cvref_t<decltype(Vector{}[0])>;
-  return Vector{} + static_cast<Acc>(value);
-}
-
 /// z / divisor in two products: one would err to the same side everywhere, which adds up in sums.
 template <class Vector> REVBIFPN_INLINE Vector divide_lanes(Vector z, double divisor) {
   using Acc = std::remove_cvref_t<decltype(z[0])>;
@@ -21,20 +15,21 @@ template <class Vector> REVBIFPN_INLINE Vector clamp_lanes(Vector z, double low,
 
 /// e^x for |x| <= 87: 2^k * e^r with |r| <= ln(2) / 2, a polynomial.
 REVBIFPN_INLINE lane_vector<float> exp_lanes(lane_vector<float> x) {
-  typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t))));
-  const lane_vector<float> scaled = x * 1.44269504f;
-  const Integers k = __builtin_convertvector(
-      scaled + (scaled < 0.0f ? broadcast(-0.5f) : broadcast(0.5f)), Integers);
-  const lane_vector<float> whole = __builtin_convertvector(k, lane_vector<float>);
-  const lane_vector<float> r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  lane_vector<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  using Floats = lane_vector<float>;
+  using Integers = lane_vector<int32_t>;
+  const Floats scaled = x * 1.44269504f;
+  const Floats half = scaled < 0.0f ? splat<Floats>(-0.5) : splat<Floats>(0.5);
+  const Integers k = __builtin_convertvector(scaled + half, Integers);
+  const Floats whole = __builtin_convertvector(k, Floats);
+  const Floats r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   const Integers power = (k + 127) << 23;
-  lane_vector<float> factor;
+  Floats factor;
   __builtin_memcpy(&factor, &power, sizeof(factor));
   return p * factor;
 }

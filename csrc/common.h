@@ -70,6 +70,10 @@ inline ScalarType sums_type(Dtype dtype) {
   return dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
 }
 
+template <class Acc> Acc *data_of(const Tensor &tensor) {
+  return static_cast<Acc *>(tensor.data_ptr());
+}
+
 /// The values of a contiguous tensor of sums or factors; null for none.
 template <class Acc>
 const Acc *values_of(const char *op, const char *name, const OptionalTensor &tensor,
@@ -82,7 +86,7 @@ const Acc *values_of(const char *op, const char *name, const OptionalTensor &ten
                   op, ": ", name, " must be contiguous, of ", elements,
                   " elements, on the CPU, in float32 or beside float64 maps in float64; got ",
                   tensor->numel(), " elements");
-  return static_cast<const Acc *>(tensor->data_ptr());
+  return data_of<const Acc>(*tensor);
 }
 
 /// An unwritten tensor on the device of `like`.
@@ -107,6 +111,13 @@ template <class Function> void dispatch_dtype(Dtype dtype, Function &&function) 
   case Dtype::float16:
     return function.template operator()<Half>();
   }
+}
+
+/// The same for `type` of sums or factors: double or float.
+template <class Function> void dispatch_sums(ScalarType type, Function &&function) {
+  if (type == ScalarType::Double)
+    return function.template operator()<double>();
+  return function.template operator()<float>();
 }
 
 } // namespace revbifpn

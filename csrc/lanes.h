@@ -3,13 +3,12 @@
 // Leaves a loop over all lanes to the vectoriser: unrolled before, it would convert one by one.
 #define REVBIFPN_LANES _Pragma("GCC unroll 1") for (int64_t lane = 0; lane < LANES; ++lane)
 
-template <class Acc> struct LaneVector {
-  typedef Acc Type __attribute__((vector_size(LANES * sizeof(Acc))));
+template <class Element, int COUNT> struct VectorOf {
+  typedef Element Type __attribute__((vector_size(COUNT * sizeof(Element))));
 };
-template <class Acc> using lane_vector = typename LaneVector<Acc>::Type;
-
-typedef uint16_t LaneHalves __attribute__((vector_size(LANES * sizeof(uint16_t))));
-typedef uint32_t LaneWords __attribute__((vector_size(LANES * sizeof(uint32_t))));
+template <class Element> using lane_vector = typename VectorOf<Element, LANES>::Type;
+using LaneHalves = lane_vector<uint16_t>;
+using LaneWords = lane_vector<uint32_t>;
 
 /// As `widen` and `narrow` do one by one: through an array the vectoriser takes twice as long.
 REVBIFPN_INLINE lane_vector<float> load_lanes_whole(const BFloat16 *values) {
@@ -73,6 +72,8 @@ REVBIFPN_INLINE void store_lanes(const lane_vector<accumulator_t<T>> &vector, T 
       values[lane] = narrow<T>(wide[lane]);
 }
 
-template <class Acc> REVBIFPN_INLINE lane_vector<Acc> broadcast(Acc value) {
-  return lane_vector<Acc>{} + value;
+/// `value` in all lanes.
+template <class Vector> REVBIFPN_INLINE Vector splat(double value) {
+  using Acc = std::remove_cvref_t<decltype(Vector{}[0])>;
+  return Vector{} + static_cast<Acc>(value);
 }

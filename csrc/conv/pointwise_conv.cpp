@@ -25,7 +25,8 @@ Tensor maps_of_pixels(const Tensor &pixels, const Tensor &like) {
   return stable::transpose(stable::transpose(maps, 2, 3), 1, 2);
 }
 
-/// (O, C) of weights (O, C, 1, 1).
+/// (O, C) of weights (O, C, 1, 1). Checked here: PyTorch's own errors lose their text on the way
+/// through the stable interface.
 Tensor matrix_of(const char *op, const Tensor &weight, const Tensor &x) {
   const int64_t channels = x.size(1);
   STD_TORCH_CHECK(weight.dim() == 4 && weight.numel() == weight.size(0) * channels, op,

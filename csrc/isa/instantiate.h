@@ -13,8 +13,7 @@ namespace revbifpn::REVBIFPN_ISA {
 #include "../resample/add.h"
 #include "../resample/adjoint.h"
 
-#include "../conv/depthwise_weight_grad.h"
-#include "../conv/depthwise_input_grad.h"
+#include "../conv/depthwise.h"
 
 #include "../activations.h"
 #include "../norm_act/steps.h"

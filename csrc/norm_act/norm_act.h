@@ -30,10 +30,6 @@ inline Tensor new_sums(const char *op, const Tensor &x, const std::vector<int64_
   return new_tensor(x, shape, sums_type(dtype_of(op, x.scalar_type())));
 }
 
-template <class Acc> Acc *data_of(const Tensor &tensor) {
-  return static_cast<Acc *>(tensor.data_ptr());
-}
-
 /// Whether all pixels of a plane lie at the same distance, with channels (or else pixels) side by
 /// side, so that the kernels can walk over them.
 inline bool can_be_walked(const Tensor &tensor, bool lanes_are_channels) {

@@ -13,8 +13,9 @@ REVBIFPN_INLINE Factors<lane_vector<Acc>> factors_of(const NormJob<Acc> &job, in
                                                      int64_t lanes) {
   const auto take = [&](const Acc *values, int64_t first, Acc otherwise) {
     if (values == nullptr)
-      return broadcast(otherwise);
-    return job.lanes_are_channels ? load_lanes(values + first, lanes) : broadcast(values[first]);
+      return splat<lane_vector<Acc>>(otherwise);
+    return job.lanes_are_channels ? load_lanes(values + first, lanes)
+                                  : splat<lane_vector<Acc>>(values[first]);
   };
   const int64_t plane = n * job.channels + c;
   return {job.act,
@@ -82,11 +83,12 @@ REVBIFPN_INLINE void walk_group(const NormJob<accumulator_t<T>> &job,
 template <class T>
 REVBIFPN_INLINE lane_vector<accumulator_t<T>> mean_of_first(const T *x, int64_t stride,
                                                             int64_t pixels, int64_t lanes) {
+  using Vector = lane_vector<accumulator_t<T>>;
   const int64_t count = std::min(GROUP, pixels);
-  lane_vector<accumulator_t<T>> sum = {};
+  Vector sum = {};
   for (int64_t pixel = 0; pixel < count; ++pixel)
     sum += load_lanes(x + pixel * stride, lanes);
-  return sum / broadcast(static_cast<accumulator_t<T>>(count));
+  return sum / splat<Vector>(static_cast<double>(count));
 }
 
 /// One chunk of an image's pixels, all channels.
@@ -139,7 +141,7 @@ template <class Step, class T> void walk_plane(const NormJob<accumulator_t<T>> &
   T *y = WRITES<Step> ? job.y.template at<T>(n, c, 0, 0) : nullptr;
   auto factors = factors_of(job, n, c, LANES);
   if constexpr (std::is_same_v<Step, Statistics>)
-    factors.mean = broadcast(mean_of_first(x, 1, job.pixels, 1)[0]);
+    factors.mean = splat<decltype(factors.mean)>(mean_of_first(x, 1, job.pixels, 1)[0]);
   double totals[(Step::SUMS + 1) * LANES] = {};
   const int64_t whole = job.pixels / LANES * LANES;
   for (int64_t begin = 0; begin < whole; begin += GROUP * LANES) {

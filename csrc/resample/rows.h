@@ -46,55 +46,45 @@ void prefetch_row(const Maps &maps, const Tile &tile, int64_t row, int64_t colum
     __builtin_prefetch(reinterpret_cast<const void *>(line));
 }
 
-template <class T>
-void load_dense(const T *__restrict values, int64_t count, accumulator_t<T> *__restrict out) {
-  for (int64_t i = 0; i < count; ++i)
-    out[i] = widen(values[i]);
-}
-
-template <class T>
-void store_dense(const accumulator_t<T> *__restrict values, int64_t count, T *__restrict out) {
-  for (int64_t i = 0; i < count; ++i)
-    out[i] = narrow<T>(values[i]);
-}
-
-#ifdef __F16C__
-template <>
-inline void load_dense(const Half *__restrict values, int64_t count, float *__restrict out) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8)
-    _mm256_storeu_ps(
-        out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(values + i))));
-  for (; i < count; ++i)
-    out[i] = _cvtsh_ss(values[i].bits);
-}
-
-template <>
-inline void store_dense(const float *__restrict values, int64_t count, Half *__restrict out) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i *>(out + i),
-                     _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT));
-  for (; i < count; ++i)
-    out[i].bits = _cvtss_sh(values[i], _MM_FROUND_TO_NEAREST_INT);
-}
-#endif
-
 // How elements move from memory into the workspace, and back with one rounding.
 struct Load {
   template <class T, class Acc> static void one(const T &pixel, Acc &value) {
     value = widen(pixel);
   }
-  template <class T, class Acc> static void run(const T *pixels, int64_t count, Acc *values) {
-    load_dense(pixels, count, values);
+  template <class T, class Acc>
+  static void run(const T *__restrict pixels, int64_t count, Acc *__restrict values) {
+    for (int64_t i = 0; i < count; ++i)
+      values[i] = widen(pixels[i]);
   }
+#ifdef __F16C__
+  static void run(const Half *__restrict pixels, int64_t count, float *__restrict values) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8)
+      _mm256_storeu_ps(values + i, _mm256_cvtph_ps(_mm_loadu_si128(
+                                       reinterpret_cast<const __m128i *>(pixels + i))));
+    for (; i < count; ++i)
+      values[i] = _cvtsh_ss(pixels[i].bits);
+  }
+#endif
 };
 
 struct Store {
   template <class T, class Acc> static void one(T &pixel, Acc value) { pixel = narrow<T>(value); }
-  template <class T, class Acc> static void run(T *pixels, int64_t count, const Acc *values) {
-    store_dense(values, count, pixels);
+  template <class T, class Acc>
+  static void run(T *__restrict pixels, int64_t count, const Acc *__restrict values) {
+    for (int64_t i = 0; i < count; ++i)
+      pixels[i] = narrow<T>(values[i]);
   }
+#ifdef __F16C__
+  static void run(Half *__restrict pixels, int64_t count, const float *__restrict values) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8)
+      _mm_storeu_si128(reinterpret_cast<__m128i *>(pixels + i),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT));
+    for (; i < count; ++i)
+      pixels[i].bits = _cvtss_sh(values[i], _MM_FROUND_TO_NEAREST_INT);
+  }
+#endif
 };
 
 /// Moves `count` pixels of a row, from `column` on.

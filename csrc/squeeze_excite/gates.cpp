@@ -104,16 +104,17 @@ Tensor dense(const Tensor &tensor) {
                                 : torch::stable::contiguous(tensor, MemoryFormat::Contiguous);
 }
 
+/// An unwritten contiguous tensor of this shape and dtype.
+Tensor new_sums_like(const char *op, const Tensor &tensor) {
+  const auto sizes = tensor.sizes();
+  return new_sums(op, tensor, std::vector<int64_t>(sizes.begin(), sizes.end()));
+}
+
 /// The tensors of a network, as an op takes them.
 struct Arguments {
   const Tensor &means, &reduce_weight, &reduce_bias, &expand_weight, &expand_bias;
   const std::string &act;
 };
-
-void check_means(const char *op, const Tensor &means) {
-  STD_TORCH_CHECK(means.dim() == 2, op, ": means must have shape (N, C), got ", means.dim(),
-                  " dimensions");
-}
 
 /// Calls `function` with the network of the arguments, copied where they are not dense.
 template <class Function>
@@ -121,27 +122,24 @@ void with_network(const char *op, const Arguments &given, Function &&function) {
   const Tensor means = dense(given.means), reduce_weight = dense(given.reduce_weight),
                reduce_bias = dense(given.reduce_bias), expand_weight = dense(given.expand_weight),
                expand_bias = dense(given.expand_bias);
+  STD_TORCH_CHECK(means.dim() == 2, op, ": means must have shape (N, C), got ", means.dim(),
+                  " dimensions");
   const int64_t images = means.size(0), channels = means.size(1), hidden = reduce_bias.numel();
-  const auto call = [&]<class Acc>() {
+  dispatch_sums(means.scalar_type(), [&]<class Acc>() {
     function(Network<Acc>{values_of<Acc>(op, "means", means, images * channels),
                           values_of<Acc>(op, "reduce_weight", reduce_weight, hidden * channels),
                           values_of<Acc>(op, "reduce_bias", reduce_bias, hidden),
                           values_of<Acc>(op, "expand_weight", expand_weight, hidden * channels),
                           values_of<Acc>(op, "expand_bias", expand_bias, channels), images,
                           channels, hidden, act_of(op, given.act)});
-  };
-  if (means.scalar_type() == ScalarType::Double)
-    call.template operator()<double>();
-  else
-    call.template operator()<float>();
+  });
 }
 
 Tensor squeeze_excite_gates_cpu(const Tensor &means, const Tensor &reduce_weight,
                                 const Tensor &reduce_bias, const Tensor &expand_weight,
                                 const Tensor &expand_bias, const std::string &act) {
   const char *op = "squeeze_excite_gates";
-  check_means(op, means);
-  const Tensor gates = new_sums(op, means, {means.size(0), means.size(1)});
+  const Tensor gates = new_sums_like(op, means);
   with_network(op, {means, reduce_weight, reduce_bias, expand_weight, expand_bias, act},
                [&]<class Acc>(const Network<Acc> &network) {
                  std::vector<Acc> hidden(network.images * network.hidden);
@@ -184,14 +182,9 @@ Gradients squeeze_excite_gates_backward_cpu(const Tensor &grad_gates, const Tens
                                             const Tensor &expand_weight, const Tensor &expand_bias,
                                             const std::string &act) {
   const char *op = "squeeze_excite_gates_backward";
-  check_means(op, means);
-  const auto empty_like = [&](const Tensor &tensor) {
-    const auto sizes = tensor.sizes();
-    return new_sums(op, means, std::vector<int64_t>(sizes.begin(), sizes.end()));
-  };
-  const Gradients gradients = {empty_like(means), empty_like(reduce_weight),
-                               empty_like(reduce_bias), empty_like(expand_weight),
-                               empty_like(expand_bias)};
+  const Gradients gradients = {new_sums_like(op, means), new_sums_like(op, reduce_weight),
+                               new_sums_like(op, reduce_bias), new_sums_like(op, expand_weight),
+                               new_sums_like(op, expand_bias)};
   const Tensor grad = dense(grad_gates);
   with_network(op, {means, reduce_weight, reduce_bias, expand_weight, expand_bias, act},
                [&]<class Acc>(const Network<Acc> &network) {
@@ -208,12 +201,8 @@ norm_act_excite_grad_cpu(const Tensor &grad, const Tensor &x, const Tensor &mean
                          const Tensor &reduce_weight, const Tensor &reduce_bias,
                          const Tensor &expand_weight, const Tensor &expand_bias,
                          const std::string &act, const std::string &squeeze_act, bool is_batch) {
-  const char *op = "norm_act_excite_grad";
   constexpr int64_t OF_GATES = 4; // among the sums
-  maps_of(op, x);                 // checks
-  check_means(op, means);
-  STD_TORCH_CHECK(means.size(0) == x.size(0) && means.size(1) == x.size(1), op,
-                  ": means must have x's (N, C)");
+  check_same_planes("norm_act_excite_grad", x, means);
   const Tensor sums = norm_act_sums_cpu(grad, x, mean, invstd, weight, bias, act, true);
   const auto [grad_means, grad_reduce, grad_reduce_bias, grad_expand, grad_expand_bias] =
       squeeze_excite_gates_backward_cpu(torch::stable::select(sums, 0, OF_GATES), means,

@@ -3,11 +3,8 @@
 // Vectors of REVBIFPN_REGISTER bytes, of which a block of 16 lanes takes PARTS: GCC keeps arrays of
 // vectors that are longer than a register in memory.
 
-template <class Acc> struct Register {
-  typedef Acc Type __attribute__((vector_size(REVBIFPN_REGISTER)));
-};
-template <class Acc> using register_of = typename Register<Acc>::Type;
 template <class Acc> constexpr int LANES_OF_PART = REVBIFPN_REGISTER / sizeof(Acc);
+template <class Acc> using register_of = typename VectorOf<Acc, LANES_OF_PART<Acc>>::Type;
 template <class Acc> constexpr int PARTS = LANES / LANES_OF_PART<Acc>;
 
 // Sums that hide the latency of an addition.
@@ -48,16 +45,13 @@ template <class Acc> REVBIFPN_INLINE Block<Acc> load_last(const Acc *values, int
   return load_block(copied);
 }
 
-template <class Acc, int COUNT> struct FewLanes {
-  typedef Acc Type __attribute__((vector_size(COUNT * sizeof(Acc))));
-};
-template <class Acc> using four_lanes = typename FewLanes<Acc, 4>::Type;
+template <class Acc> using four_lanes = typename VectorOf<Acc, 4>::Type;
 
 /// The lower half of the lanes plus the upper one. By way of two halves, which compilers take from
 /// a register; four quarters they would read back from memory.
 template <int COUNT, class Whole> REVBIFPN_INLINE auto add_halves(const Whole &whole) {
   using Acc = std::remove_cvref_t<decltype(Whole{}[0])>;
-  typename FewLanes<Acc, COUNT>::Type halves[2];
+  typename VectorOf<Acc, COUNT>::Type halves[2];
   static_assert(sizeof(halves) == sizeof(whole));
   __builtin_memcpy(halves, &whole, sizeof(halves));
   return halves[0] + halves[1];

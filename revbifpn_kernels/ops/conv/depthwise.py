@@ -35,7 +35,7 @@ def depthwise_weight_grad_reference(
     return torch.nn.grad.conv2d_weight(x, shape, grad, stride, padding, groups=channels)
 
 
-# The CPU's kernels: csrc/conv/depthwise_{input,weight}_grad.cpp; dW in float32 or float64.
+# The CPU's kernels: csrc/conv/depthwise.cpp; dW in float32 or float64.
 library.define(
     "depthwise_input_grad(Tensor grad, Tensor weight, int height, int width, int stride, "
     "int padding) -> Tensor"
@@ -46,9 +46,8 @@ library.define(
 )
 
 
-def _check_at_least(op: str, **values: tuple[int, int]) -> None:
-    """Raise unless each value of (value, least) is at least `least`."""
-    for name, (value, least) in values.items():
+def _check_at_least(op: str, least: int, **values: int) -> None:
+    for name, value in values.items():
         if value < least:
             raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
 
@@ -60,7 +59,8 @@ def _result_sides(sides, kernel: int, stride: int, padding: int) -> tuple[int, .
 def _check_input_grad(grad: Tensor, weight: Tensor, height, width, stride, padding) -> None:
     op = "depthwise_input_grad"
     check_maps(op, "grad", grad)
-    _check_at_least(op, stride=(stride, 1), padding=(padding, 0))
+    _check_at_least(op, 1, stride=stride)
+    _check_at_least(op, 0, padding=padding)
     kernel = weight.shape[-1]
     expected = (grad.shape[1], 1, kernel, kernel), grad.dtype, grad.device
     check_values(op, "weight", weight, expected)
@@ -76,7 +76,8 @@ def _check_weight_grad(x: Tensor, grad: Tensor, kernel_size: int, stride, paddin
     op = "depthwise_weight_grad"
     check_maps(op, "x", x)
     check_maps(op, "grad", grad)
-    _check_at_least(op, kernel_size=(kernel_size, 1), stride=(stride, 1), padding=(padding, 0))
+    _check_at_least(op, 1, kernel_size=kernel_size, stride=stride)
+    _check_at_least(op, 0, padding=padding)
     shape = (*x.shape[:2], *_result_sides(x.shape[2:], kernel_size, stride, padding))
     if grad.shape != shape or grad.dtype != x.dtype:
         raise ValueError(
@@ -110,13 +111,9 @@ def depthwise_input_grad(
     """Return the gradient (N, C, *size) w.r.t. x of `F.conv2d(x, weight, …, groups=C)`.
 
     Equivalent to `torch.nn.grad.conv2d_input`, accumulated in float32 (float64 for float64), in
-    channels_last, the same bits on any number of threads. CPU only; not differentiable.
-
-    Args:
-        grad: Of the convolution's result: float64, float32, bfloat16 or float16; fastest in
-            channels_last, and slices of it.
-        weight: In grad's dtype.
-        size: Of the convolution's input, (H, W).
+    channels_last, the same bits on any number of threads. grad and weight, of one dtype, may be
+    float64, float32, bfloat16 or float16, and are copied unless grad is channels_last or a slice
+    of it. CPU only; not differentiable.
 
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it.
@@ -137,11 +134,8 @@ def depthwise_weight_grad(
     """Return the gradient (C, 1, k, k) w.r.t. weight of `F.conv2d(x, weight, …, groups=C)`.
 
     Equivalent to `torch.nn.grad.conv2d_weight`, accumulated in float32 (float64 for float64), the
-    same bits on any number of threads. CPU only; not differentiable.
-
-    Args:
-        x: float64, float32, bfloat16 or float16; fastest in channels_last, and slices of it.
-        grad: Of the convolution's result, in x's dtype.
+    same bits on any number of threads. x and grad as grad in `depthwise_input_grad`. CPU only; not
+    differentiable.
 
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it.

@@ -312,7 +312,7 @@ def resample_add_(
 def resample_add_out(
     x, sources, out, *, scales=None, shifts=None, alpha=1.0, mode="bilinear", lattice=None
 ) -> None:
-    """Write `resample_add(x, sources, …)` into `out`, such as a slice; called by `fuse_out`."""
+    """Write `resample_add(x, sources, …)` into `out`, for `fuse_out`; no autograd."""
     check_fusion("resample_add_out", "x", x, sources, scales, shifts, alpha, mode, lattice)
     check_like("resample_add_out", "out", out, "x", x)
     lists = list(sources), list(scales or ()), list(shifts or ())
