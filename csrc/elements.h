@@ -8,10 +8,10 @@
 #define REVBIFPN_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
-// For functions whose callers know constants that shape the loop.
+// Always inlined, so that constants of the caller shape the function's loops.
 #define REVBIFPN_INLINE inline __attribute__((always_inline))
 
-/// Calls `function` with `value` as its template argument if it is one of VALUES; says whether.
+/// Calls `function` with `value` as its template argument and returns true, if it is in VALUES.
 template <int... VALUES, class Function>
 REVBIFPN_INLINE bool with_constant(int64_t value, const Function &function) {
   return ((value == VALUES && (function.template operator()<VALUES>(), true)) || ...);

@@ -1,6 +1,7 @@
 // Vectors of LANES neighbours in memory.
 
-// Leaves a loop over all lanes to the vectoriser: unrolled before, it would convert one by one.
+// Keeps a loop over all lanes from being unrolled before it is vectorised, which would convert the
+// lanes one by one.
 #define REVBIFPN_LANES _Pragma("GCC unroll 1") for (int64_t lane = 0; lane < LANES; ++lane)
 
 template <class Element, int COUNT> struct VectorOf {
@@ -10,7 +11,7 @@ template <class Element> using lane_vector = typename VectorOf<Element, LANES>::
 using LaneHalves = lane_vector<uint16_t>;
 using LaneWords = lane_vector<uint32_t>;
 
-/// As `widen` and `narrow` do one by one: through an array the vectoriser takes twice as long.
+/// `widen` for whole vectors: a loop over an array takes the vectoriser's code twice as long.
 REVBIFPN_INLINE lane_vector<float> load_lanes_whole(const BFloat16 *values) {
   LaneHalves halves;
   __builtin_memcpy(&halves, values, sizeof(halves));

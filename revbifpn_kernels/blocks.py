@@ -92,7 +92,7 @@ class RevBlock(Reversible):
             torch.add(grad_source, grad_through, out=total)
 
     def _added(self, x: Tensor, name: str, source: Tensor, out: Tensor | None, alpha=1.0) -> Tensor:
-        """x + α·T(source), in `out` if there is one."""
+        """x + α·T(source) for T the transform `name`; written to `out` if it is given."""
         module = getattr(self, name)
         output = run_transform(self, name, module, source, folds_norm=True)
         result = maps_of(output)
@@ -193,8 +193,8 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _halves_and_room(x: Tensor):
-    """The halves of x, and memory for the result and its halves where no graph is made."""
-    # What the compiler traces it fuses itself, and exported programs write to no slices.
+    """The halves of x; if no graph is made, also memory for the result and its halves."""
+    # The compiler fuses by itself, and exported programs must not write to slices.
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if torch.is_grad_enabled() or is_traced:
         return _halves(x), None, (None, None)

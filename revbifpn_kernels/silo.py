@@ -41,17 +41,17 @@ class Fusion(NamedTuple):
 class RevSilo(Reversible):
     """Adds to each level transforms of the others; invertible, whatever the transforms are.
 
-    `silo(x_0, …)` returns the streams z_0, …, `silo.inverse(z_0, …)` takes them back. Streams are
-    (N, C_l, H_l, W_l), any sizes, level 0 the finest. Fewer streams than levels may go in: the last
-    levels are then created, y_j = Σ R(F_ij(x_i)), at the size that the first edge onto them
-    returns; no down edge may start at them. Give `inputs`, so that a forgotten stream is noticed.
+    `silo(x_0, …)` returns the streams z_0, …; `silo.inverse(z_0, …)` returns x_0, … again. Streams
+    are (N, C_l, H_l, W_l), any sizes, level 0 the finest. Fewer streams than levels may go in: the
+    last levels are then created, y_j = Σ R(F_ij(x_i)), at the size that the first edge onto them
+    returns; no down edge may start at them. With `inputs` given, a missing stream raises an error.
 
     Args:
         edges: (i, j) → module that maps stream i to (N, C_j, h, w), at any size that R takes to
             stream j's: no larger, or larger by whole factors. i < j: down half; i > j: up half.
         mode: How R enlarges: "bilinear" (`align_corners=False`) or "nearest".
         lattice: Exact mode, see `ReversibleSequential`.
-        inputs: How many streams go in, if fewer than levels: how many `inverse` returns.
+        inputs: How many streams go in, if fewer than levels; `inverse` returns as many.
         reversible: False trains under plain autograd; may be switched at any time.
 
     Raises:
@@ -119,7 +119,7 @@ class RevSilo(Reversible):
         return streams[:inputs], [grad if is_needed else None for grad, is_needed in needed]
 
     def _fuse(self, fusion: Fusion, x: Tensor | None, streams, alpha: float = 1.0):
-        """x + α·Σ R(transformed streams); without x, a new level."""
+        """x + α·Σ R(transformed streams); without x, the sum alone: a new level."""
         outputs = []
         for edge in fusion.edges:
             name, module, x_i = f"edge {edge}", self._module(edge), streams[edge[0]]
@@ -199,8 +199,8 @@ class RevSilo(Reversible):
 
 
 class _Gradients:
-    """Sums of gradients. Autograd owns those that came in, so a sum is only added to in place
-    when it was made here."""
+    """Sums of gradients. Those given at first belong to autograd, so only sums made here are
+    updated in place."""
 
     def __init__(self, totals: list[Tensor | None]) -> None:
         self.totals = totals

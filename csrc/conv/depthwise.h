@@ -1,7 +1,7 @@
 // The gradients of a depthwise convolution, in channels_last: lanes run over channels.
 
-/// The taps onto one place of the input along an axis: tap first + t * stride reads the result's
-/// gradient at place - t, for t in [begin, end).
+/// The taps that reach one position of the input along an axis: tap first + t * stride reads the
+/// result's gradient at place - t, for t in [begin, end).
 struct TapRange {
   int64_t first, place, count, size, begin = 0, end = 0;
 
@@ -11,7 +11,7 @@ struct TapRange {
     stay_inside();
   }
 
-  /// To the place of the input `stride` further on, which the same taps reach.
+  /// Advances to the position of the input `stride` further on, which the same taps reach.
   REVBIFPN_INLINE void advance() {
     ++place;
     stay_inside();
@@ -71,7 +71,7 @@ void depthwise_input_units(const DepthwiseInputJob<accumulator_t<T>> &job, int64
   }
 }
 
-constexpr int MOST_TAPS = 8; // sums that fit the registers beside the loaded values
+constexpr int MOST_TAPS = 8; // their sums fit the registers beside the loaded values
 
 /// sums[t] += over a row: grad[column] * x[column * stride + shift + t], where that is inside.
 template <int TAPS, class T, class Vector>

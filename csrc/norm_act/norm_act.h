@@ -9,8 +9,7 @@
 
 namespace revbifpn {
 
-// Elements of a chunk: it stays in a core's second-level cache together with its gradient and
-// result.
+// Elements per chunk: it fits a core's second-level cache together with its gradient and result.
 constexpr int64_t CHUNK_SIZE = 32768;
 constexpr int64_t SHORTEST_CHUNK = 64, LONGEST_CHUNK = 1024;
 

@@ -52,7 +52,7 @@ template <int SUMS, class Vector> REVBIFPN_INLINE void add_to(double *totals, co
   }
 }
 
-/// A group of pixels for 16 channels.
+/// Does a group of pixels for LANES channels.
 template <class Step, bool IS_WHOLE, class T>
 REVBIFPN_INLINE void walk_group(const NormJob<accumulator_t<T>> &job,
                                 const Factors<lane_vector<accumulator_t<T>>> &factors, int64_t n,
@@ -63,7 +63,7 @@ REVBIFPN_INLINE void walk_group(const NormJob<accumulator_t<T>> &job,
   T *y = WRITES<Step> ? job.y.template at<T>(n, c, 0, begin) : nullptr;
   lane_vector<accumulator_t<T>> sums[Step::SUMS + 1] = {};
   for (int64_t pixel = begin; pixel < end; ++pixel) {
-    // The next group's: the lines of a block lie too far apart for the hardware to foresee.
+    // The next group: the hardware does not prefetch lines as far apart as those of a block.
     __builtin_prefetch(x + GROUP * job.x.stride_w);
     if constexpr (Step::READS_GRAD)
       __builtin_prefetch(grad + GROUP * job.grad.stride_w);
@@ -91,7 +91,7 @@ REVBIFPN_INLINE lane_vector<accumulator_t<T>> mean_of_first(const T *x, int64_t 
   return sum / splat<Vector>(static_cast<double>(count));
 }
 
-/// One chunk of an image's pixels, all channels.
+/// Does one chunk of an image's pixels, all channels.
 template <class Step, class T>
 void walk_pixels(const NormJob<accumulator_t<T>> &job, int64_t unit, double *workspace) {
   const int64_t n = unit / job.chunks(), first = unit % job.chunks() * job.chunk_pixels;
@@ -133,7 +133,7 @@ template <class T> REVBIFPN_INLINE T *ahead(T *values, int64_t elements) {
   return values == nullptr ? nullptr : values + elements;
 }
 
-/// One plane.
+/// Does one plane.
 template <class Step, class T> void walk_plane(const NormJob<accumulator_t<T>> &job, int64_t unit) {
   const int64_t n = unit / job.channels, c = unit % job.channels;
   const T *x = job.x.template at<const T>(n, c, 0, 0);

@@ -11,9 +11,9 @@
 namespace revbifpn {
 namespace {
 
-// Elements of a row of a strip. Three sources keep 8 rows in use: 64 KiB of float32.
+// Elements per row of a strip. Three sources need 8 rows at a time: 64 KiB of float32.
 constexpr int64_t STRIP_SIZE = 1024;
-// Elements of a step between which pages are mapped: they fit the second-level cache.
+// Elements per step, before which its pages are mapped: a step fits the second-level cache.
 constexpr int64_t STEP_SIZE = int64_t{1} << 17;
 
 template <class Acc> Acc snap_of(const char *op, std::optional<double> lattice) {

@@ -125,7 +125,7 @@ private:
     }
   }
 
-  /// A source whose rows are not blended is scaled as late as here, which saves it a step.
+  /// A source whose rows are not blended is scaled here, which saves a step.
   void add_row(const Tile &tile, int64_t row, int k, Acc *out) {
     const Acc *values = resampled[k][job.sources[k].rows.first[row]];
     const Scaling<Acc> scaling = scaling_of(job.sources[k], tile);

@@ -9,10 +9,10 @@
 namespace revbifpn {
 namespace {
 
-// Elements of a row of grad in channels_last at most: the rows of sums, and some rows of grad, stay
+// Most elements per row of grad in channels_last: the rows of sums and some rows of grad then stay
 // in a core's second-level cache.
 constexpr int64_t ROW_SIZE = 16384;
-// Channels that are read together at least, a cache line of half precision.
+// Fewest channels that are read together: a cache line of half precision.
 constexpr int64_t MIN_LANES = 32;
 
 template <class Acc>
@@ -52,7 +52,7 @@ template <class Acc> void size_workspace(AdjointJob<Acc> &job) {
   }
   const uint64_t run_rows = std::clamp<int64_t>(RUN_SIZE / size, 1, job.grad.height);
   job.run_rows = std::bit_floor(run_rows);
-  // When a run is loaded, all rows before it but the oldest are still in use.
+  // While a run is loaded, all earlier rows of the ring but the oldest are still needed.
   job.ring_rows = std::bit_ceil<uint64_t>(most_terms + job.run_rows - 1);
   job.ring_size = job.ring_rows * size + PADDING;
   job.run_size = job.run_rows * size + PADDING;

@@ -109,15 +109,15 @@ private:
     int64_t stored, next, end;
   };
 
-  /// Whether grad's rows are used where they lie. They are not where the last elements of each
-  /// would be converted one by one, nor in half precision, whose conversion is better done once.
+  /// Whether grad's rows are used without a copy: not if the last elements of each would be
+  /// converted one by one, nor in half precision, which is better converted once.
   bool is_read_in_place(const Tile &tile) const {
     const int64_t size = job.grad.width * tile.lanes;
     return !std::is_same_v<T, Half> && has_dense_rows(job.grad, tile) &&
            (std::is_same_v<T, Acc> || size == whole_vectors(size));
   }
 
-  /// Makes the rows of result k that gather from grad's rows before `loaded` only.
+  /// Computes the rows of result k that need only grad's rows before `loaded`.
   void finish_rows(size_t k, const Tile &tile, int64_t loaded) {
     const Result<Acc> &result = job.results[k];
     Progress &done = progress[k];

@@ -11,11 +11,11 @@ namespace revbifpn {
 
 constexpr int MAX_SOURCES = 8;
 
-// Elements after a row of the workspace that a loop over whole vectors may touch: enlarging by 8
+// Elements after a row of the workspace that loops over whole vectors may touch; enlarging by 8
 // writes 8 vectors at once.
 constexpr int64_t PADDING = LANES * 8;
 
-// Elements of a run: narrow rows go through the steps of a kernel together.
+// Elements per run: narrow rows go through a kernel's steps together.
 constexpr int64_t RUN_SIZE = 1024;
 
 enum class Kind { identity, bilinear, nearest, area };

@@ -6,7 +6,7 @@
 namespace revbifpn {
 namespace {
 
-// Products and sums that take as long as an element of a map.
+// Multiply-adds that take as long as an element of a map.
 constexpr int64_t PRODUCTS_PER_ELEMENT = 16;
 // Dots add up the 16 lanes of each result, which takes 10 to 20 cycles; a transposed copy of the
 // weights saves that, and takes about 1.2 cycles for each of them (AMD EPYC, AVX-512, 2026-11-25).

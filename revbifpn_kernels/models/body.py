@@ -34,7 +34,7 @@ def residual(config: Config, levels: int, drop_path: float = 0.0) -> RevLevels:
 
 
 def silo(config: Config, levels: int, is_growing: bool = False, drop_path: float = 0.0) -> RevSilo:
-    """The silo that fuses the first `levels` levels; if growing, it creates the last of them."""
+    """The silo that fuses the first `levels` levels; if `is_growing`, it creates the last one."""
 
     def edge(i: int, j: int) -> MBConv:
         stride = 2 ** max(j - i, 0)

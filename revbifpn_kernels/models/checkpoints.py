@@ -1,4 +1,4 @@
-"""Weights from files and state_dicts, under our names or the authors': all of them, or none."""
+"""Loads weights from files and state_dicts, under our names or the authors': all or none."""
 
 import pickle
 import re
@@ -85,7 +85,7 @@ def _load(op: str, model: RevBiFPN, source: Mapping[str, Tensor]) -> None:
 
 
 def _warn(message: str) -> None:
-    """Warn at the line outside this package that called it, whichever function that called."""
+    """Warn at the line outside this package whose call led here."""
     package = __name__.partition(".")[0] + "."
     level, frame = 1, sys._getframe()
     while frame is not None and frame.f_globals.get("__name__", "").startswith(package):
@@ -104,7 +104,7 @@ def _other_classes(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> 
 
 
 def _unwrapped(op: str, source: str | Path | Mapping) -> dict[str, Tensor]:
-    """The tensors of a file or a dictionary, by the names that a bare model would give them."""
+    """The tensors of a file or a dictionary, without the prefixes of training scripts."""
     is_file = isinstance(source, str | Path)
     weights = _read(op, Path(source)) if is_file else source
     if isinstance(weights, Mapping):
@@ -149,7 +149,7 @@ def _read(op: str, path: Path):
 
 
 def _complaint(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
-    """What keeps `weights` from being copied into `own`, tensor by tensor; empty if nothing."""
+    """Why `weights` cannot be copied into `own`; empty if they can."""
     missing = [name for name in own if name not in weights]
     unexpected = [name for name in weights if name not in own]
     common = [name for name in own if name in weights]
@@ -178,7 +178,7 @@ def _is_kind_of(tensor: Tensor, own: Tensor) -> bool:
 
 
 def _kind(tensor: Tensor) -> str:
-    """What must agree for a copy to keep the values; precisions may differ."""
+    """What must be equal for a copy to keep the values; precisions may differ."""
     if tensor.is_nested or tensor.layout != torch.strided:
         return "nested" if tensor.is_nested else str(tensor.layout)
     for kind in ("meta", "quantized"):

@@ -1,4 +1,4 @@
-"""Numbers that users pass: Python's and NumPy's are converted, anything else is told apart."""
+"""Checks of numbers that users pass; Python's and NumPy's numbers are converted."""
 
 import math
 import numbers

@@ -1,4 +1,4 @@
-"""What a model costs: multiply-adds, and the memory of a training step, without running it."""
+"""Counts a model's multiply-adds and the memory of a training step, without running it."""
 
 import copy
 import weakref
@@ -102,13 +102,13 @@ def training_memory(
             loss = sum(y.sum() for y in tree_leaves(outputs))
             del outputs
             held = allocations.now
-            if loss.requires_grad:  # not that of a frozen model
+            if loss.requires_grad:  # false for a frozen model
                 loss.backward()
     return Memory(held, allocations.peak)
 
 
 def fake_copy(model: nn.Module, fakes: FakeTensorMode) -> nn.Module:
-    """Return a copy on fake CPU tensors, without forward hooks, which must not see this call."""
+    """Return a copy on fake CPU tensors; without forward hooks, because users' must not see it."""
     with fakes:
         memo = {id(t): torch.empty(t.shape, dtype=t.dtype) for t in model.buffers()}
         for p in model.parameters():

@@ -87,7 +87,7 @@ class Head(Recomputed):
     """Fuses the pyramid from fine to coarse: `(features,) = head(p_0, …)`.
 
     t_0 = p_0, t_{l+1} = p_{l+1} + MBConv(t_l), then a 1×1 convolution to config.features channels.
-    In a chain after the neck it does not save the pyramid, half of what S0 would hold.
+    In a chain after the neck it does not save the pyramid, which is half of what S0 would save.
     """
 
     reruns_before = True

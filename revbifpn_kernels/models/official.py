@@ -60,7 +60,7 @@ def _official_names(model: RevBiFPN) -> dict[str, str]:
 
 
 def _official_name(model: RevBiFPN, name: str) -> str | None:
-    """The authors' name of our tensor; None of a tensor that their network does not have."""
+    """The authors' name of our tensor; None if their network does not have it."""
     match name.split("."):
         case ["body", n, "levels", level, half, *rest]:
             place = f"rev_stack.{int(n) + 1}.rev_transform_{level}.{half}.xform_0_1"

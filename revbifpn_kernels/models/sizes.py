@@ -1,4 +1,4 @@
-"""The numbers of RevBiFPN-S0 … S6, and the values that each of them may have."""
+"""The configurations of RevBiFPN-S0 … S6, and checks of their values."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ class Config:
         widths: Channels of the streams, multiples of 16.
         neck_widths: Channels of the pyramid, multiples of 16.
         features: Channels before the classifier.
-        extra_silos: Silos between all levels, after those that add the levels.
+        extra_silos: Silos between all levels, after those that create the levels.
         resolution: Side of the images that the size was made for, in pixels. Others work too.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last silo; it grows linearly from the first silo on.
@@ -130,7 +130,7 @@ def _check(config: Config) -> None:
 
 
 def _as_maker(value) -> Callable | None:
-    """`value` if it makes modules; a module is callable too, but makes none."""
+    """`value` if it can create modules: callable, but not itself a module."""
     return value if callable(value) and not isinstance(value, nn.Module) else None
 
 

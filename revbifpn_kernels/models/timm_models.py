@@ -134,7 +134,7 @@ class TimmRevBiFPN(RevBiFPN):
 
 
 def _translate(module: TimmRevBiFPN, state_dict: dict, prefix: str, *_) -> None:
-    """Rename the authors' names in a checkpoint that one of timm's loaders passes, in place."""
+    """Rename the authors' names to ours, in place, in a state_dict that timm loads."""
     own = [name for name in state_dict if name.startswith(prefix)]
     weights = {name.removeprefix(prefix): state_dict[name] for name in own}
     if is_official(weights):
