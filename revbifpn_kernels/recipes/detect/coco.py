@@ -90,11 +90,7 @@ def bbox_of(box: Sequence[float]) -> list[float]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The document in a file.
-
-    Raises:
-        RunError: There is no such file, or it is no JSON, or no COCO document.
-    """
+    """The document in a file; raises `RunError` if it is missing, no JSON, or no COCO document."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:

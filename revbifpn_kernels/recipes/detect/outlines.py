@@ -20,8 +20,7 @@ class Unfit(Exception):
 def run_lengths(given: Any, width: int, height: int) -> dict[str, Any]:
     """Run lengths of polygons, of a list of counts, or of counts packed in a string.
 
-    Raises:
-        Unfit: They are none, of another image's size, or of no area.
+    Raises `Unfit` if they are none of these, of another image's size, or of no area.
     """
     size = [height, width]
     if isinstance(given, list):

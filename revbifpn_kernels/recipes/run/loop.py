@@ -29,8 +29,7 @@ class Step(NamedTuple):
 class Loop:
     """Goes on until the last step; an application says what steps and evaluations are.
 
-    Args:
-        batches: This process' parts of all steps that are left.
+    `batches` are this process' parts of all steps that are left.
     """
 
     checks_gradient = True  # whether a gradient that is not finite ends the run

@@ -50,8 +50,7 @@ def first_readable(
 ) -> tuple[int, Any, list[Skipped]]:
     """Returns the first readable image from `index` on: its index, itself, what was skipped.
 
-    Raises:
-        RunError: So many files in a row cannot be read that the disk must be gone.
+    Raises `RunError` if so many files in a row cannot be read that the disk must be gone.
     """
     skipped = []
     for further in range(min(PATIENCE, count)):

@@ -39,11 +39,7 @@ def _new_folder(start: str) -> str:
 
 
 def begun(out: Path, start: Callable[[bool], RunState]) -> RunState:
-    """The run in a folder, or a new one.
-
-    Args:
-        start: Makes a run before its first step; told whether it stays so.
-    """
+    """The run in a folder, or a new one; `start` makes it, told whether it stays at step 0."""
     content = checkpoint.load(out / checkpoint.NAME)
     run = start(content is None)
     agree(run, content)

@@ -57,11 +57,7 @@ class RunState:
         return about | counters | self.captured_tensors()
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Continues from a checkpoint.
-
-        Raises:
-            RunError: It is of a run with other options or data; the differences are listed.
-        """
+        """Continues from a checkpoint; `RunError` lists how its options or data differ."""
         if content.get("version") != VERSION or "optimizer" not in content:
             raise RunError(
                 f"--resume: expected a checkpoint of version {VERSION} of this command, got "
