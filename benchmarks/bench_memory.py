@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from revbifpn_kernels import macs
+from revbifpn_kernels import SIZES, macs
 
 from .lib import memory, memory_tables, record
 from .lib.memory import held_and_peak, per_image, slope
@@ -41,8 +41,7 @@ PARTS = ("images", "depth", "sides", "detection", "real")
 
 
 def providers_of(name: str) -> tuple[str, ...]:
-    is_ours = NETWORKS[name].family == "RevBiFPN"
-    return ("reversible", "stored") if is_ours else ("stored",)
+    return ("reversible", "stored") if name in SIZES else ("stored",)
 
 
 def row_of(name: str, provider: str, mode: str, side: int, dtype: str = "fp32") -> Row:
@@ -57,7 +56,7 @@ def image_row(name: str, provider: str, dtype: str) -> Row:
     if dtype == "fp32":
         row["gmacs"] = f"{gmacs(fake_network(name), side):.4f}"
         row["parameters"] = str(sum(p.numel() for p in net.parameters()))
-        if NETWORKS[name].family == "RevBiFPN":
+        if name in SIZES:
             row["published_macs"] = str(macs(net, side).official)
     return row
 

@@ -188,11 +188,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="bf16 is autocast")
     parser.add_argument("--seconds", type=float, help="of timing, in all (default: 80, quick: 10)")
     run = record.parse(parser, arguments)
-    _fill_defaults(run)
-    return run
-
-
-def _fill_defaults(run: argparse.Namespace) -> None:
     is_gpu = run.device == "cuda"
     if run.models is None:
         run.models = ["revbifpn_s0"] if run.quick else list(ON_GPU if is_gpu else ON_CPU)
@@ -205,6 +200,7 @@ def _fill_defaults(run: argparse.Namespace) -> None:
     run.dtype = run.dtype or ("bf16" if is_gpu else "fp32")
     run.seconds = run.seconds or (10 if run.quick else 80)
     run.clock = timing.clock_for(run.device)
+    return run
 
 
 def main(arguments: list[str]) -> int:

@@ -187,6 +187,7 @@ def measure(case: Case) -> list[Row]:
     for launch, operands in planned:
         kernel = launch.compile(target, operands)
         listing, resources = (inspect_cuda if target.backend == "cuda" else inspect_hip)(kernel)
+        spilled = resources["spill_bytes"]
         per_element = instructions_per_element(launch, listing, math.prod(shape))
         row = {
             "kernel": kernel_name(launch),
@@ -200,9 +201,7 @@ def measure(case: Case) -> list[Row]:
             "budget": f"{budget:.1f}",
             "load_bytes": listing.widest("LDG", "(global|buffer|flat)_load"),
             "store_bytes": listing.widest("STG", "(global|buffer|flat)_store"),
-            "note": f"FAILED: spills {resources['spill_bytes']} bytes"
-            if resources["spill_bytes"]
-            else "",
+            "note": f"FAILED: spills {spilled} bytes" if spilled else "",
         }
         rows.append({name: str(value) for name, value in row.items()})
     return rows

@@ -24,6 +24,7 @@ from .bifpn import BiFPN
 LATTICE = 2.0**-12
 # How much of the activations the compiler may keep where it recomputes by itself.
 COMPILER_BUDGET = 0.1
+UNDROPPED = {"drop_rate": 0.0, "drop_path_rate": 0.0}
 EFFICIENTNET_SIDES = (224, 240, 260, 300, 380, 456, 528, 600)
 
 
@@ -33,29 +34,27 @@ class Network:
 
     make: Callable[[], nn.Module]
     side: int
-    family: str
 
 
-def _networks() -> dict[str, Network]:
-    undropped = {"drop_rate": 0.0, "drop_path_rate": 0.0}
-    table = {
-        name: Network(
-            functools.partial(create_model, name, reversible=False, **undropped),
-            config.resolution,
-            "RevBiFPN",
-        )
-        for name, config in SIZES.items()
-    }
-    for k, side in enumerate(EFFICIENTNET_SIDES):
-        make = functools.partial(timm.create_model, f"efficientnet_b{k}", **undropped)
-        table[f"efficientnet_b{k}"] = Network(make, side, "EfficientNet")
-    for width in (18, 32, 48):
-        make = functools.partial(timm.create_model, f"hrnet_w{width}", drop_rate=0.0)
-        table[f"hrnet_w{width}"] = Network(make, 224, "HRNet")
-    return table | {"bifpn_b0": Network(BiFPN, 512, "BiFPN")}
-
-
-NETWORKS = _networks()
+NETWORKS = {
+    name: Network(
+        functools.partial(create_model, name, reversible=False, **UNDROPPED), config.resolution
+    )
+    for name, config in SIZES.items()
+}
+NETWORKS |= {
+    f"efficientnet_b{k}": Network(
+        functools.partial(timm.create_model, f"efficientnet_b{k}", **UNDROPPED), side
+    )
+    for k, side in enumerate(EFFICIENTNET_SIDES)
+}
+NETWORKS |= {
+    f"hrnet_w{width}": Network(
+        functools.partial(timm.create_model, f"hrnet_w{width}", drop_rate=0.0), 224
+    )
+    for width in (18, 32, 48)
+}
+NETWORKS["bifpn_b0"] = Network(BiFPN, 512)
 
 
 def _reversible(net: RevBiFPN, lattice: float | None = None) -> nn.Module:

@@ -74,9 +74,8 @@ def measure_interleaved(
 ) -> dict[object, Timing]:
     """Time warm calls in turns, so that a noisy moment hits all alike; all get the same time.
 
-    Args:
-        seconds: Wanted in all; slow calls exceed it to reach the fewest rounds.
-        rounds: Fewest and most samples of a call.
+    `seconds` are wanted in all, `rounds` are the fewest and most samples of a call; slow calls
+    exceed the seconds to reach the fewest rounds.
     """
     estimates = {
         name: max(clock.sample_ms(call, SHORTEST_CPU_SAMPLE_MS), 1e-3)

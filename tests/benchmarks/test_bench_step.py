@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def small(monkeypatch):
     """A network in the table that takes no time."""
-    network = Network(lambda: tiny(reversible=False, **TWO_LEVELS), 64, "RevBiFPN")
+    network = Network(lambda: tiny(reversible=False, **TWO_LEVELS), 64)
     monkeypatch.setitem(NETWORKS, "tiny", network)
     return "tiny"
 

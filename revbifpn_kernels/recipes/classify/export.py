@@ -33,9 +33,7 @@ def export(network: RevBiFPN, out: Path, views: Evaluation, classes: list[str]) 
     """Exports the network in evaluation, for any number of images; returns how well it agrees.
 
     network.json beside it has what a caller must know: classes, side, mean, standard deviation.
-
-    Raises:
-        RunError: An exported network does not compute what the network does.
+    Raises `RunError` if an exported network does not compute what the network does.
     """
     network = network.eval()
     # Several: with a single image, exporters would take the number of images for fixed.

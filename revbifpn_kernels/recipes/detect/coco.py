@@ -89,11 +89,7 @@ def bbox_of(box: Sequence[float]) -> list[float]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Returns the COCO document in a file.
-
-    Raises:
-        RunError: The file does not exist, or is not JSON, or not a COCO document.
-    """
+    """The COCO document in a file; raises `RunError` if it is missing, not JSON or not COCO."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:

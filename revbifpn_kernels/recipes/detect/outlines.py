@@ -20,8 +20,7 @@ class Unfit(Exception):
 def run_lengths(given: Any, width: int, height: int) -> dict[str, Any]:
     """Run lengths of polygons, of a list of counts, or of counts packed in a string.
 
-    Raises:
-        Unfit: The outline is malformed, of another image size, or without area.
+    Raises `Unfit` if the outline is malformed, of another image size, or without area.
     """
     size = [height, width]
     if isinstance(given, list):

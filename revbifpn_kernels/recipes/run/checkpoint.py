@@ -30,8 +30,7 @@ def make_folder(option: str, path: Path) -> None:
 def write_atomically(path: Path, content: bytes) -> None:
     """Replaces a file: at each moment, also after a power cut, the old or the new one is there.
 
-    Raises:
-        OSError: The disk is full or gone; then the old file is untouched.
+    Raises `OSError` if the disk is full or gone; then the old file is untouched.
     """
     beside = path.with_name(path.name + ".tmp")
     try:
@@ -98,9 +97,7 @@ def set_generators(state: dict[str, Any]) -> None:
 class Keeper:
     """Writes the checkpoint when it is due; if that fails, the old one stays.
 
-    Args:
-        capture: Returns the content; each process must call `save`, which calls it.
-        is_first: Whether this process writes.
+    Each process must call `save`, which calls `capture` for the content; the first one writes.
     """
 
     def __init__(

@@ -29,8 +29,7 @@ class Step(NamedTuple):
 class Loop:
     """The training loop; subclasses define `advance` and the evaluation.
 
-    Args:
-        batches: Iterator over this process' micro-batches of all remaining steps.
+    `batches` iterates over this process' micro-batches of all remaining steps.
     """
 
     checks_gradient = True  # whether a gradient that is not finite ends the run

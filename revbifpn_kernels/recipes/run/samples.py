@@ -52,8 +52,7 @@ def first_readable(
 ) -> tuple[int, Any, list[Skipped]]:
     """Returns the first readable image from `index` on: its index, itself, what was skipped.
 
-    Raises:
-        RunError: PATIENCE files in a row cannot be read, as if the disk were gone.
+    Raises `RunError` if PATIENCE files in a row cannot be read, as if the disk were gone.
     """
     skipped = []
     for further in range(min(PATIENCE, count)):

@@ -41,9 +41,7 @@ def _new_folder(start: str) -> str:
 def start_or_resume(out: Path, start: Callable[[bool], RunState]) -> RunState:
     """The run restored from a folder's checkpoint, or a new one.
 
-    Args:
-        start: Makes a run before its first step; its argument is False if a checkpoint will be
-            restored afterwards.
+    `start` makes a run at step 0; its argument is False if a checkpoint is restored afterwards.
     """
     content = checkpoint.load(out / checkpoint.NAME)
     run = start(content is None)

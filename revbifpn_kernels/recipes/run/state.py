@@ -57,11 +57,7 @@ class RunState:
         return about | counters | self.captured_tensors()
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Continues from a checkpoint.
-
-        Raises:
-            RunError: The checkpoint is of other options or data; the message lists what differs.
-        """
+        """Continues from a checkpoint; raises `RunError` if its options or data differ."""
         if content.get("version") != VERSION or "optimizer" not in content:
             raise RunError(
                 f"--resume: expected a checkpoint of version {VERSION} of this command, got "
