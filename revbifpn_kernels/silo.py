@@ -127,10 +127,9 @@ class RevSilo(Reversible):
             like = maps_of(outputs[0]) if outputs and x is None else x
             self._check_output(edge, maps_of(output), like)
             outputs.append(output)
-        options = {"alpha": alpha, "mode": self.mode, "lattice": self.lattice}
         if x is None:
             x = torch.zeros_like(maps_of(outputs[0]), dtype=streams[0].dtype)
-        return fuse(x, outputs, **options)
+        return fuse(x, outputs, alpha=alpha, mode=self.mode, lattice=self.lattice)
 
     def _undo(self, fusion: Fusion, streams, grads: "_Gradients", step, needs_grad, inputs) -> None:
         """Undo a fusion: restore its target, add the gradients of its edges' sources."""

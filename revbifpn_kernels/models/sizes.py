@@ -124,8 +124,7 @@ def _check(config: Config) -> None:
     if config.in_chans > room:
         raise ValueError(
             f"RevBiFPN: in_chans must be 1 to widths[0] / 16 = {room}, got {config.in_chans}; the "
-            "stem repeats an image's channels and never mixes them, so that many channels need "
-            "wider streams"
+            "stem repeats an image's channels and never mixes them; for more, widen the streams"
         )
 
 

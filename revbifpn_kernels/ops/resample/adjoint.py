@@ -87,8 +87,7 @@ def _resample_adjoint_elements_kernel(
 
 def _supports(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
     """How many outputs in a row and a column can reach one source pixel, from `first_output` on."""
-    rows, columns = (min(2 * triton.cdiv(b, a) + 2, b) for a, b in zip(size, target, strict=True))
-    return rows, columns
+    return tuple(min(2 * triton.cdiv(b, a) + 2, b) for a, b in zip(size, target, strict=True))
 
 
 @functools.lru_cache(maxsize=4096)
