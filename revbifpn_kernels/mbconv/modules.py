@@ -36,7 +36,7 @@ NORM_LAYER: NormLayer = functools.partial(BatchNorm2d, eps=1e-3)
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution without bias → norm [→ activation]; sides are kept at stride 1."""
+    """Convolution without bias → norm [→ activation]; keeps the sides at stride 1."""
 
     records_itself = True
 

@@ -154,7 +154,7 @@ def _has_entries(*parts: nn.Module) -> bool:
 
 
 def is_unwatched(part: nn.Module) -> bool:
-    """Whether the module has no hooks and no replaced `forward`, which would miss a call."""
+    """Whether no hook and no replaced `forward` needs to see the module's calls."""
     return not (
         part._forward_hooks
         or part._forward_pre_hooks

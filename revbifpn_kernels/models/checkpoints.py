@@ -51,7 +51,7 @@ def fitting(
 ) -> dict[str, Tensor]:
     """Return `source` under our names, without a classifier of another number of classes.
 
-    `notify` is told of such a classifier.
+    `notify` is called with a message about such a classifier.
 
     Raises:
         ValueError: A tensor is missing, unexpected or of another shape or kind; `model` has not

@@ -1,4 +1,4 @@
-"""The streams of a chain: how they enter it, and how one is told from another."""
+"""The streams of a chain: how they enter it, and keys to compare them."""
 
 from collections.abc import Iterable, Sequence
 

@@ -64,7 +64,7 @@ def _counts(counts):
         ({"segmentation": _counts([10, -5, 7995])}, "whole numbers from 0 on"),
         ({"segmentation": _counts([0.5, 7999.5])}, "whole numbers from 0 on"),
         ({"segmentation": _counts("zzzz1")}, "outline is unusable"),
-        ({"segmentation": _counts("R")}, "end amid a number"),
+        ({"segmentation": _counts("R")}, "end within a number"),
         ({"segmentation": _counts("0~")}, "characters such as '~'"),
         ({"segmentation": _counts("0\ud800")}, "characters such as"),
         (

@@ -84,7 +84,7 @@ def test_a_folder_of_bad_files_is_trained_on(tmp_path, capsys):
         (lambda f: _change(f, annotations=[]), "must have objects to train on, got none"),
         (lambda f: _change(f, annotations=FLAT), "; left out: 2× box has no area"),
         (lambda f: _change(f, images=[]), "must have images of"),
-        (lambda f: _change(f, images=[{}] * 3), "got none of 0; left out: 20× of an"),
+        (lambda f: _change(f, images=[{}] * 3), "got none of 0; left out: 20× image is unknown"),
         (lambda f: _change(f, images=NARROW), "at most the 2 training images, got 4; left out: "),
         (lambda f: _years(f), "got instances_train2014.json and instances_train2017.json in"),
     ],

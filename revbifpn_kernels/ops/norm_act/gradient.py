@@ -278,9 +278,8 @@ def norm_act_grad_cuda(
 # (2, N, C): Σ g·act′(z), Σ g·act′(z)·xc over the pixels; with `gated` (5, N, C): Σ act′(z),
 # Σ act′(z)·xc and Σ g·act(z), the gate's gradient, too.
 library.define(f"norm_act_sums(Tensor grad, {NORM}, str act, bool gated) -> Tensor")
-# dx, dweight and dbias. Without `is_batch` the statistics are constants. `sums` are those of
-# norm_act_sums; where they are None they are computed here, for only a gate's gradient is another
-# use of them.
+# Returns dx, dweight and dbias. Without `is_batch` the statistics are constants. `sums` are from
+# norm_act_sums, which a gate's gradient needs as well; None: they are computed here.
 library.define(
     f"norm_act_grad(Tensor grad, {NORM}, Tensor? gate, Tensor? grad_means, Tensor? sums, str act, "
     "bool is_batch) -> (Tensor, Tensor, Tensor)"

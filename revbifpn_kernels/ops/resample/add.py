@@ -257,7 +257,7 @@ def resample_add(
 
     Args:
         x: float64 (CPU), float32, bfloat16 or float16. Contiguous, channels_last and channel slices
-            of either move at full speed, other strides slower.
+            of either run at full speed, other strides slower.
         sources: 1 to 8 maps (N, C, h_k, w_k). Smaller ones are enlarged (`mode`), those of x's size
             added as they are, those larger by whole factors averaged. Of x's dtype, or half
             precision beside float32.

@@ -164,7 +164,7 @@ def resample_undo(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return x = y − α·Σ_k R_k(s_k) and [α·R_kᵀ(grad)]: `resample_add`'s inverse and gradients.
 
-    Equivalent to `resample_add(y, sources, alpha=-alpha)` beside
+    Equivalent to `resample_add(y, sources, alpha=-alpha)` and
     `resample_adjoint(grad, sizes, alpha=alpha)`, in one pass.
 
     Args:
@@ -172,7 +172,7 @@ def resample_undo(
         grad: The gradient of y, of y's dtype.
         sources: As given to `resample_add`; each result has its source's dtype and memory format.
         scales, shifts: As given to `resample_add`. The results are the gradients of
-            scale_k·s_k + shift_k: those of s_k before they are multiplied by scale_k.
+            scale_k·s_k + shift_k, not of s_k: they are not multiplied by scale_k.
         alpha: As given to `resample_add`.
         mode: As given to `resample_add`.
         lattice: As given to `resample_add`; then x comes back bit for bit (−0 as 0).

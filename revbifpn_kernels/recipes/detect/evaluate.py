@@ -48,20 +48,20 @@ def evaluate(run: DetectorState, data: Data, signals: Signals) -> Result | None:
             outputs = run.model([one.image.to(run.world.device) for one in read])
             for one, output in zip(read, outputs, strict=True):
                 size = data.truth.images[one.number].size
-                found[one.number] = _kept(output, one.image.shape[:0:-1], size)
+                found[one.number] = _on_annotated_scale(output, one.image.shape[:0:-1], size)
         if signals.received is not None:
             return None
     return Result(precisions(data.truth, found, options.masks), found, skipped)
 
 
-def _kept(output: Found, seen: tuple[int, int], annotated: tuple[int, int]) -> Found:
+def _on_annotated_scale(output: Found, seen: tuple[int, int], annotated: tuple[int, int]) -> Found:
     """Copies an output to the CPU, scaled to the pixels of the annotations."""
-    kept = {key: output[key].cpu() for key in ("boxes", "labels", "scores")}
-    kept["boxes"] *= torch.tensor(annotated * 2) / torch.tensor(tuple(seen) * 2)
+    scaled = {key: output[key].cpu() for key in ("boxes", "labels", "scores")}
+    scaled["boxes"] *= torch.tensor(annotated * 2) / torch.tensor(tuple(seen) * 2)
     if "masks" in output:
         # Run lengths at once: the masks of all images would not fit into memory.
-        kept["outlines"] = [_outline(mask, annotated) for mask in output["masks"]]
-    return kept
+        scaled["outlines"] = [_outline(mask, annotated) for mask in output["masks"]]
+    return scaled
 
 
 def _outline(mask: Tensor, size: tuple[int, int]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def _unpacked(text: str | bytes) -> list[int]:
         counts.append(value + (counts[-2] if len(counts) > 2 else 0))
         value = shift = 0
     if shift:
-        raise Unfit("outline is unusable: its counts end amid a number")
+        raise Unfit("outline is unusable: its counts end within a number")
     return counts
 
 

@@ -30,9 +30,9 @@ class Report(Console):
         self.precisions = Table(out / "precision.csv", AP_COLUMNS)
         self.write(self.precisions.begin, run.step)
 
-    def told(self, entry: Skipped) -> str:
+    def message_of(self, entry: Skipped) -> str:
         is_used = coco.is_used(entry[1])
-        return f"changed {': '.join(entry)}" if is_used else super().told(entry)
+        return f"changed {': '.join(entry)}" if is_used else super().message_of(entry)
 
     @property
     def has_score(self) -> bool:

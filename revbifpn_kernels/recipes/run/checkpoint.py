@@ -32,15 +32,15 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Raises `OSError` if the disk is full or gone; then the old file is untouched.
     """
-    beside = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(beside, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except OSError:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     with contextlib.suppress(OSError):  # not every file system syncs the rename itself

@@ -87,7 +87,7 @@ class Console:
         """Entries of the same key are named once."""
         return entry
 
-    def told(self, entry: Skipped) -> str:
+    def message_of(self, entry: Skipped) -> str:
         return f"skipped {': '.join(entry)}"
 
     def skip(self, found: Iterable[Skipped]) -> None:
@@ -99,7 +99,7 @@ class Console:
                 continue
             self.skipped[key] = new[key] = entry
             if len(self.skipped) <= SHOWN:
-                self.warn(self.told(entry))
+                self.warn(self.message_of(entry))
             elif len(self.skipped) == SHOWN + 1:
                 self.warn(f"skipped more; {SKIPPED} names them")
         if new and self.is_on:

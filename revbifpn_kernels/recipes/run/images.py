@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-# JPEG decodes an image larger than this at 1/2, 1/4 or 1/8 of its side at once.
+# JPEG files of more pixels are decoded at 1/2, 1/4 or 1/8 of their sides.
 DRAFT_PIXELS = 16_000_000
 
 

@@ -39,8 +39,8 @@ class _Normalise(torch.autograd.Function):
         ctx.eps = eps
         if x.is_cuda:  # the kernel that native_batch_norm ends with
             return torch.batch_norm_elemt(x, weight, bias, mean, invstd, eps)
-        # PyTorch folds weight·invstd into a factor first: given as the weight beside a variance of
-        # 1 it makes the same kernel do the same arithmetic.
+        # PyTorch multiplies weight and invstd first. Their product as weight, with a variance of 1,
+        # makes the same kernel do the same arithmetic.
         scale = invstd if weight is None else invstd * weight
         ones = torch.ones_like(mean)
         return torch.native_batch_norm(x, scale, bias, mean, ones, False, 0.0, 0.0)[0]

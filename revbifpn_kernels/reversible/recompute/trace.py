@@ -86,7 +86,7 @@ class BlockTrace:
         self.is_in_transform = True
         try:
             y = self._run(record, is_recording, function, x)
-            if record.is_checkpointed:  # not raised inside, which would leave its hooks behind
+            if record.is_checkpointed:  # raised here: inside, its hooks would stay
                 raise NotRepeatable(
                     "draws or normalises under torch.utils.checkpoint, which would run it a third "
                     "time; a reversible block recomputes already, so take the checkpoint out"
