@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = folder_of(options, world)
         run = begun(out, lambda is_new: state.start(options, world, config, found, is_new))
         report = Report(run, out)
-        return carry_out(run, report, lambda *control: _train(run, found, side, report, *control))
+        return carry_out(report, lambda *control: _train(run, found, side, report, *control))
 
 
 def prepare(options: Options) -> tuple[data.Data, Config, int]:
@@ -73,13 +73,9 @@ def _train(run: ClassifierState, found: data.Data, side: int, report: Report, ke
     report.skip(found.skipped)
     views = data.Training(found.train, augment.for_training(options, mode, side), options.seed)
     collate = augment.Collate(len(found.classes), options.mixup, options.cutmix)
+    batches = iter(training_loader(run, views, collate, options.accumulate))
     loop = ClassifierLoop(
-        run,
-        iter(training_loader(run, views, collate, options.accumulate)),
-        report,
-        keeper,
-        signals,
-        validate=lambda: evaluate.evaluate(run, val, signals),
+        batches, report, keeper, signals, validate=lambda: evaluate.evaluate(run, val, signals)
     )
     score = loop.train() and evaluate.evaluate(run, test, signals)
     if score:

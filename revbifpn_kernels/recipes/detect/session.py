@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = folder_of(options, World(0, 1, device_of(options.device)), "detect-")
     run = begun(out, lambda is_new: state.start(options, found))
     report = Report(run, out)
-    return carry_out(run, report, lambda *control: _train(run, found, report, *control))
+    return carry_out(report, lambda *control: _train(run, found, report, *control))
 
 
 def _train(run: DetectorState, found: data.Data, report: Report, keeper, signals) -> bool:
@@ -46,7 +46,7 @@ def _train(run: DetectorState, found: data.Data, report: Report, keeper, signals
     )
     report.skip(found.skipped)
     batches = iter(training_loader(run, data.Training(found.train, run.options), data.collate))
-    loop = DetectorLoop(run, batches, report, keeper, signals, data=found)
+    loop = DetectorLoop(batches, report, keeper, signals, data=found)
     result = loop.train() and loop.measure()
     if not result:
         return False
