@@ -6,7 +6,6 @@ ones and several lattices; then `python -m revbifpn_kernels.train` in four modes
 
 import argparse
 import copy
-import csv
 import os
 import re
 import subprocess
@@ -92,25 +91,15 @@ def train(mode: str, is_quick: bool) -> Row:
         text = log.read()
         if process.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{text}")
-        with open(Path(out) / "steps.csv", newline="") as file:
-            waited = [float(row["data_share"]) for row in csv.DictReader(file)]
-        with open(Path(out) / "epochs.csv", newline="") as file:
-            epochs = sum(1 for _ in csv.DictReader(file))
+        steps = record.read_rows(Path(out) / "steps.csv")
+        waited = [float(row["data_share"]) for row in steps]
+        epochs = len(record.read_rows(Path(out) / "epochs.csv"))
     right, count = re.findall(r"(\d+) of (\d+) test images right", text)[-1]
     accuracy, seconds = re.findall(r"test accuracy ([\d.]+) % in ([\d.]+) s", text)[-1]
-    return {
-        "op": "digits",
-        "provider": mode,
-        "mode": "training",
-        "dtype": "fp32",
-        "epochs": str(epochs),
-        "right": right,
-        "images": count,
-        "accuracy": accuracy,
-        "seconds": seconds,
-        "cpu_seconds": f"{usage.ru_utime + usage.ru_stime:.0f}",
-        "waiting_share": f"{sum(waited) / max(len(waited), 1):.4f}",
-    }
+    row = {"op": "digits", "provider": mode, "mode": "training", "dtype": "fp32"}
+    row |= {"epochs": str(epochs), "right": right, "images": count, "accuracy": accuracy}
+    row |= {"seconds": seconds, "cpu_seconds": f"{usage.ru_utime + usage.ru_stime:.0f}"}
+    return row | {"waiting_share": f"{sum(waited) / max(len(waited), 1):.4f}"}
 
 
 def trainings(run: argparse.Namespace) -> list[Row]:

@@ -8,6 +8,7 @@ import argparse
 import functools
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,12 +66,7 @@ def refuse_dirty(rows: Rows) -> None:
 
 def foreign_commits(rows: Rows) -> list[str]:
     """Rows whose commit is not in the history of HEAD, a line per file and commit."""
-    counts: dict[tuple[str, str], int] = {}
-    for name, found in rows.items():
-        for row in found:
-            if "commit" in row:
-                key = name, row["commit"]
-                counts[key] = counts.get(key, 0) + 1
+    counts = Counter((name, r["commit"]) for name in rows for r in rows[name] if "commit" in r)
     return [
         f"benchmarks/results/{name}.csv: {count} rows of commit {commit}, which is not in the "
         "history of HEAD"

@@ -1,5 +1,6 @@
 """Tables of times and precision, from the rows of the other CSVs."""
 
+import re
 from collections.abc import Sequence
 
 from . import markdown as md
@@ -228,10 +229,8 @@ def profile_table(rows: Sequence[Row]) -> str:
 
 def _exact(name: str) -> str:
     """`exact 2^-12` as people write it."""
-    head, power, rest = name.partition("2^-")
-    digits, comma, tail = rest.partition(",")
-    raised = digits.translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"{head}2⁻{raised}{comma}{tail}" if power else md.mode(name)
+    raised = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+    return re.sub(r"\^(-\d+)", lambda power: power[1].translate(raised), md.mode(name))
 
 
 def precision_table(rows: Sequence[Row]) -> str:

@@ -133,8 +133,8 @@ def batch_of(run, found) -> data.Batch:
 def test_a_few_scenes_are_learnt():
     """The losses of the same four scenes fall to less than half."""
     run, found = begun(*TINY, "--train-images=4", "--epochs=40", "--lr=4e-3")
-    report = SimpleNamespace(skip=lambda found: None)
-    loop = DetectorLoop(run, itertools.repeat(batch_of(run, found)), report, None, None, data=found)
+    report = SimpleNamespace(run=run, skip=lambda found: None)
+    loop = DetectorLoop(itertools.repeat(batch_of(run, found)), report, None, None, data=found)
     losses = []
     for _ in range(run.steps):
         losses.append(sum(float(loss) for loss in loop.advance().losses.values()))

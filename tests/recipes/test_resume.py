@@ -118,7 +118,7 @@ def test_a_process_that_is_killed_ends_with_the_same_bits(trained, tmp_path):
 def test_a_checkpoint_is_written_when_it_is_due(tmp_path, monkeypatch):
     FakeTime(monkeypatch, ClassifierLoop)
     saved, save = [], Keeper.save
-    monkeypatch.setattr(Keeper, "save", lambda self, step: saved.append(step) or save(self, step))
+    monkeypatch.setattr(Keeper, "save", lambda self: saved.append(self.run.step) or save(self))
     train(tmp_path, "--checkpoint-minutes=0.05", "--set=drop_rate=0.1")
     assert saved == [3, 4, 7, 8]  # after three seconds, and after each epoch
     assert float(rows(tmp_path / "steps.csv")[-1]["images_per_s"]) == 32

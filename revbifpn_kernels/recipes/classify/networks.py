@@ -27,13 +27,9 @@ def group_norm(channels: int) -> nn.GroupNorm:
 def config(options: Options, classes: int) -> Config:
     settings = dict(options.settings)
     refuse_settings(settings)
-    for name, value in (
-        ("drop_rate", options.drop),
-        ("drop_path_rate", options.drop_path),
-        ("lattice", options.lattice),
-    ):
-        if value is not None:
-            settings[name] = value
+    given = {"drop_rate": options.drop, "drop_path_rate": options.drop_path}
+    given["lattice"] = options.lattice
+    settings |= {name: value for name, value in given.items() if value is not None}
     settings["norm_layer"] = group_norm if options.norm == "group" else NORM_LAYER
     try:
         numbers = config_of(options.model, classes, True, settings)

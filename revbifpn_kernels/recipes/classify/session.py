@@ -15,7 +15,7 @@ from ..run.errors import RunError
 from ..run.networks import MODEL_OPTIONS, dtype_of, parameter_count
 from ..run.processes import joined
 from ..run.samples import training_loader
-from ..run.session import WEIGHTS, folder_of, start_or_resume, train_until_stopped
+from ..run.session import WEIGHTS, folder_of, start_or_resume, train_until_end
 from ..run.tables import MIB
 from . import augment, data, evaluate, networks, state
 from .loop import ClassifierLoop
@@ -47,9 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             out, lambda is_new: state.start(options, world, config, found, is_new)
         )
         report = Report(run, out)
-        return train_until_stopped(
-            run, report, lambda *control: _train(run, found, side, report, *control)
-        )
+        return train_until_end(report, lambda *control: _train(run, found, side, report, *control))
 
 
 def prepare(options: Options) -> tuple[data.Data, Config, int]:
@@ -77,13 +75,9 @@ def _train(run: ClassifierState, found: data.Data, side: int, report: Report, ke
     report.skip(found.skipped)
     views = data.Training(found.train, augment.for_training(options, mode, side), options.seed)
     collate = augment.Collate(len(found.classes), options.mixup, options.cutmix)
+    batches = iter(training_loader(run, views, collate, options.accumulate))
     loop = ClassifierLoop(
-        run,
-        iter(training_loader(run, views, collate, options.accumulate)),
-        report,
-        keeper,
-        signals,
-        validate=lambda: evaluate.evaluate(run, val, signals),
+        batches, report, keeper, signals, validate=lambda: evaluate.evaluate(run, val, signals)
     )
     score = loop.train() and evaluate.evaluate(run, test, signals)
     if score:

@@ -21,7 +21,7 @@ class DetectorLoop(Loop):
     def train(self) -> bool:
         is_complete = super().train()
         if is_complete and self.keeper.step is None:  # --epochs 0: no step was made
-            self.keeper.save(self.run.step)
+            self.keeper.save()
         return is_complete
 
     def is_evaluation_due(self) -> bool:

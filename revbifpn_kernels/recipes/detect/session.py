@@ -9,7 +9,7 @@ from ..run.checkpoint import write_atomically
 from ..run.networks import parameter_count
 from ..run.processes import World, device_of
 from ..run.samples import training_loader
-from ..run.session import folder_of, start_or_resume, train_until_stopped
+from ..run.session import folder_of, start_or_resume, train_until_end
 from . import data, draw, scenes, state
 from .loop import DetectorLoop
 from .options import parse
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = folder_of(options, World(0, 1, device_of(options.device)), "detect-")
     run = start_or_resume(out, lambda is_new: state.start(options, found))
     report = Report(run, out)
-    return train_until_stopped(run, report, lambda *control: _train(run, found, report, *control))
+    return train_until_end(report, lambda *control: _train(run, found, report, *control))
 
 
 def _train(run: DetectorState, found: data.Data, report: Report, keeper, signals) -> bool:
@@ -46,7 +46,7 @@ def _train(run: DetectorState, found: data.Data, report: Report, keeper, signals
     )
     report.skip(found.skipped)
     batches = iter(training_loader(run, data.Training(found.train, run.options), data.collate))
-    loop = DetectorLoop(run, batches, report, keeper, signals, data=found)
+    loop = DetectorLoop(batches, report, keeper, signals, data=found)
     result = loop.train() and loop.measure()
     if not result:
         return False

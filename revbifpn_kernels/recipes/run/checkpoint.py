@@ -4,7 +4,6 @@ import contextlib
 import io
 import os
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,43 +94,35 @@ def set_generators(state: dict[str, Any]) -> None:
 
 
 class Keeper:
-    """Writes the checkpoint when it is due; if that fails, the old one stays.
+    """Writes a run's checkpoint when it is due; if that fails, the old one stays.
 
-    Each process must call `save`, which calls `capture` for the content; the first one writes.
+    Each process must call `save`; the first one writes. `report` is the run's `Console`.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        minutes: float,
-        warn: Callable[[str], None],
-        capture: Callable[[], dict[str, Any]],
-        is_first: bool = True,
-    ) -> None:
-        self.path, self.interval, self.warn = out / NAME, 60 * minutes, warn
-        self.capture, self.is_first = capture, is_first
+    def __init__(self, report) -> None:
+        self.run, self.warn, self.path = report.run, report.warn, report.out / NAME
+        self.interval = 60 * self.run.options.checkpoint_minutes
         self.last_time = clock.now()
-        self.step: int | None = None  # of the file
+        # The step of the file.
+        self.step: int | None = self.run.step if self.path.exists() else None
 
     @property
     def is_due(self) -> bool:
         return clock.now() - self.last_time >= self.interval
 
-    def save(self, step: int) -> bool:
-        """Writes the state after a step; returns whether that worked."""
-        content = self.capture()
+    def save(self) -> None:
+        """Writes the state after the last step."""
+        content, step = self.run.capture(), self.run.step
         self.last_time = clock.now()
-        if self.is_first:
+        if self.run.world.is_first:
             try:
                 save(self.path, content)
             except OSError as error:
-                old = "there is none yet"
-                if self.step is not None:
-                    old = f"that of step {self.step} stays"
+                has_none = self.step is None
+                old = "there is none yet" if has_none else f"that of step {self.step} stays"
                 self.warn(f"checkpoint of step {step} not written to {self.path}: {error}; {old}")
-                return False
+                return
         self.step = step
-        return True
 
     def described(self) -> str:
         return "none" if self.step is None else f"{self.path} of step {self.step}"

@@ -12,7 +12,6 @@ from .checkpoint import Keeper
 from .console import Console
 from .errors import RunError
 from .signals import Signals
-from .state import RunState
 
 
 class Step(NamedTuple):
@@ -35,11 +34,11 @@ class Loop:
     checks_gradient = True  # whether a gradient that is not finite ends the run
 
     def __init__(
-        self, run: RunState, batches: Iterator, report: Console, keeper: Keeper, signals: Signals
+        self, batches: Iterator, report: Console, keeper: Keeper, signals: Signals
     ) -> None:
-        self.run, self.batches, self.report = run, batches, report
+        self.run, self.batches, self.report = report.run, batches, report
         self.keeper, self.signals = keeper, signals
-        self.clock = clock.Clock(run)
+        self.clock = clock.Clock(self.run)
 
     def advance(self) -> Step:
         """Makes one step of the optimizer."""
@@ -84,7 +83,7 @@ class Loop:
                 self.check_and_log(recent)
                 recent.clear()
             if save_now:
-                self.keeper.save(run.step)
+                self.keeper.save()
             if is_stopped:
                 return False
 

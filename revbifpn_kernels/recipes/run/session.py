@@ -60,14 +60,9 @@ def check_processes_agree(run: RunState, content: dict | None) -> None:
         raise RunError("--out and --data must be the same folders for every process, got " + listed)
 
 
-def train_until_stopped(
-    run: RunState, report: Console, train: Callable[[checkpoint.Keeper, Signals], bool]
-) -> int:
+def train_until_end(report: Console, train: Callable[[checkpoint.Keeper, Signals], bool]) -> int:
     """Trains; returns 0 if the end was reached, 128 + the signal if one came before."""
-    is_first, minutes = run.world.is_first, run.options.checkpoint_minutes
-    keeper = checkpoint.Keeper(report.out, minutes, report.warn, run.capture, is_first)
-    if keeper.path.exists():
-        keeper.step = run.step
+    keeper = checkpoint.Keeper(report)
     with Signals() as signals:
         is_complete = train(keeper, signals)
     return 0 if is_complete else report.stopped(signals.received, keeper)
