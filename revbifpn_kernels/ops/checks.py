@@ -140,15 +140,15 @@ def check_scales(op: str, x_name: str, x: Tensor, sources, scales, shifts) -> No
         raise ValueError(
             f"{op}: scales and shifts must be given together, got {given} without {missing}"
         )
-    for name, factors in (("scales", scales), ("shifts", shifts)):
-        _check_list(op, name, factors)
-        if len(factors) != len(sources):
+    for name, values in (("scales", scales), ("shifts", shifts)):
+        _check_list(op, name, values)
+        if len(values) != len(sources):
             raise ValueError(
                 f"{op}: {name} must hold one entry for each of {len(sources)} sources, "
-                f"got {len(factors)}"
+                f"got {len(values)}"
             )
-        for k, factor in enumerate(factors):
-            _check_factor(op, f"{name}[{k}]", factor, x_name, x)
+        for k, value in enumerate(values):
+            _check_per_plane(op, f"{name}[{k}]", value, x_name, x)
 
 
 def _check_list(op: str, name: str, tensors: Sequence[Tensor]) -> None:
@@ -158,26 +158,26 @@ def _check_list(op: str, name: str, tensors: Sequence[Tensor]) -> None:
         )
 
 
-def _check_factor(op: str, name: str, factor: Tensor, x_name: str, x: Tensor) -> None:
-    if not isinstance(factor, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(factor).__name__}")
+def _check_per_plane(op: str, name: str, values: Tensor, x_name: str, x: Tensor) -> None:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(values).__name__}")
     planes = x.shape[:2]
-    if factor.shape != planes:
+    if values.shape != planes:
         raise ValueError(
             f"{op}: {name} must have {x_name}'s (N, C) = {tuple(planes)} as its shape, "
-            f"got {tuple(factor.shape)}"
+            f"got {tuple(values.shape)}"
         )
-    if factor.dtype != (torch.float64 if x.dtype == torch.float64 else torch.float32):
+    if values.dtype != (torch.float64 if x.dtype == torch.float64 else torch.float32):
         raise TypeError(
             f"{op}: {name} must be float32, or float64 beside a float64 {x_name}, "
-            f"got {factor.dtype} beside {x.dtype}"
+            f"got {values.dtype} beside {x.dtype}"
         )
-    if factor.device != x.device:
+    if values.device != x.device:
         raise ValueError(
-            f"{op}: {name} must be on {x_name}'s device {x.device}, got {factor.device}"
+            f"{op}: {name} must be on {x_name}'s device {x.device}, got {values.device}"
         )
-    if not factor.is_contiguous():
-        raise ValueError(f"{op}: {name} must be contiguous, got strides {factor.stride()}")
+    if not values.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous, got strides {values.stride()}")
 
 
 def check_fusion(

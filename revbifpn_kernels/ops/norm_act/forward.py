@@ -15,7 +15,7 @@ from torch import Tensor
 from ..launch import Launch
 from ..library import library
 from .arguments import ACTIVATIONS, NORM, check_norm, sums_dtype
-from .kernels import COUNTS, activate, load_factors, load_tile, locate, tile_mask, tile_pointers
+from .kernels import COUNTS, activate, load_norm, load_tile, locate, tile_mask, tile_pointers
 from .tiles import contiguous, empty_result, filled, in_planes, norm_operands, plan_tiles
 
 
@@ -43,7 +43,7 @@ def _norm_act_kernel(
     C, c, n_first, n_end, t_first, t_end = locate(
         N, C, pixels, blocks, chunks, images, chunk, UNIT, CHANNELS, PIXELS, CHANNELS_LAST
     )
-    mean, scale, bias = load_factors(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, c, C)
+    mean, scale, bias = load_norm(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, c, C)
     for n in range(n_first, n_end):
         if gate_ptr is not None:
             gate = tl.load(gate_ptr + n * C + c, mask=c < C, other=0.0)
@@ -67,7 +67,7 @@ def _norm_act_means_kernel(
     C, c, n_first, n_end, t_first, t_end = locate(
         N, C, pixels, blocks, chunks, images, chunk, UNIT, CHANNELS, PIXELS, CHANNELS_LAST
     )
-    mean, scale, bias = load_factors(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, c, C)
+    mean, scale, bias = load_norm(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, c, C)
     row = (tl.program_id(0) // blocks % chunks).to(tl.int64) * N
     for n in range(n_first, n_end):
         sums = tl.zeros([CHANNELS, PIXELS], tl.float32)
@@ -82,8 +82,8 @@ def _norm_act_means_kernel(
 def plan_norm_act(y, x, mean, invstd, weight, bias, gate, act) -> tuple[Launch, dict]:
     """The launch that writes y, for maps whose planes are dense in x's format."""
     launch = plan_tiles(_norm_act_kernel, {"y": y, "x": x}, "pixel", ACT=act)
-    factors = norm_operands(mean, invstd, weight, bias)
-    return launch, {"y_ptr": y, "x_ptr": x, **factors, "gate_ptr": contiguous(gate)}
+    norm = norm_operands(mean, invstd, weight, bias)
+    return launch, {"y_ptr": y, "x_ptr": x, **norm, "gate_ptr": contiguous(gate)}
 
 
 def _norm_act_cuda(x, *arguments) -> Tensor:
@@ -99,9 +99,9 @@ def plan_norm_act_means(x, mean, invstd, weight, bias, act) -> tuple[Launch, dic
     launch = plan_tiles(_norm_act_means_kernel, {"x": x}, "plane", ACT=act)
     shape = (launch.args["chunks"], *x.shape[:2])
     means = torch.empty(shape, dtype=torch.float32, device=x.device)
-    factors = norm_operands(mean, invstd, weight, bias)
+    norm = norm_operands(mean, invstd, weight, bias)
     share = 1.0 / (x.shape[2] * x.shape[3])
-    return launch, {"means_ptr": means, "x_ptr": x, **factors, "share": share}, means
+    return launch, {"means_ptr": means, "x_ptr": x, **norm, "share": share}, means
 
 
 def _norm_act_means_cuda(x, *arguments) -> Tensor:

@@ -26,7 +26,7 @@ from .forward import norm_act_reference, per_channel
 from .kernels import (
     COUNTS,
     activate_with_slope,
-    load_factors,
+    load_norm,
     load_tile,
     locate,
     tile_mask,
@@ -75,7 +75,7 @@ def norm_act_grad_reference(
     with torch.enable_grad():
         leaf = x.detach().to(mean.dtype).requires_grad_()
         given = torch.ones_like(mean) if weight is None else weight
-        factor = given.detach().clone().requires_grad_()
+        scale = given.detach().clone().requires_grad_()
         given = torch.zeros_like(mean) if bias is None else bias
         shift = given.detach().clone().requires_grad_()
         center, spread = mean, invstd
@@ -83,13 +83,13 @@ def norm_act_grad_reference(
             # invstd² = 1/(var + eps), so eps need not be known.
             var, center = torch.var_mean(leaf, (0, 2, 3), correction=0)
             spread = (var + (invstd**-2 - var.detach())).rsqrt()
-        y = norm_act_reference(leaf, center, spread, factor, shift, None, act)
+        y = norm_act_reference(leaf, center, spread, scale, shift, None, act)
         grad = grad.to(mean.dtype)
         if gate is not None:
             grad = grad * gate[:, :, None, None]
         if grad_means is not None:
             grad = grad + grad_means[:, :, None, None] / y[0, 0].numel()
-        dx, dweight, dbias = torch.autograd.grad(y, [leaf, factor, shift], grad)
+        dx, dweight, dbias = torch.autograd.grad(y, [leaf, scale, shift], grad)
     return dx.to(x.dtype), dweight, dbias
 
 
@@ -103,7 +103,7 @@ def _norm_act_sums_kernel(
     C, c, n_first, n_end, t_first, t_end = locate(
         N, C, pixels, blocks, chunks, images, chunk, UNIT, CHANNELS, PIXELS, CHANNELS_LAST
     )
-    mean, scale, bias = load_factors(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, c, C)
+    mean, scale, bias = load_norm(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, c, C)
     row = (tl.program_id(0) // blocks % chunks).to(tl.int64) * (N * (5 if GATED else 2))
     size = N.to(tl.int64) * C
     for n in range(n_first, n_end):
@@ -179,7 +179,7 @@ def _norm_act_grad_kernel(
     C, c, n_first, n_end, t_first, t_end = locate(
         N, C, pixels, blocks, chunks, images, chunk, UNIT, CHANNELS, PIXELS, CHANNELS_LAST
     )
-    mean, scale, bias = load_factors(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, c, C)
+    mean, scale, bias = load_norm(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, c, C)
     if dbias_ptr is not None:
         mean_dz = tl.load(dbias_ptr + c, mask=c < C, other=0.0) * inverse_count
         invstd = tl.load(invstd_ptr + c, mask=c < C, other=0.0)
@@ -213,8 +213,8 @@ def plan_norm_act_sums(
     launch = plan_tiles(_norm_act_sums_kernel, maps, "plane", vectors, ACT=act, GATED=gated)
     shape = (launch.args["chunks"], GATED_SUMS if gated else PLAIN_SUMS, *x.shape[:2])
     sums = torch.empty(shape, dtype=torch.float32, device=x.device)
-    factors = norm_operands(mean, invstd, weight, bias)
-    return launch, {"sums_ptr": sums, "grad_ptr": grad, "x_ptr": x, **factors}, sums
+    norm = norm_operands(mean, invstd, weight, bias)
+    return launch, {"sums_ptr": sums, "grad_ptr": grad, "x_ptr": x, **norm}, sums
 
 
 def norm_act_sums_cuda(grad, x, *arguments) -> Tensor:

@@ -120,7 +120,7 @@ def load_tile(
 
 
 @triton.jit
-def load_factors(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, c, C):
+def load_norm(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, c, C):
     """Mean, invstd·weight and bias of each channel, [CHANNELS, 1]."""
     mask = c < C
     mean = tl.load(mean_ptr + c, mask=mask, other=0.0)
