@@ -132,7 +132,7 @@ def load_columns(ptr, stride_w, COUNT: tl.constexpr, CHANNELS_LAST: tl.constexpr
         for j in tl.static_range(COUNT):
             columns = columns + (load_values(ptr + j * stride_w, mask),)
     elif COUNT * ptr.dtype.element_ty.primitive_bitwidth > 128:
-        # At most 16 bytes per load: a wider tile spreads over two lanes and is not split in place.
+        # At most 16 bytes per load: a wider tile spreads over two lanes and cannot be split.
         columns = load_columns(ptr, 1, COUNT // 2, False, mask)
         columns = columns + load_columns(ptr + COUNT // 2, 1, COUNT // 2, False, mask)
     elif COUNT > 1:
