@@ -64,8 +64,10 @@ def _counts(given: Any, size: list[int]) -> list[int]:
 
 
 def _unpacked(text: str | bytes) -> list[int]:
-    """Six bits a character, from "0" on: five of a number, the low ones first, and whether it goes
-    on; from the fourth number on, the difference to the last but one."""
+    """Numbers of six bits per character, from "0" on: five of the number, and whether more follow.
+
+    The low bits come first. From the fourth number on it is the difference to the last but one.
+    """
     counts: list[int] = []
     value = shift = 0
     for code in text.encode(errors="surrogatepass") if isinstance(text, str) else text:
