@@ -115,7 +115,8 @@ def test_extras_exist(page):
 def test_files_and_names_exist(page):
     for span in code_spans(page):
         for path in PATH.findall(span):
-            assert list(ROOT.glob(path.rstrip("./"))), f"{path} is not in the repository"
+            pattern = re.sub("FAMILY|NAME", "*", path.rstrip("./"))  # what the reader fills in
+            assert list(ROOT.glob(pattern)), f"{path} is not in the repository"
         for name in re.findall(r"\brevbifpn_kernels\.(\w+)", span):
             is_module = importlib.util.find_spec(f"revbifpn_kernels.{name}") is not None
             assert is_module or hasattr(revbifpn_kernels, name), f"revbifpn_kernels.{name}"
