@@ -32,12 +32,8 @@ TRAININGS = {  # mode → options of the command
     "exact 2^-12, stored": (*LATTICE_12, "--no-reversible"),
 }
 PARTS = ("gradients", "digits")
-
-
-def modes() -> dict[str, tuple[bool, float | None]]:
-    """Name → (reversible, lattice)."""
-    exact = {f"exact 2^-{n}": (True, 2.0**-n) for n in EXPONENTS}
-    return {"stored": (False, None), "reversible": (True, None), **exact}
+MODES = {"stored": (False, None), "reversible": (True, None)}  # reversible, lattice
+MODES |= {f"exact 2^-{n}": (True, 2.0**-n) for n in EXPONENTS}
 
 
 def gradient(chain: ReversibleSequential, mode, x: Tensor, cotangents, is_autocast: bool) -> Tensor:
@@ -62,7 +58,7 @@ def gradient_rows(side: int) -> list[Row]:
     truth = gradient(chain.double(), (False, None), x.double(), cotangents, False)
     chain.float()
     rows = []
-    for name, mode in modes().items():
+    for name, mode in MODES.items():
         row = {"op": "revbifpn_s0", "provider": name, "mode": "gradient", "dtype": "fp32"}
         row |= {"shape": f"{BATCH}x3x{side}x{side}", "largest_stream": f"{largest:.3g}"}
         row |= {"lattice": "" if mode[1] is None else f"{mode[1]:.9g}"}

@@ -98,7 +98,7 @@ def kind_of(name: str, args: tuple, tensors: list[Tensor], batch: int) -> str:
 
 
 def _is_gate(tensors: list[Tensor], batch: int) -> bool:
-    """Whether an operator computes, applies or differentiates one number a sample and channel."""
+    """Whether an operator computes, applies or differentiates one number per sample and channel."""
     return any(
         (t.dim() == 4 and t.shape[0] == batch and t.shape[2:] == (1, 1))
         or (t.dim() == 2 and t.shape[0] == batch)

@@ -36,7 +36,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Lane instructions a byte of traffic: multiprocessors · lanes · clock / copy bandwidth. sm_90: an
+# Lane instructions per byte of traffic: multiprocessors · lanes · clock / copy bandwidth. sm_90: an
 # H200's 132 · 128 at 1.5 GHz over 4.3 TB/s measured. The others from datasheets: A100 108 · 128 at
 # 1.41 GHz over 1.75 TB/s; B200 148 · 128 at 1.85 GHz over 7.2; MI300X 304 · 64 at 2.1 GHz over 4.2.
 INSTRUCTIONS_PER_BYTE = {"sm_80": 11.1, "sm_90": 5.9, "sm_100": 4.9, "gfx942": 9.7}

@@ -38,7 +38,9 @@ def export(network: RevBiFPN, out: Path, views: Evaluation, classes: list[str]) 
     network = network.eval()
     # Several: with a single image, exporters would take the number of images for fixed.
     images = torch.stack([views[k % len(views)].image for k in range(IMAGES)])
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # About the exporter's own parts, and that a loaded program shares its file's memory.
+        warnings.simplefilter("ignore")
         expected = network(images)
         outputs = {
             PROGRAM: _through_program(network, images, out / PROGRAM),
@@ -64,21 +66,15 @@ def export(network: RevBiFPN, out: Path, views: Evaluation, classes: list[str]) 
 def _through_program(network: RevBiFPN, images: Tensor, path: Path) -> Tensor:
     shapes = {"image": {0: Dim.AUTO}}
     torch.export.save(torch.export.export(network, (images,), dynamic_shapes=shapes), path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it shares the file's memory
-        program = torch.export.load(path).module()
+    program = torch.export.load(path).module()
     return torch.cat([program(part) for part in _parts(images)])
 
 
 def _through_onnx(network: RevBiFPN, images: Tensor, path: Path) -> Tensor:
     import onnxruntime
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the exporter's own parts
-        shapes = {"image": {0: Dim.AUTO}}
-        torch.onnx.export(
-            network, (images,), path, dynamo=True, verbose=False, dynamic_shapes=shapes
-        )
+    shapes = {"image": {0: Dim.AUTO}}
+    torch.onnx.export(network, (images,), path, dynamo=True, verbose=False, dynamic_shapes=shapes)
     session = onnxruntime.InferenceSession(path)
     name = session.get_inputs()[0].name
     parts = (session.run(None, {name: part.numpy()})[0] for part in _parts(images))

@@ -64,8 +64,10 @@ def _counts(given: Any, size: list[int]) -> list[int]:
 
 
 def _unpacked(text: str | bytes) -> list[int]:
-    """Decodes pycocotools' strings. A character minus "0" has five bits of a number, low first,
-    and one that says if more follow; from the fourth on, numbers are added to the last but one."""
+    """Decodes pycocotools' strings: a character minus "0" has five bits and whether more follow.
+
+    Low bits come first. From the fourth on, numbers are differences to the last but one.
+    """
     counts: list[int] = []
     value = shift = 0
     for code in text.encode(errors="surrogatepass") if isinstance(text, str) else text:
