@@ -42,15 +42,15 @@ def test_the_clock_ends_a_run_with_a_learning_rate_of_nearly_0(tmp_path, monkeyp
 def test_a_signal_in_an_evaluation_ends_the_run_and_the_evaluation_is_made_up_for(
     at, step, tmp_path, monkeypatch, capsys
 ):
-    keep, seen = evaluate._kept, []
+    scale, seen = evaluate._on_annotated_scale, []
 
     def signalled(*arguments):
         seen.append(arguments)
         if len(seen) == 2 * at:  # of two images
             terminate()
-        return keep(*arguments)
+        return scale(*arguments)
 
-    monkeypatch.setattr(evaluate, "_kept", signalled)
+    monkeypatch.setattr(evaluate, "_on_annotated_scale", signalled)
     arguments = [*TINY, "--eval-every=1", f"--out={tmp_path}", "--resume=auto"]
     assert main(arguments) == 128 + signal.SIGTERM
     out = capsys.readouterr().out
