@@ -32,9 +32,11 @@ class Options(run.RunOptions):
         "folder with train/ and val/ (and test/), or with a folder for each class, which is split "
         "80:10:10; without it, scikit-learn's handwritten digits",
     )
-    split_seed: int = option(0, "seed of the train/val/test split of data without one", FROM_0)
+    split_seed: int = option(
+        0, "seed of the train/val/test split of digits or of an unsplit folder", FROM_0
+    )
     model: str | None = option(
-        None, "revbifpn_s0 … revbifpn_s6; S0 unless given, for digits of three levels"
+        None, "revbifpn_s0 (default; with three levels for digits) … revbifpn_s6"
     )
     settings: tuple = run.settings_of(DIGITS_NETWORK)
     norm: str = option(
@@ -78,7 +80,7 @@ class Options(run.RunOptions):
     augment: str | None = by_data(
         "affine",
         "crop",
-        "none; affine; crop and flip; these with RandAugment or TrivialAugment",
+        "crop: crop and flip; rand, trivial: these with RandAugment, TrivialAugment",
         choices=("none", "affine", "crop", "rand", "trivial"),
     )
     erasing: float = option(0.0, "probability that a rectangle is erased", run.PROBABILITY)

@@ -30,7 +30,7 @@ class Options(run.RunOptions):
     masks: bool = option(False, "Mask R-CNN, instead of Faster R-CNN")
     model: str | None = option(
         None,
-        "the backbone; revbifpn_s0 unless given, for digits of three levels",
+        "the backbone; revbifpn_s0 unless given, with three levels for digits",
         choices=tuple(SIZES),
     )
     settings: tuple = run.settings_of((*THREE_LEVELS, ("extra_silos", 0)))
@@ -44,7 +44,7 @@ class Options(run.RunOptions):
     epochs: int | None = by_data(8, 24, "passes over the images; 0: no training", FROM_0)
     minutes: float = option(
         0.0,
-        "of training, without evaluations, after which the learning rate is 0; 0: no limit",
+        "most minutes of training, at whose end the learning rate is 0; 0: no limit",
         NOT_NEGATIVE,
     )
     # Batch norm needs two values per channel, and the coarsest map may have a single pixel.

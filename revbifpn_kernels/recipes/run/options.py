@@ -101,7 +101,7 @@ class RunOptions:
     )
     lattice: float | None = option(None, "exact mode, such as 2^-12", type=power)
     reversible: bool = option(True, "recompute activations in the backward, or store them")
-    device: str = option("auto", "a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
     out: str | None = changeable(None, "folder of the run; runs/NAME-TIME unless given")
     resume: str = changeable(
         "never", "auto continues the run in --out if there is one", choices=("never", "auto")
