@@ -32,9 +32,7 @@ class Options(run.RunOptions):
         "folder with train/ and val/ (and test/), or with a folder for each class, which is split "
         "80:10:10; without it, scikit-learn's handwritten digits",
     )
-    split_seed: int = option(
-        0, "seed of the train/val/test split of digits or of an unsplit folder", FROM_0
-    )
+    split_seed: int = option(0, "seed of the split of digits or of an unsplit folder", FROM_0)
     model: str | None = option(
         None, "revbifpn_s0 (default; with three levels for digits) … revbifpn_s6"
     )
