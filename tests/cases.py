@@ -217,7 +217,8 @@ def _over(triton_pairs):
 over_grid = _over(_triton_pairs())
 # Triton's undo is put together from the parts of the other two, and is tried on fewer cases.
 over_grid_of_undo = _over([(*pair, ()) for pair in _QUICK_TRITON[:8]])
-over_grid_of_scaled = _over([(*pair, ()) for pair in _QUICK_TRITON[:4]])
+_SCALED_TRITON = (*_QUICK_TRITON[:4], ("one-pixel-target", "fp32", "bilinear"))
+over_grid_of_scaled = _over([(*pair, ()) for pair in _SCALED_TRITON])
 over_backends = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 over_modes = pytest.mark.parametrize("mode", MODES)
 

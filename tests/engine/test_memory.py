@@ -98,7 +98,7 @@ def test_exact_mode_holds_no_more():
 def test_peak_of_a_step():
     """Streams twice (those held and those restored), gradients twice (in and out), a transform.
 
-    The formula of the README; what a transform's graph takes is measured alone.
+    The formula of docs/memory.md; what a transform's graph takes is measured alone.
     """
     xs = [x.requires_grad_() for x in streams(silos, batch=4, side=32)]
     net = silos(6, plain)
