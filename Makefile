@@ -41,6 +41,9 @@ bench-all: $(INSTALLED)
 	$(RUN) -m benchmarks.results
 
 # One of them: make bench-step, bench-memory, bench-ops, …
+bench-step bench-profile: $(INSTALLED)
+	$(RUN) -m benchmarks.$(subst -,_,$@) $(if $(OFFICIAL),--official $(OFFICIAL))
+
 bench-%: $(INSTALLED)
 	$(RUN) -m benchmarks.bench_$*
 
@@ -48,7 +51,7 @@ bench-%: $(INSTALLED)
 report: $(INSTALLED)
 	$(RUN) -m benchmarks.results
 
-# Handwritten digits, in two or three minutes; TRAIN_ARGS="--data DIR --out DIR …" trains on your pictures.
+# Handwritten digits, in two or three minutes; TRAIN_ARGS="--data DIR --out DIR …" trains on your images.
 train: $(INSTALLED)
 	$(RUN) -m revbifpn_kernels.train $(TRAIN_ARGS)
 

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <stdexcept>
 #include <string_view>
 #include <vector>
 
@@ -45,8 +46,9 @@ inline Isa best_isa() {
   return isa;
 }
 
-#if defined(REVBIFPN_ONLY_AVX2)
-#define REVBIFPN_BEST_KERNEL(name, T) (avx2::name<T>)
+#if defined(REVBIFPN_ONLY_AVX2) // as the sanitized build is; other machines refuse
+#define REVBIFPN_BEST_KERNEL(name, T)                                                              \
+  (best_isa() >= Isa::avx2 ? avx2::name<T> : throw std::runtime_error("needs AVX2"))
 #elif defined(__x86_64__)
 #define REVBIFPN_BEST_KERNEL(name, T)                                                              \
   (best_isa() == Isa::avx512 ? avx512::name<T>                                                     \

@@ -79,7 +79,7 @@ class RevBlock(Reversible):
         """x = y − T(source); total = grad_source + the gradient through T."""
         needs_grad = name == "g" or step.needs_grad[0]
         module = getattr(self, name)
-        rerun = step.rerun(name, module, source, needs_grad, folds_norm=True)
+        rerun = step.rerun(name, module, source, needs_grad=needs_grad, folds_norm=True)
         fuse_out(y, [rerun.output], x, alpha=-1.0, lattice=self.lattice)
         result = maps_of(rerun.output)
         if not getattr(module, "reads_slices", False) or result.dtype != y.dtype:

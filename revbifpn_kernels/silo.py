@@ -138,7 +138,9 @@ class RevSilo(Reversible):
         reruns = []
         for edge in fusion.edges:
             name, module, x = f"edge {edge}", self._module(edge), streams[edge[0]]
-            reruns.append(step.rerun(name, module, x, needs_grad[edge[0]], folds_norm=True))
+            reruns.append(
+                step.rerun(name, module, x, needs_grad=needs_grad[edge[0]], folds_norm=True)
+            )
         outputs = [rerun.output for rerun in reruns]
         options = {"mode": self.mode, "lattice": self.lattice}
         source_grads: Sequence[Tensor | None] = [None] * len(outputs)

@@ -81,9 +81,13 @@ def test_public_names():
     for name in set(revbifpn_kernels.__all__) - {"SIZES"}:
         assert callable(getattr(revbifpn_kernels, name)), name
         assert getattr(revbifpn_kernels, name).__doc__, f"{name} has no docstring"
-    assert {"resample_add", "resample_add_", "resample_adjoint", "resample_undo"} <= set(
-        revbifpn_kernels.__all__
-    )
+    assert set(revbifpn_kernels.__all__) == {
+        *"Config DetectionBackbone MBConv Recomputed RevBiFPN RevBlock RevLevels RevSilo".split(),
+        *"Reversible ReversibleSequential SIZES create_model load_official macs".split(),
+        *"resample_add resample_add_ resample_adjoint resample_undo to_official".split(),
+        *"training_memory".split(),
+        *(f"revbifpn_s{k}" for k in range(7)),
+    }
     assert re.fullmatch(r"\d+\.\d+\.\d+", revbifpn_kernels.__version__)
 
 

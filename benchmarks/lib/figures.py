@@ -60,7 +60,7 @@ def depth(memory: Sequence[Row]) -> plt.Figure | None:
     axes.set_xticks(silos, silos)
     axes.set_xlim(right=silos[-1] * 1.25)
     axes.set_ylim(bottom=0)
-    axes.set(xlabel="RevSilos after the last level", ylabel="MiB per image")
+    axes.set(xlabel="RevSilos that fuse all levels", ylabel="peak MiB per image")
     axes.grid()
     return figure
 
@@ -108,7 +108,7 @@ def pareto(steps: Sequence[Row]) -> plt.Figure | None:
         batch = case[1].split("x")[0]
         axes.set_title(f"{network(case[0])}, {batch} images of {side_of({'shape': case[1]})} px",
                        fontsize=11)  # fmt: skip
-        axes.set(yscale="log", xlabel="images per second, a training step")
+        axes.set(yscale="log", xlabel="images per second in training")
         axes.yaxis.set_major_formatter(LogFormatter())
         axes.yaxis.set_minor_formatter(LogFormatter())
         axes.grid()

@@ -32,7 +32,10 @@ Source<Acc> source_of(const char *op, const Addends &addends, size_t k, const Ma
   Source<Acc> source = {};
   source.maps = maps_of(op, tensor);
   if (!addends.scales.empty()) {
-    const int64_t planes = tensor.size(0) * tensor.size(1);
+    const int64_t images = tensor.size(0), planes = images * tensor.size(1);
+    for (const Tensor &factor : {addends.scales[k], addends.shifts[k]})
+      STD_TORCH_CHECK(factor.dim() == 2 && factor.size(0) == images, op,
+                      ": scales and shifts must have the shape (N, C) of their source");
     source.scale = values_of<Acc>(op, "scales", addends.scales[k], planes);
     source.shift = values_of<Acc>(op, "shifts", addends.shifts[k], planes);
   }

@@ -78,7 +78,7 @@ class Neck(Recomputed):
         grads: list[Tensor | None] = []
         with step.recomputing():
             for k, (module, x, grad) in enumerate(zip(self.levels, xs, grad_ys, strict=True)):
-                rerun = step.rerun(f"level {k}", module, x, step.needs_grad[k])
+                rerun = step.rerun(f"level {k}", module, x, needs_grad=step.needs_grad[k])
                 grads.append(rerun.backward(grad))
         return xs, grads
 

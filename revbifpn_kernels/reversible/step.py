@@ -50,6 +50,7 @@ class Step:
         name: str,
         module: nn.Module,
         x: Tensor,
+        *,
         needs_grad: bool = True,
         folds_norm: bool = False,
     ) -> Rerun:

@@ -85,7 +85,8 @@ def test_pages_and_figures_are_written_from_the_rows(root):
     not (record.ROOT / results.PAGE).exists(), reason="the docs do not lie beside these tests"
 )
 def test_the_pages_of_this_checkout_are_up_to_date(capsys):
-    assert results.main(["--check", "--allow-dirty"]) == 0, capsys.readouterr().err
+    code = results.main(["--check", "--allow-dirty"])
+    assert code == 0, f"{capsys.readouterr().err}after a benchmark: make report"
 
 
 def test_check_names_a_page_with_a_stale_number_and_writes_nothing(root, capsys, monkeypatch):

@@ -161,6 +161,6 @@ def test_masks_are_repeated_in_a_cuda_graph():
 def test_elementwise_dropout_cannot_be_captured():
     net, xs = on_gpu(silos, 1, transform, side=64)
     loss_of(net(*xs)).backward()
-    with pytest.raises(RuntimeError, match="random numbers, whose generator's state cannot be"):
+    with pytest.raises(RuntimeError, match="random numbers whose generator's state cannot be"):
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             net(*xs)

@@ -56,7 +56,12 @@ def compile_rows(target, dtype, *options):
 
 @pytest.mark.parametrize(
     ("target", "dtype", "fusion"),
-    [("sm_90", "fp32", "2"), pytest.param("gfx942", "bf16", "2+4+8", marks=pytest.mark.slow)],
+    [
+        ("sm_90", "fp32", "2"),
+        pytest.param("sm_80", "bf16", "2", marks=pytest.mark.slow),
+        pytest.param("sm_100", "fp32", "2", marks=pytest.mark.slow),
+        pytest.param("gfx942", "bf16", "2+4+8", marks=pytest.mark.slow),
+    ],
 )
 def test_every_kernel_compiles_without_spills(target, dtype, fusion):
     rows = compile_rows(target, dtype, "--layouts", "nchw", "--scales", fusion, "any", "57x57")

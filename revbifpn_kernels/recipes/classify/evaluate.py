@@ -34,7 +34,7 @@ def shares(count: int, batch: int, world: World) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def evaluate(run: ClassifierState, views: Evaluation, signals: Signals) -> Score | None:
-    """Scores each image once, spread over the processes; None if a signal to any of them came."""
+    """Scores each image once, over all processes, in eval mode; None if a signal to any came."""
     network, options, world = run.result, run.options, run.world
     network.eval()
     batch = max(1, options.batch_size // (options.accumulate * world.size))

@@ -80,11 +80,11 @@ class ClassifierLoop(Loop):
 
     def check_and_log(self, recent: list[Step]) -> list[list[float]]:
         run = self.run
+        rows = super().check_and_log(recent)
         if run.scaler.is_enabled() and run.scaler.get_scale() < LEAST_SCALE:
             raise RunError(
                 "expected gradients that float16 holds, got an overflow in each of the steps "
                 f"before step {run.step}; last good checkpoint: {self.keeper.described()}"
             )
-        rows = super().check_and_log(recent)
         run.losses += [loss for loss, _ in rows]
         return rows

@@ -27,7 +27,14 @@ class Statistics(NamedTuple):
 
     mean: Tensor
     invstd: Tensor
-    counts: Tensor | None = None  # samples of each process, where the statistics are over all
+
+
+class SharedStatistics(NamedTuple):
+    """The same over all processes, and the number of samples of each."""
+
+    mean: Tensor
+    invstd: Tensor
+    counts: Tensor
 
 
 class _Normalise(torch.autograd.Function):
@@ -86,7 +93,7 @@ def _batch_norm(
         recorder.save(Statistics(*found) if is_large else None, updated=running)
         return y
     if is_large:
-        mean, invstd, _ = recorder.saved(Statistics)
+        mean, invstd = recorder.saved(Statistics)
         if input.is_cuda or _is_dense(input):  # strided maps take a kernel that rounds otherwise
             return _Normalise.apply(input, weight, bias, mean, invstd, eps)
     return torch.native_batch_norm(input, weight, bias, None, None, True, 0.0, eps)[0]
@@ -117,11 +124,11 @@ def _gather_statistics(
 ):
     """The statistics over all processes, from those that SyncBatchNorm gathered."""
     if not recorder.is_recording:
-        return tuple(recorder.saved(Statistics)[:2])
+        return recorder.saved(SharedStatistics)[:2]
     mean, invstd = torch.batch_norm_gather_stats_with_counts(
         input, means, invstds, running_mean, running_var, momentum, eps, counts
     )
-    statistics = Statistics(mean, invstd, counts.view(-1, 1).to(torch.int32))
+    statistics = SharedStatistics(mean, invstd, counts.view(-1, 1).to(torch.int32))
     recorder.save(statistics, updated=(running_mean, running_var))
     return mean, invstd
 
@@ -143,7 +150,7 @@ def reused(parts: Sequence[nn.Module], recorder) -> Iterator[None]:
 
 
 def _normalise_together(norm: nn.SyncBatchNorm, recorder, x: Tensor) -> Tensor:
-    statistics = recorder.saved(Statistics)
+    statistics = recorder.saved(SharedStatistics)
     return _NormaliseTogether.apply(
         x, norm.weight, norm.bias, statistics, _group_of(norm), norm.eps
     )

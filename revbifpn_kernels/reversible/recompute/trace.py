@@ -38,6 +38,7 @@ class BlockTrace:
 
     @contextlib.contextmanager
     def recording(self, x: Tensor) -> Iterator[None]:
+        self.positions = None
         device = x.device.type
         self.autocast = {
             "device_type": device,
