@@ -191,7 +191,7 @@ def filled(text: str, path: Path, writers: dict[str, Callable[[], str]]) -> str:
             known = ", ".join(sorted(writers))
             raise Problem(f"{path}: nothing writes the marker {name!r}; known are {known}")
         content = writers[name]() or UNKNOWN
-        return f"{begin}\n\n{content}\n{end}" if "\n" in content else begin + content + end
+        return f"{begin}\n\n{content.rstrip()}\n{end}" if "\n" in content else begin + content + end
 
     return MARKER.sub(write, text)
 

@@ -147,8 +147,10 @@ def kernels_table(rows: Sequence[Row], only: str = "") -> str:
 
 
 def step_table(rows: Sequence[Row]) -> str:
-    """A training step of each network and mode; time beside the same network's stored."""
-    steps, lines, previous = md.of_mode(rows, "step"), [], ""
+    """A training step of each network, of the first of ours in all modes; time over its stored."""
+    every, lines, previous = md.of_mode(rows, "step"), [], ""
+    others = ("exact", "checkpoint")
+    steps = [r for r in every if r["op"] == every[0]["op"] or r["provider"] not in others]
     stored = {key: found.get("stored") for key, found in by_case(steps, "op", "shape").items()}
     for row in steps:
         own = stored[row["op"], row["shape"]] if row["op"].startswith("revbifpn") else None
