@@ -1,6 +1,7 @@
 """Measures memory: exactly on CPUs, by the caching allocator on GPUs, counted on fake tensors."""
 
 import itertools
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from revbifpn_kernels import training_memory
 
+# The profiler would print a line at each start and stop.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 MIB = 2**20
 FEW = 2  # images: a batch and twice that give the slope
 COPIES = 3  # parameters, their gradients, the momentum of SGD
