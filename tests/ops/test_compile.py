@@ -58,8 +58,8 @@ def compile_rows(target, dtype, *options):
     ("target", "dtype", "fusion"),
     [
         ("sm_90", "fp32", "2"),
-        pytest.param("sm_80", "bf16", "2", marks=pytest.mark.slow),
-        pytest.param("sm_100", "fp32", "2", marks=pytest.mark.slow),
+        pytest.param("sm_80", "bf16", "2+4+8", marks=pytest.mark.slow),
+        pytest.param("sm_100", "fp32", "2+4+8", marks=pytest.mark.slow),
         pytest.param("gfx942", "bf16", "2+4+8", marks=pytest.mark.slow),
     ],
 )
