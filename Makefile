@@ -31,14 +31,7 @@ bench: $(INSTALLED)
 # All that docs/results.md shows, on one quiet machine, from a clean commit; then the pages and figures.
 # OFFICIAL=DIR, a checkout of the authors' repository, times their network too.
 bench-all: $(INSTALLED)
-	$(RUN) -m benchmarks.bench_ops
-	$(RUN) -m benchmarks.bench_mbconv
-	$(RUN) -m benchmarks.bench_step $(if $(OFFICIAL),--official $(OFFICIAL))
-	$(RUN) -m benchmarks.bench_profile $(if $(OFFICIAL),--official $(OFFICIAL))
-	$(RUN) -m benchmarks.bench_precision
-	$(RUN) -m benchmarks.bench_memory
-	$(RUN) -m benchmarks.kernels
-	$(RUN) -m benchmarks.results
+	$(MAKE) --jobs=1 bench-ops bench-mbconv bench-step bench-profile bench-precision bench-memory kernels report
 
 # One of them: make bench-step, bench-memory, bench-ops, …
 bench-step bench-profile: $(INSTALLED)

@@ -5,7 +5,6 @@ A marked part of README.md or docs/*.md stands between `<!-- begin NAME -->` and
 """
 
 import argparse
-import functools
 import re
 import sys
 from collections import Counter
@@ -135,7 +134,6 @@ def _figure(name: str, rows: list[Row]) -> str:
 def markers(root: Path, rows: Rows) -> dict[str, Callable[[], str]]:
     """What writes each marked part; "" where nothing has been measured."""
     memory, published, precision = rows["memory"], rows["published"], rows["precision"]
-    recorded = functools.partial(recorded_table, root)
     return {
         "step-table": lambda: tables.step_table(latest_device(rows["steps"])),
         "models-table": lambda: memory_tables.models_table(memory, published),
@@ -143,9 +141,9 @@ def markers(root: Path, rows: Rows) -> dict[str, Callable[[], str]]:
         "norms-table": lambda: tables.norms_table(latest_device(rows["mbconv"])),
         "kernels-table": lambda: tables.kernels_table(rows["kernels"], "2+4+8"),
         "precision-table": lambda: tables.precision_table(precision),
-        "train-runs": lambda: tables.digits_table(precision) or recorded("train-runs"),
-        "detect-memory": lambda: memory_tables.detection_table(memory) or recorded("detect-memory"),
-        "detect-runs": lambda: recorded("detect-runs"),
+        "train-runs": lambda: tables.digits_table(precision),
+        "detect-memory": lambda: memory_tables.detection_table(memory),
+        "detect-runs": lambda: recorded_table(root, "detect-runs"),
         "depth-conditions": lambda: memory_tables.depth_caption(memory),
         "s0-held": lambda: _per_image(memory, "reversible", "held_mib"),
         "s0-peak": lambda: _per_image(memory, "reversible", "peak_mib"),

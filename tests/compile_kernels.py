@@ -19,6 +19,7 @@ from benchmarks.kernels import (
     kernel_name,
     plan_norm_launches,
 )
+from revbifpn_kernels.ops.norm_act.factors import plan_norm_factors
 from revbifpn_kernels.ops.resample.add import plan_resample_add
 from revbifpn_kernels.ops.resample.adjoint import plan_resample_adjoint
 from revbifpn_kernels.ops.resample.undo import plan_resample_undo
@@ -50,6 +51,11 @@ def corner_launches(shape, sizes, mode, memory_format, lattice):
 def norm_launches(shape, layout):
     for op in NORM_PASSES:
         yield from plan_norm_launches(op, shape, "fp32", layout)
+    planes, channels, samples = (
+        torch.empty(s, device="meta") for s in (shape[:2], shape[1], shape[0])
+    )
+    yield plan_norm_factors(planes, planes, samples, *[channels] * 4)
+    yield plan_norm_factors(planes, planes, None, channels, channels, None, None)
 
 
 # N, C, hidden.

@@ -26,18 +26,26 @@ template <class Acc> Acc snap_of(const char *op, std::optional<double> lattice) 
   return snap;
 }
 
+/// The scales or shifts (N, C) of a source's planes.
+template <class Acc>
+const Acc *factors_of(const char *op, const char *name, const Tensor &factors,
+                      const Tensor &source) {
+  const int64_t images = source.size(0), channels = source.size(1);
+  const Acc *values = values_of<Acc>(op, name, factors, images * channels);
+  STD_TORCH_CHECK(factors.dim() == 2 && factors.size(0) == images, op, ": ", name,
+                  " must be of shape (N, C) = (", images, ", ", channels, "), got ", factors.dim(),
+                  " dimensions, the first of ", factors.dim() > 0 ? factors.size(0) : 0);
+  return values;
+}
+
 template <class Acc>
 Source<Acc> source_of(const char *op, const Addends &addends, size_t k, const Maps &y) {
   const Tensor &tensor = addends.sources[k];
   Source<Acc> source = {};
   source.maps = maps_of(op, tensor);
   if (!addends.scales.empty()) {
-    const int64_t images = tensor.size(0), planes = images * tensor.size(1);
-    for (const Tensor &factor : {addends.scales[k], addends.shifts[k]})
-      STD_TORCH_CHECK(factor.dim() == 2 && factor.size(0) == images, op,
-                      ": scales and shifts must have the shape (N, C) of their source");
-    source.scale = values_of<Acc>(op, "scales", addends.scales[k], planes);
-    source.shift = values_of<Acc>(op, "shifts", addends.shifts[k], planes);
+    source.scale = factors_of<Acc>(op, "scales", addends.scales[k], tensor);
+    source.shift = factors_of<Acc>(op, "shifts", addends.shifts[k], tensor);
   }
   const int64_t h = source.maps.height, w = source.maps.width;
   source.kind = kind_of(op, h, w, y.height, y.width, addends.mode);

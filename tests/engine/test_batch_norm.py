@@ -7,6 +7,8 @@ from steps import assert_same_bits, loss_of
 from torch import nn
 
 from revbifpn_kernels import RevBlock
+from revbifpn_kernels.reversible.recompute import batch_norm, modes
+from revbifpn_kernels.reversible.recompute.checks import NotRepeatable
 
 
 def assert_repeats(make, *, steps: int = 1) -> None:
@@ -87,3 +89,11 @@ def test_norms_of_channel_slices_restore_every_bit():
     x = (torch.randn(3, 8, 64, 64) / LATTICE).round() * LATTICE + 0.0
     loss_of(block(x)).backward()
     assert torch.equal(restored[0][0][0], x)
+
+
+def test_statistics_of_one_process_are_not_taken_for_those_of_all():
+    record = modes.CallRecord(nn.Identity())
+    record.events.append(batch_norm.Statistics(torch.zeros(2), torch.ones(2)))
+    recorder = modes.ReplayMode(record, {})
+    with pytest.raises(NotRepeatable, match="normalised a batch, which it did not do there"):
+        batch_norm._normalise_together(nn.SyncBatchNorm(2), recorder, torch.ones(1, 2, 3, 3))

@@ -55,6 +55,12 @@ BAD_FACTORS = {
         ValueError,
         r"shifts\[1\] must have {x}'s \(N, C\) = \(2, 3\) as its shape, got \(1, 3\)",
     ),
+    "transposed": (
+        [maps(*PLANES), maps(3, 2)],
+        GOOD,
+        ValueError,
+        r"scales\[1\] must have {x}'s \(N, C\) = \(2, 3\) as its shape, got \(3, 2\)",
+    ),
     "half-precision": (
         [maps(*PLANES, dtype=torch.bfloat16), maps(*PLANES)],
         GOOD,
@@ -111,7 +117,9 @@ def test_factors_must_not_share_the_memory_that_is_written(op):
     assert torch.equal(x, maps(*X))
 
 
-@pytest.mark.parametrize("bad", ["no-shifts", "too-few", "batch", "half-precision", "expanded"])
+@pytest.mark.parametrize(
+    "bad", ["no-shifts", "too-few", "batch", "transposed", "half-precision", "expanded"]
+)
 def test_the_dispatcher_ops_protect_memory_by_themselves(bad):
     """`torch.ops` can be called past the Python checks."""
     scales, shifts, _, _ = BAD_FACTORS[bad]

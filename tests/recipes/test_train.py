@@ -159,6 +159,11 @@ def test_a_missing_package_is_said_in_a_line(capsys):
     assert said.endswith('".[train]" in a clone\n')
 
 
+def test_a_module_of_ours_that_is_missing_is_no_extra():
+    with pytest.raises(ModuleNotFoundError, match="no_such"):
+        command.run_command("train", "revbifpn_kernels.recipes.no_such", None)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_said(capsys):
     assert main([*TINY, "--device=cuda"]) == 1

@@ -131,3 +131,10 @@ def test_gradients_that_always_overflow_end_the_run(monkeypatch, capsys, tmp_pat
     monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda scaler: 2.0**-20)
     assert main([*TINY, "--amp=float16", f"--out={tmp_path}"]) == 1
     assert "expected gradients that float16 holds, got an overflow" in capsys.readouterr().err
+    assert rows(tmp_path / "steps.csv") == []
+
+
+def test_a_loss_that_is_not_finite_is_named_before_the_overflow(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda scaler: 2.0**-20)
+    assert main([*TINY, "--amp=float16", "--lr=1e30", f"--out={tmp_path}"]) == 1
+    assert "expected a finite loss, got " in capsys.readouterr().err

@@ -47,13 +47,19 @@ def _norm_factors_kernel(
     tl.store(shift_ptr + n * C + c, shift, mask)
 
 
-def norm_factors_cuda(mean, invstd, weight, bias, kept, samples) -> tuple[Tensor, Tensor]:
-    channels = len(mean)
-    scale, shift = (mean.new_empty(samples, channels) for _ in range(2))
+def plan_norm_factors(scale, shift, kept, *norm) -> tuple[Launch, dict]:
+    """The launch that writes scale and shift, and its operands."""
+    samples, channels = scale.shape
     operands = {"scale_ptr": scale, "shift_ptr": shift, "kept_ptr": contiguous(kept)}
-    operands |= norm_operands(mean, invstd, weight, bias)
     grid, args = (samples, triton.cdiv(channels, BLOCK)), {"samples": samples, "C": channels}
-    Launch(_norm_factors_kernel, grid, args, {"BLOCK": BLOCK}).run(mean.device, operands)
+    launch = Launch(_norm_factors_kernel, grid, args, {"BLOCK": BLOCK})
+    return launch, operands | norm_operands(*norm)
+
+
+def norm_factors_cuda(mean, invstd, weight, bias, kept, samples) -> tuple[Tensor, Tensor]:
+    scale, shift = (mean.new_empty(samples, len(mean)) for _ in range(2))
+    launch, operands = plan_norm_factors(scale, shift, kept, mean, invstd, weight, bias)
+    launch.run(mean.device, operands)
     return scale, shift
 
 

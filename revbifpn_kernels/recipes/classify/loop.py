@@ -78,13 +78,15 @@ class ClassifierLoop(Loop):
             run.ema.update(run.model, step=run.step)
         return gradient
 
-    def check_and_log(self, recent: list[Step]) -> list[list[float]]:
+    def check_scale(self) -> None:
         run = self.run
-        rows = super().check_and_log(recent)
         if run.scaler.is_enabled() and run.scaler.get_scale() < LEAST_SCALE:
             raise RunError(
                 "expected gradients that float16 holds, got an overflow in each of the steps "
                 f"before step {run.step}; last good checkpoint: {self.keeper.described()}"
             )
-        run.losses += [loss for loss, _ in rows]
+
+    def check_and_log(self, recent: list[Step]) -> list[list[float]]:
+        rows = super().check_and_log(recent)
+        self.run.losses += [loss for loss, _ in rows]
         return rows

@@ -62,8 +62,8 @@ def measured(model: nn.Module, side: int, dtype: torch.dtype | None) -> Memory:
 
 def print_table(options: Options) -> None:
     dtype, side = dtype_of(options), options.image_size
-    print(f"MiB an image of {side}×{side} adds to a step, {dtype or torch.float32}; trained with")
-    print("all layers and batch norms unless said")
+    print(f"MiB per image of {side}×{side} in a training step, {dtype or torch.float32};")
+    print("all layers and batch norms are trained unless said")
     print(f"{'backbone':<{NAME_WIDTH}}{'parameters':>12}{'held':>9}{'peak':>9}")
     for name, make in candidates(options):
         model = make()

@@ -12,7 +12,7 @@ def run_command(name: str, session: str, arguments: Sequence[str] | None = None)
     try:
         main = importlib.import_module(session).main
     except ModuleNotFoundError as error:
-        if error.name.startswith("revbifpn_kernels"):
+        if (error.name or "").startswith("revbifpn_kernels"):
             raise  # a broken installation, not a missing extra
         extra = f'pip install --no-build-isolation ".[{name}]" in a clone'
         print(f"{name}: needs {error.name}: {extra}", file=sys.stderr)

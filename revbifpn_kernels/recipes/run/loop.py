@@ -87,6 +87,9 @@ class Loop:
             if is_stopped:
                 return False
 
+    def check_scale(self) -> None:
+        """Raises if steps cannot go on although their losses are finite."""
+
     def check_and_log(self, recent: list[Step]) -> list[list[float]]:
         """Logs the means of steps; raises if a loss is not finite, before a checkpoint is written.
 
@@ -106,6 +109,7 @@ class Loop:
                         f"{epoch}), learning rate {step.lr:.3g}; last good checkpoint: "
                         f"{self.keeper.described()}"
                     )
+        self.check_scale()
         means = [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)]
         seconds, waited = (sum(s.seconds for s in recent), sum(s.waited for s in recent))
         means = dict(zip(names, means, strict=True))
