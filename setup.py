@@ -26,6 +26,7 @@ COMPILE_FLAGS = [
     "-fno-trapping-math",
     "-fvisibility=hidden",
     "-Wall",
+    "-Werror=vector-operation-performance",  # a vector taken apart costs more than it saves
     "-Wno-psabi",  # vectors are arguments of inlined functions only
     f"-DPy_LIMITED_API={PYTHON_ABI}",
     f"-DTORCH_TARGET_VERSION={TORCH_ABI}",

@@ -36,15 +36,15 @@ REVBIFPN_INLINE void depthwise_input_row(const DepthwiseInputJob<accumulator_t<T
     const accumulator_t<T> *taps =
         weights + (rows.first * size + columns.first) * job.channels + channel;
     for (int64_t column = phase; column < job.result.width; column += stride) {
-      lane_vector<accumulator_t<T>> sum = {};
+      vector_of<accumulator_t<T>> sum = {};
       for (int64_t t = rows.begin; t < rows.end; ++t) {
         const T *grad = job.grad.template at<const T>(n, channel, rows.place - t, columns.place);
         const accumulator_t<T> *tap = taps + t * tap_row_step;
         for (int64_t u = columns.begin; u < columns.end; ++u)
-          sum += load_lanes(grad - u * job.grad.stride_w, lanes) *
-                 load_lanes(tap + u * tap_step, lanes);
+          sum = multiply_add(load_lanes(grad - u * job.grad.stride_w, lanes),
+                             load_lanes(tap + u * tap_step, lanes), sum);
       }
-      store_lanes<T>(sum, job.result.template at<T>(n, channel, row, column), lanes);
+      store_lanes(sum, job.result.template at<T>(n, channel, row, column), lanes);
       columns.advance();
     }
   }
@@ -53,18 +53,19 @@ REVBIFPN_INLINE void depthwise_input_row(const DepthwiseInputJob<accumulator_t<T
 template <class T>
 void depthwise_input_units(const DepthwiseInputJob<accumulator_t<T>> &job, int64_t begin,
                            int64_t end, accumulator_t<T> *weights) {
-  const int64_t lanes = std::min(LANES, job.channels);
+  constexpr int64_t ALL = WIDTH<accumulator_t<T>>;
+  const int64_t lanes = std::min(ALL, job.channels);
   const T *given = static_cast<const T *>(job.weights);
   for (int64_t c = 0; c < job.channels; ++c)
     for (int64_t tap = 0; tap < job.taps(); ++tap)
       weights[tap * job.channels + c] = widen(given[c * job.taps() + tap]);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t n = unit / job.result.height, row = unit % job.result.height;
-    for (int64_t first = 0; first < job.channels; first += LANES) {
-      // The last block reaches back into the one before it, whose results it repeats.
+    for (int64_t first = 0; first < job.channels; first += ALL) {
+      // The last register reaches back into the one before it, whose results it repeats.
       const int64_t channel = std::min(first, job.channels - lanes);
-      if (lanes == LANES)
-        depthwise_input_row<T>(job, n, weights, channel, row, LANES);
+      if (lanes == ALL)
+        depthwise_input_row<T>(job, n, weights, channel, row, ALL);
       else
         depthwise_input_row<T>(job, n, weights, channel, row, lanes);
     }
@@ -84,12 +85,14 @@ REVBIFPN_INLINE void add_row(const DepthwiseWeightJob<accumulator_t<T>> &job, co
     if (first >= 0 && first + TAPS <= job.x.width) {
 #pragma GCC unroll 8
       for (int t = 0; t < TAPS; ++t)
-        row[t] += gradient * load_lanes(x + (first + t) * job.x.stride_w, lanes);
+        row[t] = multiply_add(
+              gradient, load_lanes(x + (first + t) * job.x.stride_w, lanes), row[t]);
     } else {
 #pragma GCC unroll 8
       for (int t = 0; t < TAPS; ++t)
         if (first + t >= 0 && first + t < job.x.width)
-          row[t] += gradient * load_lanes(x + (first + t) * job.x.stride_w, lanes);
+          row[t] = multiply_add(
+              gradient, load_lanes(x + (first + t) * job.x.stride_w, lanes), row[t]);
     }
   }
   // Row by row, so that an error grows with the rows and columns, not with the pixels.
@@ -97,15 +100,15 @@ REVBIFPN_INLINE void add_row(const DepthwiseWeightJob<accumulator_t<T>> &job, co
     sums[t] += row[t];
 }
 
-/// The taps [first_tap, first_tap + TAPS) of one row of the kernel, for a block of channels.
+/// The taps [first_tap, first_tap + TAPS) of one row of the kernel, for the channels of a register.
 template <int TAPS, class T>
 void depthwise_weight_taps(const DepthwiseWeightJob<accumulator_t<T>> &job, int64_t n,
-                           int64_t block, int64_t kernel_row, int64_t first_tap) {
-  // The last block reaches back into the one before it: whole vectors are loaded fastest.
-  const int64_t lanes = std::min(LANES, job.channels);
-  const int64_t channel = std::min(block * LANES, job.channels - lanes);
-  const int64_t first_lane = block * LANES - channel;
-  using Vector = lane_vector<accumulator_t<T>>;
+                           int64_t first, int64_t kernel_row, int64_t first_tap) {
+  using Vector = vector_of<accumulator_t<T>>;
+  constexpr int64_t ALL = WIDTH<accumulator_t<T>>;
+  // The last register reaches back into the one before it: whole vectors are loaded fastest.
+  const int64_t lanes = std::min(ALL, job.channels);
+  const int64_t channel = std::min(first, job.channels - lanes);
   Vector sums[TAPS] = {};
   for (int64_t row = 0; row < job.grad.height; ++row) {
     const int64_t x_row = row * job.stride + kernel_row - job.padding;
@@ -114,12 +117,12 @@ void depthwise_weight_taps(const DepthwiseWeightJob<accumulator_t<T>> &job, int6
     const T *x = job.x.template at<const T>(n, channel, x_row, 0);
     const T *grad = job.grad.template at<const T>(n, channel, row, 0);
     const int64_t shift = first_tap - job.padding;
-    if (lanes == LANES)
-      add_row<TAPS>(job, x, grad, shift, LANES, sums);
+    if (lanes == ALL)
+      add_row<TAPS>(job, x, grad, shift, ALL, sums);
     else
       add_row<TAPS>(job, x, grad, shift, lanes, sums);
   }
-  for (int64_t lane = first_lane; lane < lanes; ++lane)
+  for (int64_t lane = first - channel; lane < lanes; ++lane)
     for (int t = 0; t < TAPS; ++t)
       job.sum(n, channel + lane, kernel_row, first_tap + t) = sums[t][lane];
 }
@@ -131,9 +134,11 @@ void depthwise_weight_units(const DepthwiseWeightJob<accumulator_t<T>> &job, int
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t kernel_row = unit % job.kernel_size, block = unit / job.kernel_size % blocks;
     const int64_t n = unit / (job.kernel_size * blocks);
-    for (int64_t tap = 0; tap < job.kernel_size; tap += MOST_TAPS)
-      with_constant<1, 2, 3, 4, 5, 6, 7, MOST_TAPS>(
-          std::min<int64_t>(MOST_TAPS, job.kernel_size - tap),
-          [&]<int TAPS>() { depthwise_weight_taps<TAPS, T>(job, n, block, kernel_row, tap); });
+    const int64_t end = std::min((block + 1) * LANES, job.channels);
+    for (int64_t c = block * LANES; c < end; c += WIDTH<accumulator_t<T>>)
+      for (int64_t tap = 0; tap < job.kernel_size; tap += MOST_TAPS)
+        with_constant<1, 2, 3, 4, 5, 6, 7, MOST_TAPS>(
+            std::min<int64_t>(MOST_TAPS, job.kernel_size - tap),
+            [&]<int TAPS>() { depthwise_weight_taps<TAPS, T>(job, n, c, kernel_row, tap); });
   }
 }

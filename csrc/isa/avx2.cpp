@@ -6,13 +6,14 @@
 #include <immintrin.h>
 
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx2,f16c")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 
 #define REVBIFPN_ISA avx2
 #define REVBIFPN_REGISTER 32
+#define REVBIFPN_INTRINSICS "avx2.h"
 #include "instantiate.h"
 
 #ifdef __clang__

@@ -32,8 +32,8 @@ template <class Acc> struct NormJob {
   int64_t units() const { return images * (lanes_are_channels ? chunks() : channels); }
   /// Channels of a unit.
   int64_t width() const { return lanes_are_channels ? channels : 1; }
-  int64_t blocks() const { return ceil_div(width(), LANES); }
-  int64_t workspace_size() const { return blocks() * LANES * MOST_SUMS; }
+  /// Room for MOST_SUMS sums per channel, and for a mean, where the channels fill whole vectors.
+  int64_t workspace_size() const { return (width() + 2 * LANES) * (MOST_SUMS + 1); }
   double &sum(int64_t k, int64_t unit, int64_t channel) const {
     return sums[(k * units() + unit) * width() + channel];
   }

@@ -1,165 +1,215 @@
 // The two walks of batch norm, activation and gate over an image: pixel by pixel of channels_last,
-// or plane by plane. `Step` is the computation on one vector of lanes: see steps.h.
+// or plane by plane. `Step` is the computation on one vector: see steps.h.
 
-// Pixels, or vectors of a plane, whose sums are added up in float32 before they join those in
-// float64; a group of pixels stays in the first-level cache.
+// Pixels, or runs of LANES pixels of a plane, whose sums are added up in float32 before they join
+// those in float64; a group of pixels stays in the first-level cache.
 constexpr int64_t GROUP = 16;
 
 template <class Step> constexpr bool WRITES = Step::SUMS == 0;
 
-/// The factors of `lanes` channels from `c` on, or of one channel in all lanes.
+/// Registers that take a step together: two hide the latency of few sums; many sums hide it alone.
+template <class Step, class Acc>
+constexpr int TOGETHER = WRITES<Step> || Step::SUMS > 3 || WIDTH<Acc> == LANES ? 1 : 2;
+
+/// Where the vectors of a step lie.
+template <class T> struct Place {
+  const T *x, *grad;
+  T *y;
+
+  template <class Step, class Job> static Place of(const Job &job, int64_t n, int64_t c, int64_t w) {
+    return {job.x.template at<const T>(n, c, 0, w),
+            Step::READS_GRAD ? job.grad.template at<const T>(n, c, 0, w) : nullptr,
+            WRITES<Step> ? job.y.template at<T>(n, c, 0, w) : nullptr};
+  }
+};
+
+/// The factors of one register's channels from `c` on, of which `lanes` exist, or of one channel in
+/// all lanes.
 template <class Acc>
-REVBIFPN_INLINE Factors<lane_vector<Acc>> factors_of(const NormJob<Acc> &job, int64_t n, int64_t c,
-                                                     int64_t lanes) {
+REVBIFPN_INLINE Factors<vector_of<Acc>> factors_of(const NormJob<Acc> &job, int64_t n, int64_t c,
+                                                   int64_t lanes = WIDTH<Acc>) {
   const auto take = [&](const Acc *values, int64_t first, Acc otherwise) {
     if (values == nullptr)
-      return splat<lane_vector<Acc>>(otherwise);
-    return job.lanes_are_channels ? load_lanes(values + first, lanes)
-                                  : splat<lane_vector<Acc>>(values[first]);
+      return splat<vector_of<Acc>>(otherwise);
+    if (!job.lanes_are_channels)
+      return splat<vector_of<Acc>>(values[first]);
+    return load_lanes(values + first, lanes);
   };
   const int64_t plane = n * job.channels + c;
-  return {job.act,
-          take(job.mean, c, 0),
-          take(job.invstd, c, 1),
-          take(job.weight, c, 1),
-          take(job.bias, c, 0),
-          take(job.gate, plane, 1),
-          take(job.grad_mean, plane, 0),
-          take(job.offset, c, 0),
-          take(job.tilt, c, 0)};
+  return {take(job.mean, c, 0),          take(job.invstd, c, 1),
+          take(job.weight, c, 1),        take(job.bias, c, 0),
+          take(job.gate, plane, 1),      take(job.grad_mean, plane, 0),
+          take(job.offset, c, 0),        take(job.tilt, c, 0)};
 }
 
+/// A step of one register, at `offset` elements from the place.
 template <class Step, class T, class Vector>
-REVBIFPN_INLINE void step_at(const Factors<Vector> &factors, const T *x, const T *grad, T *y,
-                             int64_t lanes, Vector *sums) {
-  Vector gradient = {};
-  const Vector value = load_lanes(x, lanes);
+REVBIFPN_INLINE void step_at(const Factors<Vector> &factors, const Place<T> &place, int64_t offset,
+                             Vector *sums) {
+  Vector grad = {};
   if constexpr (Step::READS_GRAD)
-    gradient = load_lanes(grad, lanes);
+    grad = load_vector(place.grad + offset);
+  const Vector x = load_vector(place.x + offset);
   if constexpr (WRITES<Step>)
-    store_lanes<T>(Step::step(factors, value, gradient, sums), y, lanes);
+    store_vector(Step::step(factors, x, grad, sums), place.y + offset);
   else
-    Step::step(factors, value, gradient, sums);
+    Step::step(factors, x, grad, sums);
 }
 
-/// totals (SUMS, 16) += sums.
-template <int SUMS, class Vector> REVBIFPN_INLINE void add_to(double *totals, const Vector *sums) {
+/// The same of the first `lanes` lanes alone; sums of the others are of no use.
+template <class Step, class T, class Vector>
+void step_at_first(const Factors<Vector> &factors, const Place<T> &place, int64_t offset,
+                   int64_t lanes, Vector *sums) {
+  Vector grad = {};
+  if constexpr (Step::READS_GRAD)
+    grad = load_first(place.grad + offset, lanes);
+  const Vector x = load_first(place.x + offset, lanes);
+  if constexpr (WRITES<Step>)
+    store_first(Step::step(factors, x, grad, sums), place.y + offset, lanes);
+  else
+    Step::step(factors, x, grad, sums);
+}
+
+/// totals (SUMS) += sums, the first `lanes` lanes of them, where sums of a kind lie `pitch` apart.
+template <int SUMS, class Vector>
+REVBIFPN_INLINE void add_to(double *totals, int64_t pitch, const Vector *sums, int64_t lanes) {
   using Acc = std::remove_cvref_t<decltype(sums[0][0])>;
   for (int k = 0; k < SUMS; ++k) {
-    Acc values[LANES];
-    __builtin_memcpy(values, sums + k, sizeof(values));
-    REVBIFPN_LANES totals[k * LANES + lane] += values[lane];
+    Acc values[WIDTH<Acc>];
+    store_vector(sums[k], values);
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      totals[k * pitch + lane] += values[lane];
   }
 }
 
-/// Does a group of pixels for LANES channels.
-template <class Step, bool IS_WHOLE, class T>
-REVBIFPN_INLINE void walk_group(const NormJob<accumulator_t<T>> &job,
-                                const Factors<lane_vector<accumulator_t<T>>> &factors, int64_t n,
-                                int64_t c, int64_t begin, int64_t end, int64_t lanes,
-                                double *totals) {
-  const T *x = job.x.template at<const T>(n, c, 0, begin);
-  const T *grad = Step::READS_GRAD ? job.grad.template at<const T>(n, c, 0, begin) : nullptr;
-  T *y = WRITES<Step> ? job.y.template at<T>(n, c, 0, begin) : nullptr;
-  lane_vector<accumulator_t<T>> sums[Step::SUMS + 1] = {};
+/// The first channel of a register: the last one reaches back into the one before it, which it
+/// repeats in sums of its own, because whole vectors are loaded fastest.
+template <class Acc> REVBIFPN_INLINE int64_t channel_of(const NormJob<Acc> &job, int64_t index) {
+  return std::min(index * WIDTH<Acc>, job.channels - WIDTH<Acc>);
+}
+
+/// Does a group of pixels for the channels of COUNT registers from `index` on. `means` are those of
+/// `Statistics`, whose pixels' differences from them are summed.
+template <class Step, int COUNT, class T>
+REVBIFPN_INLINE void walk_group(const NormJob<accumulator_t<T>> &job, int64_t n, int64_t index,
+                                int64_t begin, int64_t end, double *totals, int64_t pitch,
+                                const accumulator_t<T> *means) {
+  using Acc = accumulator_t<T>;
+  using Vector = vector_of<Acc>;
+  const int64_t c = channel_of(job, index);
+  Place<T> place = Place<T>::template of<Step>(job, n, c, begin);
+  int64_t offset[COUNT];
+  Factors<Vector> factors[COUNT];
+  Vector sums[COUNT][Step::SUMS + 1] = {};
+  REVBIFPN_UNROLLED(r, COUNT) {
+    offset[r] = channel_of(job, index + r) - c;
+    factors[r] = factors_of(job, n, c + offset[r]);
+    if constexpr (std::is_same_v<Step, Statistics>)
+      factors[r].mean = load_vector(means + c + offset[r]);
+  }
   for (int64_t pixel = begin; pixel < end; ++pixel) {
     // The next group: the hardware does not prefetch lines as far apart as those of a block.
-    __builtin_prefetch(x + GROUP * job.x.stride_w);
+    __builtin_prefetch(place.x + GROUP * job.x.stride_w);
     if constexpr (Step::READS_GRAD)
-      __builtin_prefetch(grad + GROUP * job.grad.stride_w);
+      __builtin_prefetch(place.grad + GROUP * job.grad.stride_w);
     if constexpr (WRITES<Step>)
-      __builtin_prefetch(y + GROUP * job.y.stride_w, 1);
-    step_at<Step>(factors, x, grad, y, IS_WHOLE ? LANES : lanes, sums);
-    x += job.x.stride_w;
+      __builtin_prefetch(place.y + GROUP * job.y.stride_w, 1);
+    REVBIFPN_UNROLLED(r, COUNT) step_at<Step>(factors[r], place, offset[r], sums[r]);
+    place.x += job.x.stride_w;
     if constexpr (Step::READS_GRAD)
-      grad += job.grad.stride_w;
+      place.grad += job.grad.stride_w;
     if constexpr (WRITES<Step>)
-      y += job.y.stride_w;
+      place.y += job.y.stride_w;
   }
-  add_to<Step::SUMS>(totals, sums);
+  REVBIFPN_UNROLLED(r, COUNT)
+  add_to<Step::SUMS>(totals + (index + r) * WIDTH<Acc>, pitch, sums[r], WIDTH<Acc>);
 }
 
-/// The mean of the first pixels of a unit.
-template <class T>
-REVBIFPN_INLINE lane_vector<accumulator_t<T>> mean_of_first(const T *x, int64_t stride,
-                                                            int64_t pixels, int64_t lanes) {
-  using Vector = lane_vector<accumulator_t<T>>;
+/// The same for maps of fewer channels than a register has lanes.
+template <class Step, class T>
+void walk_group_of_few(const NormJob<accumulator_t<T>> &job, int64_t n, int64_t begin, int64_t end,
+                       double *totals, int64_t pitch, const accumulator_t<T> *means) {
+  using Vector = vector_of<accumulator_t<T>>;
+  Factors<Vector> factors = factors_of(job, n, 0, job.channels);
+  if constexpr (std::is_same_v<Step, Statistics>)
+    factors.mean = load_first(means, job.channels);
+  Vector sums[Step::SUMS + 1] = {};
+  for (int64_t pixel = begin; pixel < end; ++pixel)
+    step_at_first<Step>(factors, Place<T>::template of<Step>(job, n, 0, pixel), 0, job.channels,
+                        sums);
+  add_to<Step::SUMS>(totals, pitch, sums, job.channels);
+}
+
+/// The mean of the first pixels of a unit, in one channel.
+template <class T> accumulator_t<T> mean_of_first(const T *x, int64_t stride, int64_t pixels) {
   const int64_t count = std::min(GROUP, pixels);
-  Vector sum = {};
+  accumulator_t<T> sum = 0;
   for (int64_t pixel = 0; pixel < count; ++pixel)
-    sum += load_lanes(x + pixel * stride, lanes);
-  return sum / splat<Vector>(static_cast<double>(count));
+    sum += widen(x[pixel * stride]);
+  return sum / static_cast<accumulator_t<T>>(count);
 }
 
 /// Does one chunk of an image's pixels, all channels.
 template <class Step, class T>
 void walk_pixels(const NormJob<accumulator_t<T>> &job, int64_t unit, double *workspace) {
+  using Acc = accumulator_t<T>;
+  constexpr int COUNT = TOGETHER<Step, Acc>;
   const int64_t n = unit / job.chunks(), first = unit % job.chunks() * job.chunk_pixels;
   const int64_t last = std::min(first + job.chunk_pixels, job.pixels);
-  const int64_t lanes = std::min(LANES, job.channels);
-  std::fill_n(workspace, job.workspace_size(), 0.0);
-  double *means = workspace + job.blocks() * Step::SUMS * LANES;
+  const int64_t channels = job.channels, registers = ceil_div(channels, WIDTH<Acc> * COUNT) * COUNT;
+  const int64_t pitch = registers * WIDTH<Acc>;
+  std::fill_n(workspace, Step::SUMS * pitch, 0.0);
+  Acc *means = reinterpret_cast<Acc *>(workspace + Step::SUMS * pitch);
   if constexpr (std::is_same_v<Step, Statistics>)
-    for (int64_t block = 0; block < job.blocks(); ++block) {
-      const int64_t c = std::min(block * LANES, job.channels - lanes);
-      const T *x = job.x.template at<const T>(n, c, 0, first);
-      const auto mean = mean_of_first(x, job.x.stride_w, last - first, lanes);
-      for (int64_t lane = 0; lane < LANES; ++lane)
-        means[block * LANES + lane] = mean[lane];
-    }
+    for (int64_t c = 0; c < channels; ++c)
+      means[c] = mean_of_first(job.x.template at<const T>(n, c, 0, first), job.x.stride_w,
+                               last - first);
   for (int64_t begin = first; begin < last; begin += GROUP) {
     const int64_t end = std::min(begin + GROUP, last);
-    for (int64_t block = 0; block < job.blocks(); ++block) {
-      // The last block reaches back into the one before it: whole vectors are loaded fastest.
-      const int64_t c = std::min(block * LANES, job.channels - lanes);
-      auto factors = factors_of(job, n, c, lanes);
-      if constexpr (std::is_same_v<Step, Statistics>)
-        for (int64_t lane = 0; lane < LANES; ++lane)
-          factors.mean[lane] = static_cast<accumulator_t<T>>(means[block * LANES + lane]);
-      double *totals = workspace + block * Step::SUMS * LANES;
-      if (lanes == LANES)
-        walk_group<Step, true, T>(job, factors, n, c, begin, end, lanes, totals);
-      else
-        walk_group<Step, false, T>(job, factors, n, c, begin, end, lanes, totals);
-    }
+    if (channels < WIDTH<Acc>)
+      walk_group_of_few<Step, T>(job, n, begin, end, workspace, pitch, means);
+    else
+      for (int64_t index = 0; index < registers; index += COUNT)
+        walk_group<Step, COUNT, T>(job, n, index, begin, end, workspace, pitch, means);
   }
-  for (int64_t block = 0; block < job.blocks(); ++block)
-    for (int k = 0; k < Step::SUMS; ++k)
-      std::copy_n(workspace + (block * Step::SUMS + k) * LANES, lanes,
-                  &job.sum(k, unit, std::min(block * LANES, job.channels - lanes)));
-}
-
-template <class T> REVBIFPN_INLINE T *ahead(T *values, int64_t elements) {
-  return values == nullptr ? nullptr : values + elements;
+  for (int k = 0; k < Step::SUMS; ++k)
+    for (int64_t index = 0; index * WIDTH<Acc> < channels; ++index)
+      std::copy_n(workspace + k * pitch + index * WIDTH<Acc>,
+                  std::min<int64_t>(WIDTH<Acc>, channels),
+                  &job.sum(k, unit, std::max<int64_t>(0, channel_of(job, index))));
 }
 
 /// Does one plane.
 template <class Step, class T> void walk_plane(const NormJob<accumulator_t<T>> &job, int64_t unit) {
+  using Acc = accumulator_t<T>;
+  using Vector = vector_of<Acc>;
+  constexpr int COUNT = TOGETHER<Step, Acc>, SUMS = Step::SUMS;
   const int64_t n = unit / job.channels, c = unit % job.channels;
-  const T *x = job.x.template at<const T>(n, c, 0, 0);
-  const T *grad = Step::READS_GRAD ? job.grad.template at<const T>(n, c, 0, 0) : nullptr;
-  T *y = WRITES<Step> ? job.y.template at<T>(n, c, 0, 0) : nullptr;
-  auto factors = factors_of(job, n, c, LANES);
+  const Place<T> place = Place<T>::template of<Step>(job, n, c, 0);
+  Factors<Vector> factors = factors_of(job, n, c);
   if constexpr (std::is_same_v<Step, Statistics>)
-    factors.mean = splat<decltype(factors.mean)>(mean_of_first(x, 1, job.pixels, 1)[0]);
-  double totals[(Step::SUMS + 1) * LANES] = {};
+    factors.mean = splat<Vector>(mean_of_first(place.x, 1, job.pixels));
+  double totals[(SUMS + 1) * LANES] = {};
   const int64_t whole = job.pixels / LANES * LANES;
   for (int64_t begin = 0; begin < whole; begin += GROUP * LANES) {
     const int64_t end = std::min(begin + GROUP * LANES, whole);
-    lane_vector<accumulator_t<T>> sums[Step::SUMS + 1] = {};
-    for (int64_t pixel = begin; pixel < end; pixel += LANES)
-      step_at<Step>(factors, x + pixel, ahead(grad, pixel), ahead(y, pixel), LANES, sums);
-    add_to<Step::SUMS>(totals, sums);
+    // Sums stay in as many lanes whatever the registers: those of each are summed in a loop.
+    for (int64_t lane = 0; lane < LANES; lane += COUNT * WIDTH<Acc>) {
+      Vector sums[COUNT][SUMS + 1] = {};
+      for (int64_t pixel = begin + lane; pixel < end; pixel += LANES)
+        REVBIFPN_UNROLLED(r, COUNT)
+      step_at<Step>(factors, place, pixel + r * WIDTH<Acc>, sums[r]);
+      REVBIFPN_UNROLLED(r, COUNT)
+      add_to<SUMS>(totals + lane + r * WIDTH<Acc>, LANES, sums[r], WIDTH<Acc>);
+    }
   }
-  if (whole < job.pixels) {
-    lane_vector<accumulator_t<T>> part[Step::SUMS + 1] = {};
-    const int64_t lanes = job.pixels - whole;
-    step_at<Step>(factors, x + whole, ahead(grad, whole), ahead(y, whole), lanes, part);
-    for (int k = 0; k < Step::SUMS; ++k)
-      for (int64_t lane = 0; lane < lanes; ++lane)
-        totals[k * LANES + lane] += part[k][lane];
+  for (int64_t pixel = whole; pixel < job.pixels; pixel += WIDTH<Acc>) {
+    Vector sums[SUMS + 1] = {};
+    const int64_t lanes = std::min<int64_t>(WIDTH<Acc>, job.pixels - pixel);
+    step_at_first<Step>(factors, place, pixel, lanes, sums);
+    add_to<SUMS>(totals + pixel - whole, LANES, sums, lanes);
   }
-  for (int k = 0; k < Step::SUMS; ++k) {
+  for (int k = 0; k < SUMS; ++k) {
     double sum = 0;
     for (int64_t lane = 0; lane < LANES; ++lane)
       sum += totals[k * LANES + lane];
@@ -177,15 +227,21 @@ void walk_units(const NormJob<accumulator_t<T>> &job, int64_t begin, int64_t end
       walk_plane<Step, T>(job, unit);
 }
 
-#define REVBIFPN_NORM_KERNEL(name, Step)                                                           \
+template <class T>
+void statistics_units(const NormJob<accumulator_t<T>> &job, int64_t begin, int64_t end,
+                      double *workspace) {
+  walk_units<Statistics, T>(job, begin, end, workspace);
+}
+
+#define REVBIFPN_NORM_KERNEL(name, ...)                                                            \
   template <class T>                                                                               \
   void name(const NormJob<accumulator_t<T>> &job, int64_t begin, int64_t end, double *workspace) { \
-    walk_units<Step, T>(job, begin, end, workspace);                                               \
+    with_act(job.act,                                                                              \
+             [&]<Act ACT>() { walk_units<__VA_ARGS__, T>(job, begin, end, workspace); });          \
   }
-REVBIFPN_NORM_KERNEL(statistics_units, Statistics)
-REVBIFPN_NORM_KERNEL(means_units, Means)
-REVBIFPN_NORM_KERNEL(norm_act_units, NormAct)
-REVBIFPN_NORM_KERNEL(plain_sums_units, GradSums<false>)
-REVBIFPN_NORM_KERNEL(gated_sums_units, GradSums<true>)
-REVBIFPN_NORM_KERNEL(norm_grad_units, NormGrad)
+REVBIFPN_NORM_KERNEL(means_units, Means<ACT>)
+REVBIFPN_NORM_KERNEL(norm_act_units, NormAct<ACT>)
+REVBIFPN_NORM_KERNEL(plain_sums_units, GradSums<ACT, false>)
+REVBIFPN_NORM_KERNEL(gated_sums_units, GradSums<ACT, true>)
+REVBIFPN_NORM_KERNEL(norm_grad_units, NormGrad<ACT>)
 #undef REVBIFPN_NORM_KERNEL

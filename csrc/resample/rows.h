@@ -51,40 +51,24 @@ struct Load {
   template <class T, class Acc> static void one(const T &pixel, Acc &value) {
     value = widen(pixel);
   }
-  template <class T, class Acc>
-  static void run(const T *__restrict pixels, int64_t count, Acc *__restrict values) {
-    for (int64_t i = 0; i < count; ++i)
-      values[i] = widen(pixels[i]);
-  }
-#ifdef __F16C__
-  static void run(const Half *__restrict pixels, int64_t count, float *__restrict values) {
+  template <class T, class Acc> static void run(const T *pixels, int64_t count, Acc *values) {
     int64_t i = 0;
-    for (; i + 8 <= count; i += 8)
-      _mm256_storeu_ps(values + i, _mm256_cvtph_ps(_mm_loadu_si128(
-                                       reinterpret_cast<const __m128i *>(pixels + i))));
-    for (; i < count; ++i)
-      values[i] = _cvtsh_ss(pixels[i].bits);
+    for (; i + WIDTH<Acc> <= count; i += WIDTH<Acc>)
+      store_vector(load_vector(pixels + i), values + i);
+    if (i < count)
+      store_first(load_first(pixels + i, count - i), values + i, count - i);
   }
-#endif
 };
 
 struct Store {
   template <class T, class Acc> static void one(T &pixel, Acc value) { pixel = narrow<T>(value); }
-  template <class T, class Acc>
-  static void run(T *__restrict pixels, int64_t count, const Acc *__restrict values) {
-    for (int64_t i = 0; i < count; ++i)
-      pixels[i] = narrow<T>(values[i]);
-  }
-#ifdef __F16C__
-  static void run(Half *__restrict pixels, int64_t count, const float *__restrict values) {
+  template <class T, class Acc> static void run(T *pixels, int64_t count, const Acc *values) {
     int64_t i = 0;
-    for (; i + 8 <= count; i += 8)
-      _mm_storeu_si128(reinterpret_cast<__m128i *>(pixels + i),
-                       _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT));
-    for (; i < count; ++i)
-      pixels[i].bits = _cvtss_sh(values[i], _MM_FROUND_TO_NEAREST_INT);
+    for (; i + WIDTH<Acc> <= count; i += WIDTH<Acc>)
+      store_vector(load_vector(values + i), pixels + i);
+    if (i < count)
+      store_first(load_vector(values + i), pixels + i, count - i);
   }
-#endif
 };
 
 /// Moves `count` pixels of a row, from `column` on.

@@ -1,37 +1,29 @@
 // Products of small matrices and activations of their results, for squeeze-excite.
 
-// Vectors of REVBIFPN_REGISTER bytes, of which a block of 16 lanes takes PARTS: GCC keeps arrays of
-// vectors that are longer than a register in memory.
-
-template <class Acc> constexpr int LANES_OF_PART = REVBIFPN_REGISTER / sizeof(Acc);
-template <class Acc> using register_of = typename VectorOf<Acc, LANES_OF_PART<Acc>>::Type;
-template <class Acc> constexpr int PARTS = LANES / LANES_OF_PART<Acc>;
+// Registers of a block of LANES numbers.
+template <class Acc> constexpr int PARTS = LANES / WIDTH<Acc>;
 
 // Sums that hide the latency of an addition.
 constexpr int ROWS_OF_PRODUCTS = 4;
 
-#define REVBIFPN_UNROLLED(index, count)                                                            \
-  _Pragma("GCC unroll 8") for (int index = 0; index < (count); ++index)
-
 /// 16 neighbours in memory.
 template <class Acc> struct Block {
-  register_of<Acc> parts[PARTS<Acc>];
+  vector_of<Acc> parts[PARTS<Acc>];
 };
 
 template <class Acc> REVBIFPN_INLINE Block<Acc> load_block(const Acc *values) {
   Block<Acc> block;
-  REVBIFPN_UNROLLED(p, PARTS<Acc>)
-  __builtin_memcpy(&block.parts[p], values + p * LANES_OF_PART<Acc>, REVBIFPN_REGISTER);
+  REVBIFPN_UNROLLED(p, PARTS<Acc>) block.parts[p] = load_vector(values + p * WIDTH<Acc>);
   return block;
 }
 
 /// The first `lanes` of 16 values, and zeros.
 template <class Acc> REVBIFPN_INLINE Block<Acc> keep_first(Block<Acc> block, int64_t lanes) {
-  register_of<Acc> numbers;
-  REVBIFPN_UNROLLED(lane, LANES_OF_PART<Acc>) numbers[lane] = static_cast<Acc>(lane);
+  vector_of<Acc> numbers;
+  REVBIFPN_UNROLLED(lane, WIDTH<Acc>) numbers[lane] = static_cast<Acc>(lane);
   REVBIFPN_UNROLLED(p, PARTS<Acc>) {
-    const Acc kept = static_cast<Acc>(lanes - p * LANES_OF_PART<Acc>);
-    block.parts[p] = numbers < kept ? block.parts[p] : register_of<Acc>{};
+    const Acc kept = static_cast<Acc>(lanes - p * WIDTH<Acc>);
+    block.parts[p] = numbers < kept ? block.parts[p] : vector_of<Acc>{};
   }
   return block;
 }
@@ -45,34 +37,40 @@ template <class Acc> REVBIFPN_INLINE Block<Acc> load_last(const Acc *values, int
   return load_block(copied);
 }
 
-template <class Acc> using four_lanes = typename VectorOf<Acc, 4>::Type;
-
-/// The lower half of the lanes plus the upper one. By way of two halves, which compilers take from
-/// a register; four quarters they would read back from memory.
-template <int COUNT, class Whole> REVBIFPN_INLINE auto add_halves(const Whole &whole) {
-  using Acc = std::remove_cvref_t<decltype(Whole{}[0])>;
-  typename VectorOf<Acc, COUNT>::Type halves[2];
-  static_assert(sizeof(halves) == sizeof(whole));
-  __builtin_memcpy(halves, &whole, sizeof(halves));
-  return halves[0] + halves[1];
+/// The lower half of the lanes plus the upper one, until four are left: the same sums for registers
+/// of any width.
+template <class Number, int COUNT>
+REVBIFPN_INLINE auto fold(typename VectorOf<Number, COUNT>::Type lanes) {
+  if constexpr (COUNT == 4)
+    return lanes;
+  else {
+    typename VectorOf<Number, COUNT / 2>::Type halves[2];
+    __builtin_memcpy(halves, &lanes, sizeof(lanes));
+    return fold<Number, COUNT / 2>(halves[0] + halves[1]);
+  }
 }
-
-/// Quarters of the lanes added up: the same sums for registers of any length.
-template <class Acc> REVBIFPN_INLINE four_lanes<Acc> fold(const Block<Acc> &block) {
-  lane_vector<Acc> lanes;
-  __builtin_memcpy(&lanes, block.parts, sizeof(lanes));
-  return add_halves<4>(add_halves<8>(lanes));
+template <class Acc> REVBIFPN_INLINE auto fold(Block<Acc> block) {
+  for (int half = PARTS<Acc> / 2; half > 0; half /= 2)
+    REVBIFPN_UNROLLED(p, half) block.parts[p] += block.parts[p + half];
+  return fold<Acc, WIDTH<Acc>>(block.parts[0]);
 }
 
 /// The sums of all lanes of COLUMNS blocks, and the bias; the last step for 4 of them together.
 template <int COLUMNS, class Acc>
 REVBIFPN_INLINE void store_sums(const Block<Acc> *sums, const Acc *bias, Acc *out) {
-  using Four = four_lanes<Acc>;
-  if constexpr (COLUMNS == 1) {
-    const Four a = fold(sums[0]);
-    out[0] = (a[0] + a[2]) + (a[1] + a[3]) + bias[0];
+  if constexpr (COLUMNS == 1 || sizeof(Acc) == 8) {
+    for (int column = 0; column < COLUMNS; ++column) {
+      Acc a[LANES];
+      REVBIFPN_UNROLLED(p, PARTS<Acc>)
+      store_vector(sums[column].parts[p], a + p * WIDTH<Acc>);
+      for (int64_t half = LANES / 2; half > 0; half /= 2)
+        for (int64_t lane = 0; lane < half; ++lane)
+          a[lane] += a[lane + half];
+      out[column] = a[0] + bias[column];
+    }
   } else {
     static_assert(COLUMNS == 4);
+    using Four = typename VectorOf<Acc, 4>::Type;
     const Four a = fold(sums[0]), b = fold(sums[1]), c = fold(sums[2]), d = fold(sums[3]);
     const Four ab = Four{a[0], b[0], a[1], b[1]} + Four{a[2], b[2], a[3], b[3]};
     const Four cd = Four{c[0], d[0], c[1], d[1]} + Four{c[2], d[2], c[3], d[3]};
@@ -97,7 +95,8 @@ REVBIFPN_INLINE void dots_of_row(const ProductJob<Acc> &job, const Acc *left, co
     const Block<Acc> values = load(left + term);
     REVBIFPN_UNROLLED(c, COLUMNS) {
       const Block<Acc> factors = load(right + c * job.terms + term);
-      REVBIFPN_UNROLLED(p, PARTS<Acc>) sums[c].parts[p] += values.parts[p] * factors.parts[p];
+      REVBIFPN_UNROLLED(p, PARTS<Acc>)
+      sums[c].parts[p] = multiply_add(values.parts[p], factors.parts[p], sums[c].parts[p]);
     }
   };
   for (int64_t term = 0; term < whole; term += LANES)
@@ -148,8 +147,10 @@ REVBIFPN_INLINE void product_of_rows(const ProductJob<Acc> &job, int64_t row, in
   Block<Acc> sums[ROWS] = {};
   const auto add = [&](const Block<Acc> &values, int64_t term) __attribute__((always_inline)) {
     REVBIFPN_UNROLLED(r, ROWS) {
-      const Acc factor = left[r * job.left_row + term * job.left_term];
-      REVBIFPN_UNROLLED(p, PARTS<Acc>) sums[r].parts[p] += values.parts[p] * factor;
+      const auto factor =
+          splat<vector_of<Acc>>(left[r * job.left_row + term * job.left_term]);
+      REVBIFPN_UNROLLED(p, PARTS<Acc>)
+      sums[r].parts[p] = multiply_add(values.parts[p], factor, sums[r].parts[p]);
     }
   };
   for (int64_t term = 0; term < whole; ++term)
@@ -182,15 +183,15 @@ template <class T>
 void act_units(const ActJob<accumulator_t<T>> &job, int64_t begin, int64_t end,
                accumulator_t<T> *) {
   using Acc = accumulator_t<T>;
-  for (int64_t first = begin; first < end; first += LANES) {
-    const int64_t lanes = std::min(LANES, end - first);
-    const lane_vector<Acc> z = load_lanes(job.z + first, lanes);
-    if (job.grad == nullptr) {
-      store_lanes<Acc>(act_lanes(job.act, z), job.out + first, lanes);
-    } else {
-      const lane_vector<Acc> grad = load_lanes(job.grad + first, lanes);
-      store_lanes<Acc>(grad * slope_lanes(job.act, z), job.out + first, lanes);
+  with_act(job.act, [&]<Act ACT>() {
+    for (int64_t first = begin; first < end; first += WIDTH<Acc>) {
+      const int64_t lanes = std::min<int64_t>(WIDTH<Acc>, end - first);
+      const auto z = load_first(job.z + first, lanes);
+      if (job.grad == nullptr)
+        store_first(act_lanes<ACT>(z), job.out + first, lanes);
+      else
+        store_first(load_first(job.grad + first, lanes) * slope_lanes<ACT>(z), job.out + first,
+                    lanes);
     }
-  }
+  });
 }
-#undef REVBIFPN_UNROLLED

@@ -1,0 +1,27 @@
+// What AVX2, FMA and F16C have and the language has not.
+
+REVBIFPN_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+REVBIFPN_INLINE Doubles multiply_add(Doubles a, Doubles b, Doubles c) {
+  return _mm256_fmadd_pd(a, b, c);
+}
+inline float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
+REVBIFPN_INLINE Words load_words(const uint16_t *values) {
+  return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(values)));
+}
+REVBIFPN_INLINE void store_words(Words words, uint16_t *values) {
+  const __m256i both = (__m256i)words;
+  _mm_storeu_si128(reinterpret_cast<__m128i *>(values),
+                   _mm_packus_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1)));
+}
+
+REVBIFPN_INLINE Floats load_vector(const Half *values) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(values)));
+}
+REVBIFPN_INLINE void store_vector(Floats vector, Half *values) {
+  _mm_storeu_si128(reinterpret_cast<__m128i *>(values),
+                   _mm256_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT));
+}

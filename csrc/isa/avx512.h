@@ -1,0 +1,25 @@
+// What AVX-512 has and the language has not. Not AVX512-BF16: it takes subnormal numbers for zeros.
+
+REVBIFPN_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+REVBIFPN_INLINE Doubles multiply_add(Doubles a, Doubles b, Doubles c) {
+  return _mm512_fmadd_pd(a, b, c);
+}
+inline float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
+REVBIFPN_INLINE Words load_words(const uint16_t *values) {
+  return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(values)));
+}
+REVBIFPN_INLINE void store_words(Words words, uint16_t *values) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i *>(values), _mm512_cvtepi32_epi16((__m512i)words));
+}
+
+REVBIFPN_INLINE Floats load_vector(const Half *values) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(values)));
+}
+REVBIFPN_INLINE void store_vector(Floats vector, Half *values) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i *>(values),
+                      _mm512_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT));
+}

@@ -1,0 +1,20 @@
+// What Arm64's NEON has and the language has not.
+
+REVBIFPN_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
+REVBIFPN_INLINE Doubles multiply_add(Doubles a, Doubles b, Doubles c) { return vfmaq_f64(c, a, b); }
+inline float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
+REVBIFPN_INLINE Words load_words(const uint16_t *values) {
+  return (Words)vmovl_u16(vld1_u16(values));
+}
+REVBIFPN_INLINE void store_words(Words words, uint16_t *values) {
+  vst1_u16(values, vmovn_u32((uint32x4_t)words));
+}
+
+REVBIFPN_INLINE Floats load_vector(const Half *values) {
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t *>(values))));
+}
+REVBIFPN_INLINE void store_vector(Floats vector, Half *values) {
+  vst1_u16(reinterpret_cast<uint16_t *>(values), vreinterpret_u16_f16(vcvt_f16_f32(vector)));
+}
