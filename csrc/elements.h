@@ -66,12 +66,13 @@ template <class Number> REVBIFPN_INLINE Number float_of_half(bits_of<Number> hal
                                (half & 0x8000u) << 16);
 }
 
-/// float32 to bfloat16, to nearest even; any NaN becomes the quiet one.
+/// float32 to bfloat16, to nearest even; any NaN becomes the one of ones.
 template <class Number> REVBIFPN_INLINE bits_of<Number> bfloat16_of(Number value) {
   using Bits = bits_of<Number>;
   const Bits bits = std::bit_cast<Bits>(value);
-  const Bits to_nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return value == value ? to_nearest_even : Bits{} + 0x7fc0u;
+  const Bits to_nearest_even = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const Bits is_nan = value == value ? Bits{} : ~Bits{};
+  return (to_nearest_even | is_nan) >> 16;
 }
 
 inline double widen(double value) { return value; }

@@ -28,8 +28,7 @@ REVBIFPN_INLINE void store_vector(Floats vector, BFloat16 *values) {
 template <class T>
 REVBIFPN_INLINE vector_of<accumulator_t<T>> load_first(const T *values, int64_t count) {
   T copied[WIDTH<accumulator_t<T>>] = {};
-  for (int64_t lane = 0; lane < count; ++lane)
-    copied[lane] = values[lane];
+  __builtin_memcpy(copied, values, count * sizeof(T));
   return load_vector(copied);
 }
 
@@ -37,8 +36,7 @@ template <class T>
 REVBIFPN_INLINE void store_first(vector_of<accumulator_t<T>> vector, T *values, int64_t count) {
   T copied[WIDTH<accumulator_t<T>>];
   store_vector(vector, copied);
-  for (int64_t lane = 0; lane < count; ++lane)
-    values[lane] = copied[lane];
+  __builtin_memcpy(values, copied, count * sizeof(T));
 }
 
 /// All lanes where `count` is a constant that says so, else the first ones.

@@ -9,6 +9,12 @@ REVBIFPN_INLINE Doubles multiply_add(Doubles a, Doubles b, Doubles c) {
 inline float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
+// A NaN in the second argument stays.
+REVBIFPN_INLINE Floats maximum(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+REVBIFPN_INLINE Floats minimum(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+REVBIFPN_INLINE Doubles maximum(Doubles a, Doubles b) { return _mm512_max_pd(a, b); }
+REVBIFPN_INLINE Doubles minimum(Doubles a, Doubles b) { return _mm512_min_pd(a, b); }
+
 REVBIFPN_INLINE Words load_words(const uint16_t *values) {
   return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(values)));
 }

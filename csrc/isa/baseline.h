@@ -5,6 +5,10 @@ template <class Number> REVBIFPN_INLINE Number multiply_add(Number a, Number b, 
   return a * b + c;
 }
 
+// A NaN in the second argument stays.
+template <class Vector> REVBIFPN_INLINE Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
+template <class Vector> REVBIFPN_INLINE Vector minimum(Vector a, Vector b) { return a < b ? a : b; }
+
 REVBIFPN_INLINE Words load_words(const uint16_t *values) {
   return Words{values[0], values[1], values[2], values[3]};
 }

@@ -5,6 +5,12 @@ REVBIFPN_INLINE Doubles multiply_add(Doubles a, Doubles b, Doubles c) { return v
 inline float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
+// A NaN stays.
+REVBIFPN_INLINE Floats maximum(Floats a, Floats b) { return vmaxq_f32(a, b); }
+REVBIFPN_INLINE Floats minimum(Floats a, Floats b) { return vminq_f32(a, b); }
+REVBIFPN_INLINE Doubles maximum(Doubles a, Doubles b) { return vmaxq_f64(a, b); }
+REVBIFPN_INLINE Doubles minimum(Doubles a, Doubles b) { return vminq_f64(a, b); }
+
 REVBIFPN_INLINE Words load_words(const uint16_t *values) {
   return (Words)vmovl_u16(vld1_u16(values));
 }

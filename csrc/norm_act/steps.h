@@ -32,7 +32,7 @@ template <Act ACT> struct Means {
 
   template <class Vector>
   REVBIFPN_INLINE static void step(const Factors<Vector> &f, Vector x, Vector, Vector *sums) {
-    sums[0] += act_lanes<ACT>(f.normalised(x - f.mean));
+    sums[0] += activate<ACT>(f.normalised(x - f.mean)).value;
   }
 };
 
@@ -42,7 +42,7 @@ template <Act ACT> struct NormAct {
 
   template <class Vector>
   REVBIFPN_INLINE static Vector step(const Factors<Vector> &f, Vector x, Vector, Vector *) {
-    return act_lanes<ACT>(f.normalised(x - f.mean)) * f.gate;
+    return activate<ACT>(f.normalised(x - f.mean)).value * f.gate;
   }
 };
 
@@ -52,14 +52,15 @@ template <Act ACT, bool GATED> struct GradSums {
 
   template <class Vector>
   REVBIFPN_INLINE static void step(const Factors<Vector> &f, Vector x, Vector grad, Vector *sums) {
-    const Vector xc = x - f.mean, z = f.normalised(xc);
-    const Vector slope = slope_lanes<ACT>(z), sloped = grad * slope;
+    const Vector xc = x - f.mean;
+    const auto [value, slope] = activate<ACT>(f.normalised(xc));
+    const Vector sloped = grad * slope;
     sums[0] += sloped;
     sums[1] = multiply_add(sloped, xc, sums[1]);
     if constexpr (GATED) {
       sums[2] += slope;
       sums[3] = multiply_add(slope, xc, sums[3]);
-      sums[4] = multiply_add(grad, act_lanes<ACT>(z), sums[4]);
+      sums[4] = multiply_add(grad, value, sums[4]);
     }
   }
 };
@@ -70,9 +71,9 @@ template <Act ACT> struct NormGrad {
 
   template <class Vector>
   REVBIFPN_INLINE static Vector step(const Factors<Vector> &f, Vector x, Vector grad, Vector *) {
-    const Vector xc = x - f.mean, z = f.normalised(xc);
+    const Vector xc = x - f.mean, slope = activate<ACT>(f.normalised(xc)).slope;
     const Vector dy = multiply_add(grad, f.gate, f.grad_mean);
     const Vector rest = multiply_add(-f.tilt, xc, -f.offset);
-    return f.invstd * f.weight * multiply_add(dy, slope_lanes<ACT>(z), rest);
+    return f.invstd * f.weight * multiply_add(dy, slope, rest);
   }
 };

@@ -58,7 +58,7 @@ REVBIFPN_INLINE void step_at(const Factors<Vector> &factors, const Place<T> &pla
 
 /// The same of the first `lanes` lanes alone; sums of the others are of no use.
 template <class Step, class T, class Vector>
-void step_at_first(const Factors<Vector> &factors, const Place<T> &place, int64_t offset,
+__attribute__((noinline)) void step_at_first(const Factors<Vector> &factors, const Place<T> &place, int64_t offset,
                    int64_t lanes, Vector *sums) {
   Vector grad = {};
   if constexpr (Step::READS_GRAD)
@@ -127,7 +127,7 @@ REVBIFPN_INLINE void walk_group(const NormJob<accumulator_t<T>> &job, int64_t n,
 
 /// The same for maps of fewer channels than a register has lanes.
 template <class Step, class T>
-void walk_group_of_few(const NormJob<accumulator_t<T>> &job, int64_t n, int64_t begin, int64_t end,
+__attribute__((noinline)) void walk_group_of_few(const NormJob<accumulator_t<T>> &job, int64_t n, int64_t begin, int64_t end,
                        double *totals, int64_t pitch, const accumulator_t<T> *means) {
   using Vector = vector_of<accumulator_t<T>>;
   Factors<Vector> factors = factors_of(job, n, 0, job.channels);

@@ -188,9 +188,9 @@ void act_units(const ActJob<accumulator_t<T>> &job, int64_t begin, int64_t end,
       const int64_t lanes = std::min<int64_t>(WIDTH<Acc>, end - first);
       const auto z = load_first(job.z + first, lanes);
       if (job.grad == nullptr)
-        store_first(act_lanes<ACT>(z), job.out + first, lanes);
+        store_first(activate<ACT>(z).value, job.out + first, lanes);
       else
-        store_first(load_first(job.grad + first, lanes) * slope_lanes<ACT>(z), job.out + first,
+        store_first(load_first(job.grad + first, lanes) * activate<ACT>(z).slope, job.out + first,
                     lanes);
     }
   });
