@@ -66,13 +66,10 @@ template <class Number> REVBIFPN_INLINE Number float_of_half(bits_of<Number> hal
                                (half & 0x8000u) << 16);
 }
 
-/// float32 to bfloat16, to nearest even; any NaN becomes the one of ones.
-template <class Number> REVBIFPN_INLINE bits_of<Number> bfloat16_of(Number value) {
-  using Bits = bits_of<Number>;
-  const Bits bits = std::bit_cast<Bits>(value);
-  const Bits to_nearest_even = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const Bits is_nan = value == value ? Bits{} : ~Bits{};
-  return (to_nearest_even | is_nan) >> 16;
+/// float32 with a bfloat16 in its upper half, to nearest even; what is left in the lower half does
+/// not count. NaN has to be put back.
+template <class Bits> REVBIFPN_INLINE Bits rounded_to_bfloat16(Bits bits) {
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 
 inline double widen(double value) { return value; }
@@ -85,7 +82,8 @@ template <class T> T narrow(accumulator_t<T> value);
 template <> inline double narrow<double>(double value) { return value; }
 template <> inline float narrow<float>(float value) { return value; }
 template <> inline BFloat16 narrow<BFloat16>(float value) {
-  return {static_cast<uint16_t>(bfloat16_of(value))};
+  const uint32_t rounded = rounded_to_bfloat16(std::bit_cast<uint32_t>(value));
+  return {static_cast<uint16_t>((value == value ? rounded : ~0u) >> 16)};
 }
 template <> inline Half narrow<Half>(float value) {
   return {static_cast<uint16_t>(half_of(value))};

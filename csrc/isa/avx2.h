@@ -15,6 +15,11 @@ REVBIFPN_INLINE Floats minimum(Floats a, Floats b) { return _mm256_min_ps(a, b);
 REVBIFPN_INLINE Doubles maximum(Doubles a, Doubles b) { return _mm256_max_pd(a, b); }
 REVBIFPN_INLINE Doubles minimum(Doubles a, Doubles b) { return _mm256_min_pd(a, b); }
 
+/// `words`, all ones where the value is NaN.
+REVBIFPN_INLINE Words put_nan(Words words, Floats values) {
+  return words | (Words)_mm256_cmp_ps(values, values, _CMP_UNORD_Q);
+}
+
 REVBIFPN_INLINE Words load_words(const uint16_t *values) {
   return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(values)));
 }

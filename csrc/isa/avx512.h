@@ -15,6 +15,12 @@ REVBIFPN_INLINE Floats minimum(Floats a, Floats b) { return _mm512_min_ps(a, b);
 REVBIFPN_INLINE Doubles maximum(Doubles a, Doubles b) { return _mm512_max_pd(a, b); }
 REVBIFPN_INLINE Doubles minimum(Doubles a, Doubles b) { return _mm512_min_pd(a, b); }
 
+/// `words`, all ones where the value is NaN.
+REVBIFPN_INLINE Words put_nan(Words words, Floats values) {
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+  return (Words)_mm512_mask_set1_epi32((__m512i)words, is_nan, -1);
+}
+
 REVBIFPN_INLINE Words load_words(const uint16_t *values) {
   return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(values)));
 }

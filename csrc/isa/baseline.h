@@ -9,6 +9,11 @@ template <class Number> REVBIFPN_INLINE Number multiply_add(Number a, Number b, 
 template <class Vector> REVBIFPN_INLINE Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
 template <class Vector> REVBIFPN_INLINE Vector minimum(Vector a, Vector b) { return a < b ? a : b; }
 
+/// `words`, all ones where the value is NaN.
+REVBIFPN_INLINE Words put_nan(Words words, Floats values) {
+  return values == values ? words : ~Words{};
+}
+
 REVBIFPN_INLINE Words load_words(const uint16_t *values) {
   return Words{values[0], values[1], values[2], values[3]};
 }

@@ -11,6 +11,11 @@ REVBIFPN_INLINE Floats minimum(Floats a, Floats b) { return vminq_f32(a, b); }
 REVBIFPN_INLINE Doubles maximum(Doubles a, Doubles b) { return vmaxq_f64(a, b); }
 REVBIFPN_INLINE Doubles minimum(Doubles a, Doubles b) { return vminq_f64(a, b); }
 
+/// `words`, all ones where the value is NaN.
+REVBIFPN_INLINE Words put_nan(Words words, Floats values) {
+  return words | ~(Words)vceqq_f32(values, values);
+}
+
 REVBIFPN_INLINE Words load_words(const uint16_t *values) {
   return (Words)vmovl_u16(vld1_u16(values));
 }

@@ -1,14 +1,11 @@
 // Batch norm, activation and gate: the computation of each kernel on one vector. A step either adds
 // to its sums or returns the vector that is stored.
 
-/// The values that are constant over a unit of work, for one vector.
+/// The values that are constant over a unit of work, for one vector; scale is invstd * weight.
 template <class Vector> struct Factors {
-  Vector mean, invstd, weight, bias, gate, grad_mean, offset, tilt;
+  Vector mean, scale, bias, gate, grad_mean, offset, tilt;
 
-  /// Multiplies by invstd and weight in turn: the rounding of their product would add up in sums.
-  REVBIFPN_INLINE Vector normalised(Vector xc) const {
-    return multiply_add(xc * invstd, weight, bias);
-  }
+  REVBIFPN_INLINE Vector normalised(Vector xc) const { return multiply_add(xc, scale, bias); }
 };
 
 /// `mean` is the mean of the unit's first pixels, near enough that the squares lose no digits. The
@@ -73,7 +70,7 @@ template <Act ACT> struct NormGrad {
   REVBIFPN_INLINE static Vector step(const Factors<Vector> &f, Vector x, Vector grad, Vector *) {
     const Vector xc = x - f.mean, slope = activate<ACT>(f.normalised(xc)).slope;
     const Vector dy = multiply_add(grad, f.gate, f.grad_mean);
-    const Vector rest = multiply_add(-f.tilt, xc, -f.offset);
-    return f.invstd * f.weight * multiply_add(dy, slope, rest);
+    const Vector rest = multiply_add(f.tilt, xc, f.offset);
+    return f.scale * multiply_add(dy, slope, rest);
   }
 };

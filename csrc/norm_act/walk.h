@@ -1,15 +1,17 @@
 // The two walks of batch norm, activation and gate over an image: pixel by pixel of channels_last,
 // or plane by plane. `Step` is the computation on one vector: see steps.h.
 
-// Pixels, or runs of LANES pixels of a plane, whose sums are added up in float32 before they join
-// those in float64; a group of pixels stays in the first-level cache.
+// Pixels of a plane whose sums add up in lanes of their own; as many for all instruction sets, so
+// that sums have the same bits.
+constexpr int64_t RUN = 32;
+// Pixels, or runs of a plane, whose sums are added up in float32 before they join those in float64;
+// a group of pixels stays in the first-level cache.
 constexpr int64_t GROUP = 16;
 
 template <class Step> constexpr bool WRITES = Step::SUMS == 0;
 
 /// Registers that take a step together: two hide the latency of few sums; many sums hide it alone.
-template <class Step, class Acc>
-constexpr int TOGETHER = WRITES<Step> || Step::SUMS > 3 || WIDTH<Acc> == LANES ? 1 : 2;
+template <class Step> constexpr int TOGETHER = WRITES<Step> || Step::SUMS > 3 ? 1 : 2;
 
 /// Where the vectors of a step lie.
 template <class T> struct Place {
@@ -23,7 +25,7 @@ template <class T> struct Place {
   }
 };
 
-/// The factors of one register's channels from `c` on, of which `lanes` exist, or of one channel in
+/// The factors of a register's channels from `c` on, of which `lanes` exist, or of one channel in
 /// all lanes.
 template <class Acc>
 REVBIFPN_INLINE Factors<vector_of<Acc>> factors_of(const NormJob<Acc> &job, int64_t n, int64_t c,
@@ -36,10 +38,9 @@ REVBIFPN_INLINE Factors<vector_of<Acc>> factors_of(const NormJob<Acc> &job, int6
     return load_lanes(values + first, lanes);
   };
   const int64_t plane = n * job.channels + c;
-  return {take(job.mean, c, 0),          take(job.invstd, c, 1),
-          take(job.weight, c, 1),        take(job.bias, c, 0),
-          take(job.gate, plane, 1),      take(job.grad_mean, plane, 0),
-          take(job.offset, c, 0),        take(job.tilt, c, 0)};
+  return {take(job.mean, c, 0),     take(job.invstd, c, 1) * take(job.weight, c, 1),
+          take(job.bias, c, 0),     take(job.gate, plane, 1),
+          take(job.grad_mean, plane, 0), -take(job.offset, c, 0), -take(job.tilt, c, 0)};
 }
 
 /// A step of one register, at `offset` elements from the place.
@@ -153,7 +154,7 @@ template <class T> accumulator_t<T> mean_of_first(const T *x, int64_t stride, in
 template <class Step, class T>
 void walk_pixels(const NormJob<accumulator_t<T>> &job, int64_t unit, double *workspace) {
   using Acc = accumulator_t<T>;
-  constexpr int COUNT = TOGETHER<Step, Acc>;
+  constexpr int COUNT = WIDTH<Acc> < LANES ? TOGETHER<Step> : 1;
   const int64_t n = unit / job.chunks(), first = unit % job.chunks() * job.chunk_pixels;
   const int64_t last = std::min(first + job.chunk_pixels, job.pixels);
   const int64_t channels = job.channels, registers = ceil_div(channels, WIDTH<Acc> * COUNT) * COUNT;
@@ -179,40 +180,81 @@ void walk_pixels(const NormJob<accumulator_t<T>> &job, int64_t unit, double *wor
                   &job.sum(k, unit, std::max<int64_t>(0, channel_of(job, index))));
 }
 
+/// A step of PARTS registers of a pair from part `first` on.
+template <class Step, int PARTS, class T, class Vector>
+REVBIFPN_INLINE void step_parts(const Factors<Vector> &factors, const Place<T> &place,
+                                int64_t offset, int first, Vector (*sums)[Step::SUMS + 1]) {
+  Vector results[PARTS];
+  REVBIFPN_UNROLLED(r, PARTS) {
+    Vector grad = {};
+    if constexpr (Step::READS_GRAD)
+      grad = load_part(place.grad + offset, first + r);
+    const Vector x = load_part(place.x + offset, first + r);
+    if constexpr (WRITES<Step>)
+      results[r] = Step::step(factors, x, grad, sums[r]);
+    else
+      Step::step(factors, x, grad, sums[r]);
+  }
+  if constexpr (WRITES<Step>)
+    store_pair(results[0], results[1], place.y + offset);
+}
+
+/// Adds the sums over some runs of a plane to `totals`, in the lanes that they are in.
+template <class Step, class T, class Vector>
+REVBIFPN_INLINE void walk_runs(const Factors<Vector> &factors, const Place<T> &place, int64_t begin,
+                               int64_t end, double *totals) {
+  constexpr int COUNT = TOGETHER<Step>, ALL = WIDTH<accumulator_t<T>>;
+  for (int64_t lane = 0; lane < RUN; lane += 2 * ALL)
+    for (int part = 0; part < 2; part += COUNT) {
+      Vector sums[COUNT][Step::SUMS + 1] = {};
+      for (int64_t pixel = begin + lane; pixel < end; pixel += RUN)
+        step_parts<Step, COUNT>(factors, place, pixel, part, sums);
+      REVBIFPN_UNROLLED(r, COUNT)
+      add_to<Step::SUMS>(totals + lane + (part + r) * ALL, RUN, sums[r], ALL);
+    }
+}
+
+/// Does the last pixels of a plane, fewer than a run; returns their sums in the lanes of a run.
+template <class Step, class T, class Vector>
+REVBIFPN_INLINE void walk_rest(const Factors<Vector> &factors, const Place<T> &place, int64_t begin,
+                               int64_t end, double *totals) {
+  constexpr int64_t ALL = WIDTH<accumulator_t<T>>;
+  for (int64_t pixel = begin; pixel < end; pixel += ALL) {
+    Vector sums[Step::SUMS + 1] = {};
+    const int64_t lanes = std::min(ALL, end - pixel);
+    if (lanes == ALL)
+      step_at<Step>(factors, place, pixel, sums);
+    else
+      step_at_first<Step>(factors, place, pixel, lanes, sums);
+    add_to<Step::SUMS>(totals + (pixel - begin), RUN, sums, lanes);
+  }
+}
+
 /// Does one plane.
 template <class Step, class T> void walk_plane(const NormJob<accumulator_t<T>> &job, int64_t unit) {
   using Acc = accumulator_t<T>;
   using Vector = vector_of<Acc>;
-  constexpr int COUNT = TOGETHER<Step, Acc>, SUMS = Step::SUMS;
+  constexpr int SUMS = Step::SUMS;
   const int64_t n = unit / job.channels, c = unit % job.channels;
   const Place<T> place = Place<T>::template of<Step>(job, n, c, 0);
   Factors<Vector> factors = factors_of(job, n, c);
   if constexpr (std::is_same_v<Step, Statistics>)
     factors.mean = splat<Vector>(mean_of_first(place.x, 1, job.pixels));
-  double totals[(SUMS + 1) * LANES] = {};
-  const int64_t whole = job.pixels / LANES * LANES;
-  for (int64_t begin = 0; begin < whole; begin += GROUP * LANES) {
-    const int64_t end = std::min(begin + GROUP * LANES, whole);
-    // Sums stay in as many lanes whatever the registers: those of each are summed in a loop.
-    for (int64_t lane = 0; lane < LANES; lane += COUNT * WIDTH<Acc>) {
-      Vector sums[COUNT][SUMS + 1] = {};
-      for (int64_t pixel = begin + lane; pixel < end; pixel += LANES)
-        REVBIFPN_UNROLLED(r, COUNT)
-      step_at<Step>(factors, place, pixel + r * WIDTH<Acc>, sums[r]);
-      REVBIFPN_UNROLLED(r, COUNT)
-      add_to<SUMS>(totals + lane + r * WIDTH<Acc>, LANES, sums[r], WIDTH<Acc>);
-    }
-  }
-  for (int64_t pixel = whole; pixel < job.pixels; pixel += WIDTH<Acc>) {
-    Vector sums[SUMS + 1] = {};
-    const int64_t lanes = std::min<int64_t>(WIDTH<Acc>, job.pixels - pixel);
-    step_at_first<Step>(factors, place, pixel, lanes, sums);
-    add_to<SUMS>(totals + pixel - whole, LANES, sums, lanes);
-  }
+  double totals[(SUMS + 1) * RUN] = {}, rest[(SUMS + 1) * RUN] = {};
+  const int64_t whole = job.pixels / RUN * RUN;
+  if constexpr (WRITES<Step>)
+    for (int64_t pixel = 0; pixel < whole; pixel += 2 * WIDTH<Acc>)
+      step_parts<Step, 2, T, Vector>(factors, place, pixel, 0, {});
+  else
+    for (int64_t begin = 0; begin < whole; begin += GROUP * RUN)
+      walk_runs<Step>(factors, place, begin, std::min(begin + GROUP * RUN, whole), totals);
+  walk_rest<Step>(factors, place, whole, job.pixels, rest);
   for (int k = 0; k < SUMS; ++k) {
     double sum = 0;
-    for (int64_t lane = 0; lane < LANES; ++lane)
-      sum += totals[k * LANES + lane];
+    for (int64_t i = 0; i < RUN; ++i) {
+      constexpr int64_t PAIR = 2 * WIDTH<Acc>;
+      sum += totals[k * RUN + i / PAIR * PAIR + lane_in_pair<T>(i % PAIR)] + rest[k * RUN + i];
+    }
     job.sum(k, unit, 0) = sum;
   }
 }
