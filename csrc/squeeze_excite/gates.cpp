@@ -57,10 +57,12 @@ template <class Acc> std::vector<Acc> transpose(const Acc *values, int64_t rows,
 
 /// out (columns) = the sum of all rows of values (rows, columns).
 template <class Acc> void add_rows_up(const Acc *values, Acc *out, int64_t rows, int64_t columns) {
-  std::fill_n(out, columns, Acc{0});
+  std::vector<double> sums(columns);
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t column = 0; column < columns; ++column)
-      out[column] += values[row * columns + column];
+      sums[column] += values[row * columns + column];
+  for (int64_t column = 0; column < columns; ++column)
+    out[column] = static_cast<Acc>(sums[column]);
 }
 
 template <class Acc> Acc hardsigmoid(Acc z) {
