@@ -66,12 +66,16 @@ template <class Number> REVBIFPN_INLINE Number float_of_half(bits_of<Number> hal
                                (half & 0x8000u) << 16);
 }
 
-/// float32 to bfloat16, to nearest even; any NaN becomes the quiet one.
+/// All bits where the comparison holds, else none.
+REVBIFPN_INLINE uint32_t lanes_where(bool condition) { return condition ? ~0u : 0u; }
+REVBIFPN_INLINE Words lanes_where(vector_of<int32_t> condition) { return (Words)condition; }
+
+/// float32 to bfloat16, to nearest even; any NaN becomes the one with all bits set.
 template <class Number> REVBIFPN_INLINE bits_of<Number> bfloat16_of(Number value) {
   using Bits = bits_of<Number>;
   const Bits bits = std::bit_cast<Bits>(value);
-  const Bits to_nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return value == value ? to_nearest_even : Bits{} + 0x7fc0u;
+  const Bits to_nearest_even = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return (to_nearest_even | lanes_where(value != value)) >> 16;
 }
 
 inline double widen(double value) { return value; }

@@ -24,6 +24,16 @@ REVBIFPN_INLINE void store_vector(Floats vector, BFloat16 *values) {
   store_words(bfloat16_of(vector), reinterpret_cast<uint16_t *>(values));
 }
 
+/// Two vectors side by side, which bfloat16 stores at less cost than one by one.
+template <class Vector, class T>
+REVBIFPN_INLINE void store_two_vectors(Vector first, Vector second, T *values) {
+  store_vector(first, values);
+  store_vector(second, values + WIDTH<accumulator_t<T>>);
+}
+REVBIFPN_INLINE void store_two_vectors(Floats first, Floats second, BFloat16 *values) {
+  store_words(bfloat16_of(first), bfloat16_of(second), reinterpret_cast<uint16_t *>(values));
+}
+
 /// The first `count` values; the other lanes are zeros.
 template <class T>
 REVBIFPN_INLINE vector_of<accumulator_t<T>> load_first(const T *values, int64_t count) {

@@ -71,8 +71,7 @@ template <class Acc> int64_t ring_rows_of(const Source<Acc> &source, int64_t run
 template <class Acc> void size_workspace(AddJob<Acc> &job) {
   const int64_t lanes = job.groups.lane_block, size = job.strip_columns * lanes;
   job.run_rows = std::clamp<int64_t>(RUN_SIZE / size, 1, job.chunk_rows);
-  job.strip_size = size + PADDING;
-  job.run_size = job.run_rows * size + PADDING;
+  job.strip_size = ceil_div(size, LANES) * LANES + PADDING;
   int64_t scratch = 0;
   for (Source<Acc> &source : job.sources) {
     source.ring_rows = ring_rows_of(source, job.run_rows);
@@ -80,7 +79,7 @@ template <class Acc> void size_workspace(AddJob<Acc> &job) {
     scratch = std::max(scratch, source.kind == Kind::area ? job.strip_columns * source.block_w
                                                           : source.ring_rows * width);
   }
-  job.scratch_size = scratch * lanes + PADDING;
+  job.scratch_size = ceil_div(scratch * lanes, LANES) * LANES + PADDING;
 }
 
 /// Divides the maps into units: strips first, and chunks of rows where there are few planes for the

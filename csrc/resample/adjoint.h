@@ -12,7 +12,7 @@ void gather_by_table(const Gather<Acc> &columns, const Acc *row, int64_t lanes, 
     const int64_t first = columns.begin[q], terms = columns.terms(q);
     if (lanes > 1) {
       sum_weighted_rows(out + q * lanes, Rows<const Acc>{row, lanes}, first, weights, terms,
-                        whole_vectors(lanes));
+                        whole_vectors<Acc>(lanes));
       continue;
     }
     Acc sum = terms == 0 ? Acc(0) : weights[0] * row[first];
@@ -28,7 +28,7 @@ void gather_between(const Acc *weights, const Acc *row, int64_t pixels, Acc *out
   Acc weight[2 * FACTOR];
   std::copy_n(weights, 2 * FACTOR, weight);
   const Acc *next = row + FACTOR;
-  const int64_t count = whole_vectors(pixels);
+  const int64_t count = whole_vectors<Acc>(pixels);
   REVBIFPN_INDEPENDENT
   for (int64_t q = 0; q < count; ++q) {
     Acc sum = weight[0] * row[q * FACTOR];
@@ -114,7 +114,7 @@ private:
   bool is_read_in_place(const Tile &tile) const {
     const int64_t size = job.grad.width * tile.lanes;
     return !std::is_same_v<T, Half> && has_dense_rows(job.grad, tile) &&
-           (std::is_same_v<T, Acc> || size == whole_vectors(size));
+           (std::is_same_v<T, Acc> || size == whole_vectors<Acc>(size));
   }
 
   /// Computes the rows of result k that need only grad's rows before `loaded`.
@@ -146,7 +146,7 @@ private:
       sum_rows(result, rows, begin, end, size, size);
     } else {
       const Rows<const Acc> rows{ring, size, job.ring_rows - 1};
-      sum_rows(result, rows, begin, end, size, whole_vectors(size));
+      sum_rows(result, rows, begin, end, size, whole_vectors<Acc>(size));
     }
     for (int64_t r = begin; r < end; ++r)
       gather_columns(result, tile, gathered + (r - begin) * size,

@@ -4,7 +4,9 @@
 // comes PADDING, so that loops may run on to a whole vector instead of finishing one by one, which
 // matters for narrow maps; the values that they write there are overwritten or never read.
 
-constexpr int64_t whole_vectors(int64_t count) { return (count + LANES - 1) & ~(LANES - 1); }
+template <class Acc> constexpr int64_t whole_vectors(int64_t count) {
+  return (count + WIDTH<Acc> - 1) / WIDTH<Acc> * WIDTH<Acc>;
+}
 
 /// The part of a group of planes that is worked on.
 struct Tile {
@@ -46,28 +48,30 @@ void prefetch_row(const Maps &maps, const Tile &tile, int64_t row, int64_t colum
     __builtin_prefetch(reinterpret_cast<const void *>(line));
 }
 
+/// Converts a run of elements; the last vector may overlap the one before it.
+template <class From, class To> void convert_run(const From *from, int64_t count, To *to) {
+  constexpr int64_t STEP = WIDTH<accumulator_t<From>>;
+  if (count < STEP)
+    return store_first(load_first(from, count), to, count);
+  for (int64_t i = 0; i + STEP < count; i += STEP)
+    store_vector(load_vector(from + i), to + i);
+  store_vector(load_vector(from + count - STEP), to + count - STEP);
+}
+
 // How elements move from memory into the workspace, and back with one rounding.
 struct Load {
   template <class T, class Acc> static void one(const T &pixel, Acc &value) {
     value = widen(pixel);
   }
   template <class T, class Acc> static void run(const T *pixels, int64_t count, Acc *values) {
-    int64_t i = 0;
-    for (; i + WIDTH<Acc> <= count; i += WIDTH<Acc>)
-      store_vector(load_vector(pixels + i), values + i);
-    if (i < count)
-      store_first(load_first(pixels + i, count - i), values + i, count - i);
+    convert_run(pixels, count, values);
   }
 };
 
 struct Store {
   template <class T, class Acc> static void one(T &pixel, Acc value) { pixel = narrow<T>(value); }
   template <class T, class Acc> static void run(T *pixels, int64_t count, const Acc *values) {
-    int64_t i = 0;
-    for (; i + WIDTH<Acc> <= count; i += WIDTH<Acc>)
-      store_vector(load_vector(values + i), pixels + i);
-    if (i < count)
-      store_first(load_vector(values + i), pixels + i, count - i);
+    convert_run(values, count, pixels);
   }
 };
 
