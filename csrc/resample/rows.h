@@ -127,38 +127,35 @@ template <class T> struct Rows {
   T *operator[](int64_t i) const { return data + (i & mask) * stride; }
 };
 
-/// out (= or +=) TERMS weighted rows from `begin` on, added in order.
-template <int TERMS, bool IS_FIRST, class T, class Acc>
-REVBIFPN_INLINE void add_weighted_rows(Acc *out, const Rows<const T> &rows, int64_t begin,
-                                       const Acc *weights, int64_t count) {
-  const T *row[TERMS];
-  Acc weight[TERMS];
-  for (int term = 0; term < TERMS; ++term) {
-    row[term] = rows[begin + term];
-    weight[term] = weights[term];
+/// COUNT vectors of the sum of `terms` weighted rows from `begin` on, added in order; of the last
+/// vector only the first `lanes` lanes may be read.
+template <int COUNT, class T, class Acc>
+REVBIFPN_INLINE void sum_vectors(const Rows<const T> &rows, int64_t begin, const Acc *weights,
+                                 int64_t terms, int64_t i, int64_t lanes, Acc *out) {
+  using Vector = vector_of<Acc>;
+  Vector sums[COUNT] = {};
+  for (int64_t term = 0; term < terms; ++term) {
+    const T *row = rows[begin + term] + i;
+    const Vector weight = splat<Vector>(weights[term]);
+    REVBIFPN_UNROLLED(k, COUNT) {
+      const Vector values =
+          COUNT > 1 ? load_vector(row + k * WIDTH<Acc>) : load_lanes(row, lanes);
+      sums[k] = multiply_add(weight, values, sums[k]);
+    }
   }
-  REVBIFPN_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) {
-    Acc sum = weight[0] * widen(row[0][i]);
-    if (!IS_FIRST)
-      sum = out[i] + sum;
-    for (int term = 1; term < TERMS; ++term)
-      sum = sum + weight[term] * widen(row[term][i]);
-    out[i] = sum;
-  }
+  REVBIFPN_UNROLLED(k, COUNT) store_lanes(sums[k], out + i + k * WIDTH<Acc>, lanes);
 }
 
-/// out = the sum of `terms` weighted rows from `begin` on, added in order whatever the grouping.
+/// out = the sum of `terms` weighted rows from `begin` on. The sums stay in registers.
 template <class T, class Acc>
 void sum_weighted_rows(Acc *out, const Rows<const T> &rows, int64_t begin, const Acc *weights,
                        int64_t terms, int64_t count) {
-  int64_t term = std::min<int64_t>(terms, 4);
-  if (term == 0)
-    std::fill_n(out, count, Acc(0));
-  with_constant<1, 2, 3, 4>(
-      term, [&]<int TERMS>() { add_weighted_rows<TERMS, true>(out, rows, begin, weights, count); });
-  for (; term + 4 <= terms; term += 4)
-    add_weighted_rows<4, false>(out, rows, begin + term, weights + term, count);
-  for (; term < terms; ++term)
-    add_weighted_rows<1, false>(out, rows, begin + term, weights + term, count);
+  constexpr int64_t STEP = WIDTH<Acc>;
+  int64_t i = 0;
+  for (; i + 4 * STEP <= count; i += 4 * STEP)
+    sum_vectors<4>(rows, begin, weights, terms, i, STEP, out);
+  for (; i + STEP <= count; i += STEP)
+    sum_vectors<1>(rows, begin, weights, terms, i, STEP, out);
+  if (i < count)
+    sum_vectors<1>(rows, begin, weights, terms, i, count - i, out);
 }
