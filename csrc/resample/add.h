@@ -13,9 +13,9 @@ template <class Acc> struct Term {
 // Each source has one term, or two if it is bilinear.
 constexpr int MAX_TERMS = 2 * MAX_SOURCES;
 
-/// y = x + the sum of the terms from `offset` on, on the lattice if it SNAPS. There are COUNT terms,
-/// or `terms_used` if that is 0. y may be x: the last vector, which may overlap the one before it, is
-/// read before anything is written. What lies `ahead` elements after x is used soon.
+/// y = x + the sum of the terms from `offset` on, on the lattice if it SNAPS. There are COUNT
+/// terms, or `terms_used` if that is 0. y may be x: the last vector, which may overlap the one
+/// before it, is read before anything is written. What lies `ahead` elements after x is used soon.
 template <int COUNT, bool SNAPS, class T>
 void update_elements(const Term<accumulator_t<T>> *terms, int terms_used, int64_t offset,
                      accumulator_t<T> snap, const T *x, T *y, int64_t count, int64_t ahead) {
@@ -65,8 +65,8 @@ template <bool SNAPS, class T> Update<T> update_of(int count) {
   return update;
 }
 
-/// values = scale * values + shift; the product is rounded before the sum, as in PyTorch. Each pixel
-/// has `lanes` scales and shifts.
+/// values = scale * values + shift; the product is rounded before the sum, as in PyTorch. Each
+/// pixel has `lanes` scales and shifts.
 template <class Acc>
 void scale_pixels(const Acc *scale, const Acc *shift, int64_t lanes, int64_t pixels, Acc *values) {
   const Acc *end = values + pixels * lanes;
@@ -91,7 +91,8 @@ template <class T> class StripAdder {
 public:
   StripAdder(const AddJob<Acc> &job, Acc *workspace)
       : job(job), sources(static_cast<int>(job.sources.size())) {
-    staged = reinterpret_cast<Acc *>((reinterpret_cast<uintptr_t>(workspace) + 63) & ~63ull);
+    // Rows begin at cache lines, so that no vector lies in two.
+    staged = workspace + (-reinterpret_cast<uintptr_t>(workspace) % 64) / sizeof(Acc);
     scratch = staged + job.strip_size;
     Acc *place = scratch + job.scratch_size;
     for (int k = 0; k < sources; ++k) {

@@ -74,7 +74,7 @@ template <class Acc> struct AddJob {
   int64_t strip_size, scratch_size;
 
   int64_t workspace_size() const {
-    int64_t size = PADDING + strip_size + scratch_size;
+    int64_t size = PADDING + strip_size + scratch_size; // PADDING to begin at a cache line
     for (const auto &source : sources)
       size += source.ring_rows * strip_size;
     return size;

@@ -127,8 +127,8 @@ template <class T> struct Rows {
   T *operator[](int64_t i) const { return data + (i & mask) * stride; }
 };
 
-/// COUNT vectors of the sum of `terms` weighted rows from `begin` on, added in order; of the last
-/// vector only the first `lanes` lanes may be read.
+/// COUNT vectors of the sum of `terms` weighted rows from `begin` on, added in order. Of a single
+/// vector only the first `lanes` lanes are read and written.
 template <int COUNT, class T, class Acc>
 REVBIFPN_INLINE void sum_vectors(const Rows<const T> &rows, int64_t begin, const Acc *weights,
                                  int64_t terms, int64_t i, int64_t lanes, Acc *out) {
@@ -137,25 +137,27 @@ REVBIFPN_INLINE void sum_vectors(const Rows<const T> &rows, int64_t begin, const
   for (int64_t term = 0; term < terms; ++term) {
     const T *row = rows[begin + term] + i;
     const Vector weight = splat<Vector>(weights[term]);
-    REVBIFPN_UNROLLED(k, COUNT) {
-      const Vector values =
-          COUNT > 1 ? load_vector(row + k * WIDTH<Acc>) : load_lanes(row, lanes);
-      sums[k] = multiply_add(weight, values, sums[k]);
-    }
+    REVBIFPN_UNROLLED(k, COUNT)
+      sums[k] = multiply_add(weight, load_lanes(row + k * WIDTH<Acc>, lanes), sums[k]);
   }
   REVBIFPN_UNROLLED(k, COUNT) store_lanes(sums[k], out + i + k * WIDTH<Acc>, lanes);
 }
 
-/// out = the sum of `terms` weighted rows from `begin` on. The sums stay in registers.
+/// out = the sum of `terms` weighted rows from `begin` on. The sums stay in registers, of several
+/// vectors at a time, because each addition waits for the one before; the last may overlap.
 template <class T, class Acc>
 void sum_weighted_rows(Acc *out, const Rows<const T> &rows, int64_t begin, const Acc *weights,
                        int64_t terms, int64_t count) {
   constexpr int64_t STEP = WIDTH<Acc>;
+  if (count < STEP)
+    return sum_vectors<1>(rows, begin, weights, terms, 0, count, out);
   int64_t i = 0;
   for (; i + 4 * STEP <= count; i += 4 * STEP)
     sum_vectors<4>(rows, begin, weights, terms, i, STEP, out);
-  for (; i + STEP <= count; i += STEP)
-    sum_vectors<1>(rows, begin, weights, terms, i, STEP, out);
-  if (i < count)
-    sum_vectors<1>(rows, begin, weights, terms, i, count - i, out);
+  const int64_t block = count < 2 * STEP ? STEP : 2 * STEP;
+  for (; i < count; i += block)
+    if (const int64_t at = std::min(i, count - block); block == STEP)
+      sum_vectors<1>(rows, begin, weights, terms, at, STEP, out);
+    else
+      sum_vectors<2>(rows, begin, weights, terms, at, STEP, out);
 }
