@@ -56,6 +56,17 @@ template <class T> constexpr int64_t lane_in_pair(int64_t i) {
   return std::is_same_v<T, BFloat16> ? i % 2 * WIDTH<float> + i / 2 : i;
 }
 
+/// Two vectors side by side, which bfloat16 stores at less cost than one by one.
+template <class Vector, class T>
+REVBIFPN_INLINE void store_two_vectors(Vector first, Vector second, T *values) {
+  store_vector(first, values);
+  store_vector(second, values + WIDTH<accumulator_t<T>>);
+}
+REVBIFPN_INLINE void store_two_vectors(Floats first, Floats second, BFloat16 *values) {
+  store_words(bfloat16_words(first) >> 16, bfloat16_words(second) >> 16,
+              reinterpret_cast<uint16_t *>(values));
+}
+
 /// The first `count` values; the other lanes are zeros.
 template <class T>
 REVBIFPN_INLINE vector_of<accumulator_t<T>> load_first(const T *values, int64_t count) {

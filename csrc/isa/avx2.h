@@ -28,6 +28,11 @@ REVBIFPN_INLINE void store_words(Words words, uint16_t *values) {
   _mm_storeu_si128(reinterpret_cast<__m128i *>(values),
                    _mm_packus_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1)));
 }
+REVBIFPN_INLINE void store_words(Words first, Words second, uint16_t *values) {
+  const __m256i packed = _mm256_packus_epi32((__m256i)first, (__m256i)second);
+  _mm256_storeu_si256(reinterpret_cast<__m256i *>(values),
+                      _mm256_permute4x64_epi64(packed, 0b11011000));
+}
 
 REVBIFPN_INLINE Floats load_vector(const Half *values) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(values)));

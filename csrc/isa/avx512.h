@@ -27,6 +27,11 @@ REVBIFPN_INLINE Words load_words(const uint16_t *values) {
 REVBIFPN_INLINE void store_words(Words words, uint16_t *values) {
   _mm256_storeu_si256(reinterpret_cast<__m256i *>(values), _mm512_cvtepi32_epi16((__m512i)words));
 }
+REVBIFPN_INLINE void store_words(Words first, Words second, uint16_t *values) {
+  const __m512i packed = _mm512_packus_epi32((__m512i)first, (__m512i)second);
+  const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  _mm512_storeu_si512(values, _mm512_permutexvar_epi64(order, packed));
+}
 
 REVBIFPN_INLINE Floats load_vector(const Half *values) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(values)));

@@ -21,6 +21,10 @@ REVBIFPN_INLINE void store_words(Words words, uint16_t *values) {
   for (int lane = 0; lane < 4; ++lane)
     values[lane] = static_cast<uint16_t>(words[lane]);
 }
+REVBIFPN_INLINE void store_words(Words first, Words second, uint16_t *values) {
+  store_words(first, values);
+  store_words(second, values + 4);
+}
 
 REVBIFPN_INLINE Floats load_vector(const Half *values) {
   return float_of_half<Floats>(load_words(reinterpret_cast<const uint16_t *>(values)));

@@ -22,6 +22,10 @@ REVBIFPN_INLINE Words load_words(const uint16_t *values) {
 REVBIFPN_INLINE void store_words(Words words, uint16_t *values) {
   vst1_u16(values, vmovn_u32((uint32x4_t)words));
 }
+REVBIFPN_INLINE void store_words(Words first, Words second, uint16_t *values) {
+  store_words(first, values);
+  store_words(second, values + 4);
+}
 
 REVBIFPN_INLINE Floats load_vector(const Half *values) {
   return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t *>(values))));

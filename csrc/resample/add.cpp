@@ -11,7 +11,7 @@
 namespace revbifpn {
 namespace {
 
-// Elements per row of a strip. Three sources need 8 rows at a time: 64 KiB of float32.
+// Elements per row of a strip. Three bilinear sources need 6 rows at a time: 24 KiB of float32.
 constexpr int64_t STRIP_SIZE = 1024;
 // Elements per step, before which its pages are mapped: a step fits the second-level cache.
 constexpr int64_t STEP_SIZE = int64_t{1} << 17;
@@ -68,11 +68,13 @@ template <class Acc> int64_t ring_rows_of(const Source<Acc> &source, int64_t run
   return std::bit_ceil<uint64_t>(most);
 }
 
+/// Whole cache lines for `count` elements and PADDING.
+constexpr int64_t padded(int64_t count) { return ceil_div(count, LANES) * LANES + PADDING; }
+
 template <class Acc> void size_workspace(AddJob<Acc> &job) {
   const int64_t lanes = job.groups.lane_block, size = job.strip_columns * lanes;
   job.run_rows = std::clamp<int64_t>(RUN_SIZE / size, 1, job.chunk_rows);
-  job.strip_size = size + PADDING;
-  job.run_size = job.run_rows * size + PADDING;
+  job.strip_size = padded(size);
   int64_t scratch = 0;
   for (Source<Acc> &source : job.sources) {
     source.ring_rows = ring_rows_of(source, job.run_rows);
@@ -80,7 +82,7 @@ template <class Acc> void size_workspace(AddJob<Acc> &job) {
     scratch = std::max(scratch, source.kind == Kind::area ? job.strip_columns * source.block_w
                                                           : source.ring_rows * width);
   }
-  job.scratch_size = scratch * lanes + PADDING;
+  job.scratch_size = padded(scratch * lanes);
 }
 
 /// Divides the maps into units: strips first, and chunks of rows where there are few planes for the

@@ -1,56 +1,88 @@
 // y = x + alpha * sum_k R_k(s_k). Each source row is resampled horizontally once into a row of the
-// strip, which serves all output rows that need it; plain loops over the strip do everything else.
+// strip, which serves all output rows that need it. Then one loop over an output row does the rest.
 //
 // The order of operations is the same for every layout, strip and thread count: horizontal blend,
-// vertical blend, sum over the sources in order, alpha, lattice, x.
+// rows times alpha and their vertical weights, summed in the order of the sources, lattice, x.
 
-/// The vertical blend of one bilinear source at one output row.
-template <class Acc> struct Blend {
-  const Acc *first, *second;
-  Acc weight_first, weight_second;
-
-  Acc at(int64_t i) const { return weight_first * first[i] + weight_second * second[i]; }
+/// A resampled row, and what it is multiplied with in one output row.
+template <class Acc> struct Term {
+  const Acc *row;
+  Acc weight;
 };
 
-/// y = x + alpha * the sums of the sources, on the lattice if it SNAPS.
-template <class T, bool SNAPS>
-void update_elements(const T *x, T *y, const accumulator_t<T> *sums, int64_t count,
-                     accumulator_t<T> alpha, accumulator_t<T> snap) {
-  REVBIFPN_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) {
-    accumulator_t<T> change = alpha * sums[i];
-    if (SNAPS)
-      change = snap_to_lattice(change, snap);
-    y[i] = narrow<T>(widen(x[i]) + change);
+// Each source has one term, or two if it is bilinear.
+constexpr int MAX_TERMS = 2 * MAX_SOURCES;
+
+/// y = x + the sum of the terms from `offset` on, on the lattice if it SNAPS. There are COUNT
+/// terms, or `terms_used` if that is 0. y may be x: the last vector, which may overlap the one
+/// before it, is read before anything is written. What lies `ahead` elements after x is used soon.
+template <int COUNT, bool SNAPS, class T>
+void update_elements(const Term<accumulator_t<T>> *terms, int terms_used, int64_t offset,
+                     accumulator_t<T> snap, const T *x, T *y, int64_t count, int64_t ahead) {
+  using Acc = accumulator_t<T>;
+  using Vector = vector_of<Acc>;
+  constexpr int64_t STEP = WIDTH<Acc>;
+  constexpr int MOST = COUNT > 0 ? COUNT : MAX_TERMS;
+  const int term_count = COUNT > 0 ? COUNT : terms_used;
+  const Acc *rows[MOST];
+  Vector weights[MOST];
+  for (int term = 0; term < term_count; ++term) {
+    const Acc *row = terms[term].row;
+    asm("" : "+r"(row)); // else pairs are loaded as vectors, which waits for their latest stores
+    rows[term] = row;
+    weights[term] = splat<Vector>(terms[term].weight);
   }
+  const auto updated = [&](Vector old, int64_t i) __attribute__((always_inline)) {
+    Vector change = weights[0] * load_vector(rows[0] + offset + i);
+    REVBIFPN_UNROLLED(term, term_count - 1)
+      change = multiply_add(weights[term + 1], load_vector(rows[term + 1] + offset + i), change);
+    return old + (SNAPS ? snap_to_lattice(change, splat<Vector>(snap)) : change);
+  };
+  if (count < STEP)
+    return store_first(updated(load_first(x, count), 0), y, count);
+  const int64_t last = count - STEP;
+  const Vector last_of_x = load_vector(x + last);
+  int64_t i = 0;
+  for (; i + 2 * STEP <= last; i += 2 * STEP) {
+    const Vector first = updated(load_vector(x + i), i);
+    __builtin_prefetch(x + i + ahead);
+    store_two_vectors(first, updated(load_vector(x + i + STEP), i + STEP), y + i);
+  }
+  for (; i < last; i += STEP)
+    store_vector(updated(load_vector(x + i), i), y + i);
+  store_vector(updated(last_of_x, last), y + last);
 }
 
-/// The scale and the shift of each lane; null where a source is taken as it is.
-template <class Acc> struct Scaling {
-  const Acc *scale, *shift;
-};
+template <class T>
+using Update = void (*)(const Term<accumulator_t<T>> *, int, int64_t, accumulator_t<T>, const T *,
+                        T *, int64_t, int64_t);
 
-/// out = scale * values + shift, plus `sum` where asked for; out may be values or sum.
-template <bool ADDS, class Acc>
-void scale_pixels(const Scaling<Acc> &scaling, int64_t lanes, const Acc *values, const Acc *sum,
-                  int64_t pixels, Acc *out) {
+/// The update for `count` terms; up to four bilinear sources have one of their own.
+template <bool SNAPS, class T> Update<T> update_of(int count) {
+  Update<T> update = update_elements<0, SNAPS, T>;
+  with_constant<1, 2, 4, 6, 8>(
+      count, [&]<int COUNT>() { update = update_elements<COUNT, SNAPS, T>; });
+  return update;
+}
+
+/// values = scale * values + shift; the product is rounded before the sum, as in PyTorch. Each
+/// pixel has `lanes` scales and shifts.
+template <class Acc>
+void scale_pixels(const Acc *scale, const Acc *shift, int64_t lanes, int64_t pixels, Acc *values) {
+  const Acc *end = values + pixels * lanes;
   if (lanes == 1) {
-    const Acc scale = *scaling.scale, shift = *scaling.shift;
-    const int64_t count = whole_vectors(pixels);
-    REVBIFPN_INDEPENDENT
-    for (int64_t i = 0; i < count; ++i) {
-      const Acc scaled = scale * values[i] + shift;
-      out[i] = ADDS ? sum[i] + scaled : scaled;
-    }
+    const auto factor = splat<vector_of<Acc>>(*scale), term = splat<vector_of<Acc>>(*shift);
+    for (; values < end; values += WIDTH<Acc>)
+      store_vector(factor * load_vector(values) + term, values);
     return;
   }
-  for (int64_t i = 0; i < pixels * lanes; i += lanes) {
-    REVBIFPN_INDEPENDENT
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      const Acc scaled = scaling.scale[lane] * values[i + lane] + scaling.shift[lane];
-      out[i + lane] = ADDS ? sum[i + lane] + scaled : scaled;
+  for (; values < end; values += lanes)
+    for (int64_t lane = 0; lane < lanes; lane += WIDTH<Acc>) {
+      const int64_t count = std::min<int64_t>(lanes - lane, WIDTH<Acc>);
+      const auto scaled = load_lanes(scale + lane, count) * load_lanes(values + lane, count) +
+                          load_lanes(shift + lane, count);
+      store_lanes(scaled, values + lane, count);
     }
-  }
 }
 
 template <class T> class StripAdder {
@@ -59,14 +91,18 @@ template <class T> class StripAdder {
 public:
   StripAdder(const AddJob<Acc> &job, Acc *workspace)
       : job(job), sources(static_cast<int>(job.sources.size())) {
-    sums = workspace;
-    staged = sums + job.run_size;
-    scratch = staged + job.run_size;
+    // Rows begin at cache lines, so that no vector lies in two.
+    staged = workspace + (-reinterpret_cast<uintptr_t>(workspace) % 64) / sizeof(Acc);
+    scratch = staged + job.strip_size;
     Acc *place = scratch + job.scratch_size;
     for (int k = 0; k < sources; ++k) {
       resampled[k] = {place, job.strip_size, job.sources[k].ring_rows - 1};
       place += job.sources[k].ring_rows * job.strip_size;
+      terms_used += job.sources[k].kind == Kind::bilinear ? 2 : 1;
     }
+    update = job.snap > 0 ? update_of<true, T>(terms_used) : update_of<false, T>(terms_used);
+    update_staged =
+        job.snap > 0 ? update_of<true, Acc>(terms_used) : update_of<false, Acc>(terms_used);
   }
 
   /// A run of rows goes through each step together: values that were written just now are slow to
@@ -74,77 +110,16 @@ public:
   void add(const Tile &tile) {
     for (int k = 0; k < sources; ++k)
       next_row[k] = job.sources[k].rows.first[tile.row_begin];
-    const int64_t size = tile.columns() * tile.lanes;
     for (int64_t row = tile.row_begin; row < tile.row_end; row += job.run_rows) {
       const int64_t row_end = std::min(row + job.run_rows, tile.row_end);
-      for (int64_t next = row_end; next < row_end + job.run_rows; ++next)
-        prefetch_row<T>(job.x, tile, next, tile.column_begin, tile.columns());
       for (int k = 0; k < sources; ++k)
         resample_rows(k, tile, row_end);
       for (int64_t i = row; i < row_end; ++i)
-        sum_sources(tile, i, sums + (i - row) * size);
-      update_rows(tile, row, row_end);
+        update_row(tile, i);
     }
   }
 
 private:
-  /// One row of the sum of the resampled sources; up to four bilinear ones in one loop.
-  void sum_sources(const Tile &tile, int64_t row, Acc *out) {
-    for (int k = 0; k < sources;) {
-      int bilinear = 0;
-      while (bilinear < 4 && k + bilinear < sources &&
-             job.sources[k + bilinear].kind == Kind::bilinear)
-        ++bilinear;
-      if (bilinear == 0)
-        add_row(tile, row, k, out);
-      with_constant<1, 2, 3, 4>(bilinear, [&]<int SOURCES>() {
-        k == 0 ? add_blends<SOURCES, true>(tile, row, k, out)
-               : add_blends<SOURCES, false>(tile, row, k, out);
-      });
-      k += std::max(bilinear, 1);
-    }
-  }
-
-  template <int SOURCES, bool IS_FIRST>
-  void add_blends(const Tile &tile, int64_t row, int k, Acc *out) {
-    Blend<Acc> blends[SOURCES];
-    for (int i = 0; i < SOURCES; ++i) {
-      const Taps<Acc> &rows = job.sources[k + i].rows;
-      blends[i] = {resampled[k + i][rows.first[row]], resampled[k + i][rows.second[row]],
-                   rows.weight_first[row], rows.weight_second[row]};
-    }
-    const int64_t count = whole_vectors(tile.columns() * tile.lanes);
-    REVBIFPN_INDEPENDENT
-    for (int64_t j = 0; j < count; ++j) {
-      Acc sum = blends[0].at(j);
-      if (!IS_FIRST)
-        sum = out[j] + sum;
-      for (int i = 1; i < SOURCES; ++i)
-        sum = sum + blends[i].at(j);
-      out[j] = sum;
-    }
-  }
-
-  /// A source whose rows are not blended is scaled here, which saves a step.
-  void add_row(const Tile &tile, int64_t row, int k, Acc *out) {
-    const Acc *values = resampled[k][job.sources[k].rows.first[row]];
-    const Scaling<Acc> scaling = scaling_of(job.sources[k], tile);
-    if (scaling.scale != nullptr)
-      return k == 0 ? scale_pixels<false>(scaling, tile.lanes, values, out, tile.columns(), out)
-                    : scale_pixels<true>(scaling, tile.lanes, values, out, tile.columns(), out);
-    const int64_t count = whole_vectors(tile.columns() * tile.lanes);
-    REVBIFPN_INDEPENDENT
-    for (int64_t j = 0; j < count; ++j)
-      out[j] = k == 0 ? values[j] : out[j] + values[j];
-  }
-
-  Scaling<Acc> scaling_of(const Source<Acc> &source, const Tile &tile) const {
-    if (source.scale == nullptr)
-      return {};
-    const int64_t plane = tile.n * job.groups.channels + tile.c;
-    return {source.scale + plane, source.shift + plane};
-  }
-
   /// Resamples the rows of source k that target rows before `row_end` need, horizontally.
   void resample_rows(int k, const Tile &tile, int64_t row_end) {
     const Source<Acc> &source = job.sources[k];
@@ -154,61 +129,70 @@ private:
     const int64_t column = columns.first[tile.column_begin];
     const int64_t pixels =
         (is_bilinear ? columns.second : columns.first)[tile.column_end - 1] + 1 - column;
-    if (source.kind == Kind::identity) {
-      for (; next_row[k] < end; ++next_row[k])
-        move_rows_of_any<Load>(source.maps, tile, next_row[k], next_row[k] + 1, column, pixels,
-                               resampled[k][next_row[k]]);
-      return;
-    }
+    const bool is_enlarged = is_bilinear || source.kind == Kind::nearest;
     const Acc *row = scratch;
-    if (source.kind != Kind::area && next_row[k] < end)
+    if (is_enlarged && next_row[k] < end) {
       move_rows_of_any<Load>(source.maps, tile, next_row[k], end, column, pixels, scratch);
-    const Scaling<Acc> scaling = scaling_of(source, tile);
-    if (is_bilinear && scaling.scale != nullptr)
-      scale_pixels<false>(scaling, tile.lanes, scratch, scratch, (end - next_row[k]) * pixels,
-                          scratch);
+      scale(source, tile, (end - next_row[k]) * pixels, scratch);
+    }
     for (; next_row[k] < end; ++next_row[k], row += pixels * tile.lanes) {
       Acc *out = resampled[k][next_row[k]];
-      if (source.kind == Kind::area)
-        average_blocks(source, tile, next_row[k], scratch, out);
-      else if (is_bilinear)
+      if (is_bilinear)
         enlarge_columns(source, tile, row, column, out);
-      else
+      else if (is_enlarged)
         pick_columns(columns, tile, row, column, out);
+      else if (source.kind == Kind::area)
+        average_blocks(source, tile, next_row[k], scratch, out);
+      else
+        move_rows_of_any<Load>(source.maps, tile, next_row[k], next_row[k] + 1, column, pixels,
+                               out);
+      if (!is_enlarged)
+        scale(source, tile, tile.columns(), out);
     }
   }
 
-  /// y = x + update for rows whose sums lie ready.
-  void update_rows(const Tile &tile, int64_t begin, int64_t end) {
+  void scale(const Source<Acc> &source, const Tile &tile, int64_t pixels, Acc *values) const {
+    const int64_t plane = tile.n * job.groups.channels + tile.c;
+    if (source.scale != nullptr)
+      scale_pixels(source.scale + plane, source.shift + plane, tile.lanes, pixels, values);
+  }
+
+  void find_terms(int64_t row) {
+    Term<Acc> *term = terms;
+    for (int k = 0; k < sources; ++k) {
+      const Taps<Acc> &rows = job.sources[k].rows;
+      const bool is_blended = job.sources[k].kind == Kind::bilinear;
+      *term++ = {resampled[k][rows.first[row]],
+                 is_blended ? job.alpha * rows.weight_first[row] : job.alpha};
+      if (is_blended)
+        *term++ = {resampled[k][rows.second[row]], job.alpha * rows.weight_second[row]};
+    }
+  }
+
+  /// y = x + the sum of the terms for one row of the strip.
+  void update_row(const Tile &tile, int64_t row) {
+    find_terms(row);
     const int64_t columns = tile.columns(), column = tile.column_begin, size = columns * tile.lanes;
-    if (std::is_same_v<T, Half> || !has_adjacent_lanes(job.x, tile) ||
-        !has_adjacent_lanes(job.y, tile)) {
-      move_rows<Load, T>(job.x, tile, begin, end, column, columns, staged);
-      add_update(staged, staged, sums, (end - begin) * size);
-      return move_rows<Store, T>(job.y, tile, begin, end, column, columns, staged);
+    if (!has_adjacent_lanes(job.x, tile) || !has_adjacent_lanes(job.y, tile)) {
+      move_row<Load, const T>(job.x, tile, row, column, columns, staged);
+      update_staged(terms, terms_used, 0, job.snap, staged, staged, size, 0);
+      return move_row<Store, T>(job.y, tile, row, column, columns, staged);
     }
     const bool is_dense = has_dense_rows(job.x, tile) && has_dense_rows(job.y, tile);
-    const bool is_one_run =
-        has_dense_planes(job.x, tile, columns) && has_dense_planes(job.y, tile, columns);
-    const int64_t run = is_one_run ? (end - begin) * size : is_dense ? size : tile.lanes;
-    for (int64_t i = 0; i < (end - begin) * size; i += run) {
-      const int64_t row = begin + i / size, pixel = column + i % size / tile.lanes;
-      add_update(job.x.template at<const T>(tile.n, tile.c, row, pixel),
-                 job.y.template at<T>(tile.n, tile.c, row, pixel), sums + i, run);
-    }
-  }
-
-  template <class Element>
-  void add_update(const Element *x, Element *y, const Acc *sum, int64_t count) const {
-    if (job.snap > 0)
-      update_elements<Element, true>(x, y, sum, count, job.alpha, job.snap);
-    else
-      update_elements<Element, false>(x, y, sum, count, job.alpha, job.snap);
+    const int64_t run = is_dense ? columns : 1;
+    for (int64_t i = 0; i < columns; i += run)
+      update(terms, terms_used, i * tile.lanes, job.snap,
+             job.x.template at<const T>(tile.n, tile.c, row, column + i),
+             job.y.template at<T>(tile.n, tile.c, row, column + i), run * tile.lanes,
+             job.run_rows * job.x.stride_h);
   }
 
   const AddJob<Acc> &job;
-  int sources;
-  Acc *sums, *staged, *scratch;
+  int sources, terms_used = 0;
+  Term<Acc> terms[MAX_TERMS];
+  Update<T> update;
+  Update<Acc> update_staged;
+  Acc *staged, *scratch;
   Rows<Acc> resampled[MAX_SOURCES]; // rings of the rows in use
   int64_t next_row[MAX_SOURCES];    // of a source: not yet resampled
 };

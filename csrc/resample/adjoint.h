@@ -12,12 +12,12 @@ void gather_by_table(const Gather<Acc> &columns, const Acc *row, int64_t lanes, 
     const int64_t first = columns.begin[q], terms = columns.terms(q);
     if (lanes > 1) {
       sum_weighted_rows(out + q * lanes, Rows<const Acc>{row, lanes}, first, weights, terms,
-                        whole_vectors(lanes));
+                        lanes);
       continue;
     }
-    Acc sum = terms == 0 ? Acc(0) : weights[0] * row[first];
-    for (int64_t term = 1; term < terms; ++term)
-      sum = sum + weights[term] * row[first + term];
+    Acc sum = 0;
+    for (int64_t term = 0; term < terms; ++term)
+      sum = multiply_add(weights[term], row[first + term], sum);
     out[q] = sum;
   }
 }
@@ -28,14 +28,14 @@ void gather_between(const Acc *weights, const Acc *row, int64_t pixels, Acc *out
   Acc weight[2 * FACTOR];
   std::copy_n(weights, 2 * FACTOR, weight);
   const Acc *next = row + FACTOR;
-  const int64_t count = whole_vectors(pixels);
+  const int64_t count = whole_vectors<Acc>(pixels);
   REVBIFPN_INDEPENDENT
   for (int64_t q = 0; q < count; ++q) {
-    Acc sum = weight[0] * row[q * FACTOR];
-    for (int phase = 1; phase < FACTOR; ++phase)
-      sum = sum + weight[phase] * row[q * FACTOR + phase];
+    Acc sum = 0;
     for (int phase = 0; phase < FACTOR; ++phase)
-      sum = sum + weight[FACTOR + phase] * next[q * FACTOR + phase];
+      sum = multiply_add(weight[phase], row[q * FACTOR + phase], sum);
+    for (int phase = 0; phase < FACTOR; ++phase)
+      sum = multiply_add(weight[FACTOR + phase], next[q * FACTOR + phase], sum);
     out[q] = sum;
   }
 }
@@ -114,7 +114,7 @@ private:
   bool is_read_in_place(const Tile &tile) const {
     const int64_t size = job.grad.width * tile.lanes;
     return !std::is_same_v<T, Half> && has_dense_rows(job.grad, tile) &&
-           (std::is_same_v<T, Acc> || size == whole_vectors(size));
+           (std::is_same_v<T, Acc> || size == whole_vectors<Acc>(size));
   }
 
   /// Computes the rows of result k that need only grad's rows before `loaded`.
@@ -146,7 +146,7 @@ private:
       sum_rows(result, rows, begin, end, size, size);
     } else {
       const Rows<const Acc> rows{ring, size, job.ring_rows - 1};
-      sum_rows(result, rows, begin, end, size, whole_vectors(size));
+      sum_rows(result, rows, begin, end, size, whole_vectors<Acc>(size));
     }
     for (int64_t r = begin; r < end; ++r)
       gather_columns(result, tile, gathered + (r - begin) * size,

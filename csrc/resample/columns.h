@@ -7,27 +7,48 @@ void enlarge_by_table(const Taps<Acc> &taps, const Acc *row, int64_t origin, int
   for (int64_t j = begin; j < end; ++j, out += lanes) {
     const Acc *first = row + (taps.first[j] - origin) * lanes;
     const Acc *second = row + (taps.second[j] - origin) * lanes;
-    const Acc weight_first = taps.weight_first[j], weight_second = taps.weight_second[j];
-    const int64_t count = lanes == 1 ? 1 : whole_vectors(lanes);
-    REVBIFPN_INDEPENDENT
-    for (int64_t lane = 0; lane < count; ++lane)
-      out[lane] = weight_first * first[lane] + weight_second * second[lane];
+    if (lanes == 1) {
+      *out = multiply_add(taps.weight_second[j], *second, taps.weight_first[j] * *first);
+      continue;
+    }
+    const auto weight_first = splat<vector_of<Acc>>(taps.weight_first[j]);
+    const auto weight_second = splat<vector_of<Acc>>(taps.weight_second[j]);
+    for (int64_t lane = 0; lane < lanes; lane += WIDTH<Acc>)
+      store_vector(multiply_add(weight_second, load_vector(second + lane),
+                                weight_first * load_vector(first + lane)),
+                   out + lane);
   }
+}
+
+/// The first values, each in FACTOR lanes.
+template <int FACTOR, class Acc> REVBIFPN_INLINE vector_of<Acc> repeat_values(const Acc *values) {
+  if constexpr (FACTOR >= WIDTH<Acc>)
+    return splat<vector_of<Acc>>(*values);
+  else
+    return [&]<size_t... LANES>(std::index_sequence<LANES...>) {
+      const vector_of<Acc> vector = load_vector(values);
+      return __builtin_shufflevector(vector, vector, (LANES / FACTOR)...);
+    }(std::make_index_sequence<WIDTH<Acc>>{});
 }
 
 /// Between the centres of two source pixels lie FACTOR outputs with the same weights everywhere.
 template <int FACTOR, class Acc>
 void enlarge_between(const Taps<Acc> &taps, const Acc *row, int64_t pixels, Acc *out) {
-  Acc weight_first[FACTOR], weight_second[FACTOR];
-  for (int phase = 0; phase < FACTOR; ++phase) {
-    weight_first[phase] = taps.weight_first[FACTOR / 2 + phase];
-    weight_second[phase] = taps.weight_second[FACTOR / 2 + phase];
+  constexpr int VECTORS = std::max(FACTOR / WIDTH<Acc>, 1);
+  vector_of<Acc> weight_first[VECTORS], weight_second[VECTORS];
+  for (int lane = 0; lane < VECTORS * WIDTH<Acc>; ++lane) {
+    const int output = FACTOR / 2 + lane % FACTOR;
+    weight_first[lane / WIDTH<Acc>][lane % WIDTH<Acc>] = taps.weight_first[output];
+    weight_second[lane / WIDTH<Acc>][lane % WIDTH<Acc>] = taps.weight_second[output];
   }
-  const int64_t count = whole_vectors(pixels);
-  REVBIFPN_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i)
-    for (int phase = 0; phase < FACTOR; ++phase)
-      out[i * FACTOR + phase] = weight_first[phase] * row[i] + weight_second[phase] * row[i + 1];
+  const Acc *end = row + pixels;
+  for (; row < end; row += std::max(WIDTH<Acc> / FACTOR, 1)) {
+    const auto first = repeat_values<FACTOR>(row), second = repeat_values<FACTOR>(row + 1);
+    REVBIFPN_UNROLLED(i, VECTORS) {
+      store_vector(multiply_add(weight_second[i], second, weight_first[i] * first), out);
+      out += WIDTH<Acc>;
+    }
+  }
 }
 
 /// One plane enlarged by a power of two: constant weights, and the table before the centre of the
@@ -68,7 +89,7 @@ void pick_columns(const Taps<Acc> &taps, const Tile &tile, const Acc *row, int64
     return;
   }
   for (int64_t j = tile.column_begin; j < tile.column_end; ++j, out += tile.lanes)
-    std::copy_n(row + (taps.first[j] - origin) * tile.lanes, tile.lanes, out);
+    convert_run(row + (taps.first[j] - origin) * tile.lanes, tile.lanes, out);
 }
 
 /// out (= or +=) the sums of each `block` pixels of the row.

@@ -4,7 +4,9 @@
 // comes PADDING, so that loops may run on to a whole vector instead of finishing one by one, which
 // matters for narrow maps; the values that they write there are overwritten or never read.
 
-constexpr int64_t whole_vectors(int64_t count) { return (count + LANES - 1) & ~(LANES - 1); }
+template <class Acc> constexpr int64_t whole_vectors(int64_t count) {
+  return (count + WIDTH<Acc> - 1) / WIDTH<Acc> * WIDTH<Acc>;
+}
 
 /// The part of a group of planes that is worked on.
 struct Tile {
@@ -46,28 +48,30 @@ void prefetch_row(const Maps &maps, const Tile &tile, int64_t row, int64_t colum
     __builtin_prefetch(reinterpret_cast<const void *>(line));
 }
 
+/// Converts a run of elements; the last vector may overlap the one before it.
+template <class From, class To> void convert_run(const From *from, int64_t count, To *to) {
+  constexpr int64_t STEP = WIDTH<accumulator_t<From>>;
+  if (count < STEP)
+    return store_first(load_first(from, count), to, count);
+  for (int64_t i = 0; i + STEP < count; i += STEP)
+    store_vector(load_vector(from + i), to + i);
+  store_vector(load_vector(from + count - STEP), to + count - STEP);
+}
+
 // How elements move from memory into the workspace, and back with one rounding.
 struct Load {
   template <class T, class Acc> static void one(const T &pixel, Acc &value) {
     value = widen(pixel);
   }
   template <class T, class Acc> static void run(const T *pixels, int64_t count, Acc *values) {
-    int64_t i = 0;
-    for (; i + WIDTH<Acc> <= count; i += WIDTH<Acc>)
-      store_vector(load_vector(pixels + i), values + i);
-    if (i < count)
-      store_first(load_first(pixels + i, count - i), values + i, count - i);
+    convert_run(pixels, count, values);
   }
 };
 
 struct Store {
   template <class T, class Acc> static void one(T &pixel, Acc value) { pixel = narrow<T>(value); }
   template <class T, class Acc> static void run(T *pixels, int64_t count, const Acc *values) {
-    int64_t i = 0;
-    for (; i + WIDTH<Acc> <= count; i += WIDTH<Acc>)
-      store_vector(load_vector(values + i), pixels + i);
-    if (i < count)
-      store_first(load_vector(values + i), pixels + i, count - i);
+    convert_run(values, count, pixels);
   }
 };
 
@@ -123,38 +127,37 @@ template <class T> struct Rows {
   T *operator[](int64_t i) const { return data + (i & mask) * stride; }
 };
 
-/// out (= or +=) TERMS weighted rows from `begin` on, added in order.
-template <int TERMS, bool IS_FIRST, class T, class Acc>
-REVBIFPN_INLINE void add_weighted_rows(Acc *out, const Rows<const T> &rows, int64_t begin,
-                                       const Acc *weights, int64_t count) {
-  const T *row[TERMS];
-  Acc weight[TERMS];
-  for (int term = 0; term < TERMS; ++term) {
-    row[term] = rows[begin + term];
-    weight[term] = weights[term];
+/// COUNT vectors of the sum of `terms` weighted rows from `begin` on, added in order. Of a single
+/// vector only the first `lanes` lanes are read and written.
+template <int COUNT, class T, class Acc>
+REVBIFPN_INLINE void sum_vectors(const Rows<const T> &rows, int64_t begin, const Acc *weights,
+                                 int64_t terms, int64_t i, int64_t lanes, Acc *out) {
+  using Vector = vector_of<Acc>;
+  Vector sums[COUNT] = {};
+  for (int64_t term = 0; term < terms; ++term) {
+    const T *row = rows[begin + term] + i;
+    const Vector weight = splat<Vector>(weights[term]);
+    REVBIFPN_UNROLLED(k, COUNT)
+      sums[k] = multiply_add(weight, load_lanes(row + k * WIDTH<Acc>, lanes), sums[k]);
   }
-  REVBIFPN_INDEPENDENT
-  for (int64_t i = 0; i < count; ++i) {
-    Acc sum = weight[0] * widen(row[0][i]);
-    if (!IS_FIRST)
-      sum = out[i] + sum;
-    for (int term = 1; term < TERMS; ++term)
-      sum = sum + weight[term] * widen(row[term][i]);
-    out[i] = sum;
-  }
+  REVBIFPN_UNROLLED(k, COUNT) store_lanes(sums[k], out + i + k * WIDTH<Acc>, lanes);
 }
 
-/// out = the sum of `terms` weighted rows from `begin` on, added in order whatever the grouping.
+/// out = the sum of `terms` weighted rows from `begin` on. The sums stay in registers, of several
+/// vectors at a time, because each addition waits for the one before; the last may overlap.
 template <class T, class Acc>
 void sum_weighted_rows(Acc *out, const Rows<const T> &rows, int64_t begin, const Acc *weights,
                        int64_t terms, int64_t count) {
-  int64_t term = std::min<int64_t>(terms, 4);
-  if (term == 0)
-    std::fill_n(out, count, Acc(0));
-  with_constant<1, 2, 3, 4>(
-      term, [&]<int TERMS>() { add_weighted_rows<TERMS, true>(out, rows, begin, weights, count); });
-  for (; term + 4 <= terms; term += 4)
-    add_weighted_rows<4, false>(out, rows, begin + term, weights + term, count);
-  for (; term < terms; ++term)
-    add_weighted_rows<1, false>(out, rows, begin + term, weights + term, count);
+  constexpr int64_t STEP = WIDTH<Acc>;
+  if (count < STEP)
+    return sum_vectors<1>(rows, begin, weights, terms, 0, count, out);
+  int64_t i = 0;
+  for (; i + 4 * STEP <= count; i += 4 * STEP)
+    sum_vectors<4>(rows, begin, weights, terms, i, STEP, out);
+  const int64_t block = count < 2 * STEP ? STEP : 2 * STEP;
+  for (; i < count; i += block)
+    if (const int64_t at = std::min(i, count - block); block == STEP)
+      sum_vectors<1>(rows, begin, weights, terms, at, STEP, out);
+    else
+      sum_vectors<2>(rows, begin, weights, terms, at, STEP, out);
 }
