@@ -1,0 +1,11 @@
+"""Benchmarks of the operators and networks; each module is a command."""
+
+import os
+
+# Read once, when PyTorch is imported: its kernels get the instruction set that ours are limited to.
+if os.environ.get("REVBIFPN_ISA") == "avx2":
+    os.environ |= {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    }

@@ -54,6 +54,7 @@ def cpu_name() -> str:
     name = match.group(1) if match else platform.machine()
     name = re.sub(r"\((R|TM)\)|\bProcessor\b|\bCPU\b|@.*", " ", name, flags=re.IGNORECASE)
     words = [*name.split(), torch.backends.cpu.get_cpu_capability()]
+    words += ["(forced)"] if "REVBIFPN_ISA" in os.environ else []
     return f"{' '.join(words)} {len(os.sched_getaffinity(0))} cores"
 
 
