@@ -1,7 +1,8 @@
 """Runs every CPU op on small and odd inputs, and prints one hash of all that it computes.
 
-Two judges use it: test_isa.py compares the hashes of the instruction sets, and `make test-asan`
-runs it in a build whose memory accesses and arithmetic the compiler's sanitizers check.
+Three judges use it: test_isa.py compares the hashes of the instruction sets, `make test-arm` those
+of x86-64 and Arm64, and `make test-asan` runs it in a build whose memory accesses and arithmetic
+the compiler's sanitizers check.
 """
 
 import hashlib
