@@ -9,7 +9,7 @@ PYTEST_ARGS ?= -n auto --dist worksteal
 ASAN := build/asan
 QUICK := build/bench
 
-.PHONY: $(VENV) bench bench-all report train detect test test-all test-asan lint wheel kernels clean
+.PHONY: $(VENV) bench bench-all report train detect test test-all test-asan test-arm lint wheel kernels clean
 
 $(VENV): $(INSTALLED)
 
@@ -69,6 +69,10 @@ test-asan: $(INSTALLED)
 	cd $(ASAN) && env ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		$(abspath $(RUN)) cpu_sweep.py
+
+# The C++ operators on Arm64, compiled and emulated on x86-64.
+test-arm: $(INSTALLED)
+	tests/arm.sh $(abspath $(RUN)) "$(TORCH)" $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

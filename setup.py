@@ -21,7 +21,6 @@ TORCH_ABI = "0x020B000000000000"
 # is ever looked at.
 COMPILE_FLAGS = [
     "-std=c++20",
-    "-fopenmp",
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -35,7 +34,7 @@ COMPILE_FLAGS = [
 
 def build_flags() -> tuple[list[str], list[str]]:
     """The compiler's and the linker's flags."""
-    compile_flags, link_flags = list(COMPILE_FLAGS), ["-fopenmp"]
+    compile_flags, link_flags = list(COMPILE_FLAGS), []
     if os.environ.get("DEBUG") == "1":
         compile_flags += ["-O0", "-g"]
     else:
@@ -44,7 +43,7 @@ def build_flags() -> tuple[list[str], list[str]]:
     if sanitizers := os.environ.get("SANITIZE"):
         # At -O3 the checks in unrolled vector code take minutes to compile; the last -O counts.
         compile_flags += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g1", "-O1"]
-        link_flags = ["-fopenmp", f"-fsanitize={sanitizers}"]
+        link_flags = [f"-fsanitize={sanitizers}"]
         # One instruction set is a third of the work, and AVX2 has all that the others have.
         if platform.machine() == "x86_64":
             compile_flags.append("-DREVBIFPN_ONLY_AVX2")

@@ -62,6 +62,27 @@ import revbifpn_kernels
         assert f"\n    pip install --no-build-isolation {command}\n" in last_lines
 
 
+def test_the_extension_brings_no_openmp():
+    """The threads are torch's: a second runtime would start its own beside them."""
+    binary = Path(revbifpn_kernels._C.__file__).read_bytes()
+    names = b"libgomp", b"libomp", b"libiomp", b"GOMP_", b"__kmpc_", b"omp_get_"
+    assert [name for name in names if name in binary] == []
+
+
+def test_operators_run_on_the_threads_of_torch():
+    code = """
+import os
+import torch
+from revbifpn_kernels import resample_add
+torch.set_num_threads(3)
+x, source = torch.empty(1, 8, 256, 256), torch.empty(1, 8, 128, 128)
+before = set(os.listdir("/proc/self/task"))
+resample_add(x, [source])
+assert len(set(os.listdir("/proc/self/task")) - before) == 2
+"""
+    run_python(code)
+
+
 @pytest.mark.parametrize("version", ["1.13.1", "2.9.1+cu128", "2.10.0"])
 def test_an_old_torch_is_refused(version):
     with pytest.raises(ImportError, match=rf"torch >= 2.11, found torch {re.escape(version)}"):
