@@ -13,7 +13,7 @@ CASES = {  # N, C, hidden
     "even": (4, 96, 16),
     "odd": (3, 35, 9),
     "one image": (1, 64, 20),
-    "one hidden unit": (8, 40, 1),
+    "one hidden unit": (16, 40, 1),
     "few channels": (6, 7, 3),
     "one channel": (9, 1, 5),
     "long rows": (2, 1000, 33),
