@@ -8,8 +8,8 @@
 
 namespace revbifpn {
 
-// Neighbours in memory that kernels handle as one vector: channels of a pixel, or pixels of a
-// plane. Sums add up in this many lanes on every machine, so that their bits are the same.
+// Float32 in the widest register, and in a cache line. What kernels divide by it is divided alike
+// on every machine, so that sums have the same bits.
 constexpr int64_t LANES = 16;
 
 constexpr int64_t ceil_div(int64_t value, int64_t divisor) {

@@ -24,7 +24,7 @@ namespace revbifpn {
 enum class Isa { baseline, avx2, avx512 };
 
 /// The best instruction set of this machine; the environment variable REVBIFPN_ISA = baseline, avx2
-/// or avx512 lowers it (read once), so that tests can compare them: the results have the same bits.
+/// or avx512 lowers it (read once), for tests and benchmarks. AVX2 and AVX-512 give the same bits.
 inline Isa best_isa() {
   static const Isa isa = [] {
     Isa best = Isa::baseline;

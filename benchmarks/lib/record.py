@@ -54,7 +54,8 @@ def cpu_name() -> str:
     name = match.group(1) if match else platform.machine()
     name = re.sub(r"\((R|TM)\)|\bProcessor\b|\bCPU\b|@.*", " ", name, flags=re.IGNORECASE)
     words = [*name.split(), torch.backends.cpu.get_cpu_capability()]
-    words += ["(forced)"] if "REVBIFPN_ISA" in os.environ else []
+    if forced := os.environ.get("REVBIFPN_ISA"):
+        words.append(f"({forced} forced)")
     return f"{' '.join(words)} {len(os.sched_getaffinity(0))} cores"
 
 

@@ -85,14 +85,14 @@ REVBIFPN_INLINE void add_row(const DepthwiseWeightJob<accumulator_t<T>> &job, co
     if (first >= 0 && first + TAPS <= job.x.width) {
 #pragma GCC unroll 8
       for (int t = 0; t < TAPS; ++t)
-        row[t] = multiply_add(
-              gradient, load_lanes(x + (first + t) * job.x.stride_w, lanes), row[t]);
+        row[t] =
+            multiply_add(gradient, load_lanes(x + (first + t) * job.x.stride_w, lanes), row[t]);
     } else {
 #pragma GCC unroll 8
       for (int t = 0; t < TAPS; ++t)
         if (first + t >= 0 && first + t < job.x.width)
-          row[t] = multiply_add(
-              gradient, load_lanes(x + (first + t) * job.x.stride_w, lanes), row[t]);
+          row[t] =
+              multiply_add(gradient, load_lanes(x + (first + t) * job.x.stride_w, lanes), row[t]);
     }
   }
   // Row by row, so that an error grows with the rows and columns, not with the pixels.

@@ -25,8 +25,9 @@ REVBIFPN_INLINE Words load_words(const uint16_t *values) {
 }
 REVBIFPN_INLINE void store_words(Words words, uint16_t *values) {
   const __m256i both = (__m256i)words;
-  _mm_storeu_si128(reinterpret_cast<__m128i *>(values),
-                   _mm_packus_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1)));
+  _mm_storeu_si128(
+      reinterpret_cast<__m128i *>(values),
+      _mm_packus_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1)));
 }
 REVBIFPN_INLINE void store_words(Words first, Words second, uint16_t *values) {
   const __m256i packed = _mm256_packus_epi32((__m256i)first, (__m256i)second);

@@ -6,8 +6,8 @@
 #include <immintrin.h>
 
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))),   \
-                             apply_to = function)
+#pragma clang attribute push(                                                                      \
+    __attribute__((target("fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
 #else
 #pragma GCC target("fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #endif

@@ -22,7 +22,8 @@ REVBIFPN_INLINE Words put_nan(Words words, Floats values) {
 }
 
 REVBIFPN_INLINE Words load_words(const uint16_t *values) {
-  return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(values)));
+  return (Words)_mm512_cvtepu16_epi32(
+      _mm256_loadu_si256(reinterpret_cast<const __m256i *>(values)));
 }
 REVBIFPN_INLINE void store_words(Words words, uint16_t *values) {
   _mm256_storeu_si256(reinterpret_cast<__m256i *>(values), _mm512_cvtepi32_epi16((__m512i)words));

@@ -1,5 +1,5 @@
-// A machine of which nothing is known, such as x86-64 before AVX2: no fused multiply-add, so results
-// differ in the last place from those of the other instruction sets, and no half precision.
+// A machine of which nothing is known, such as x86-64 before AVX2: no fused multiply-add, so
+// results differ in the last place from those of the other instruction sets, and no half precision.
 
 template <class Number> REVBIFPN_INLINE Number multiply_add(Number a, Number b, Number c) {
   return a * b + c;

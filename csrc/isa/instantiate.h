@@ -1,7 +1,8 @@
 // Compiles all kernels for the instruction set REVBIFPN_ISA (a namespace) with vectors of
-// REVBIFPN_REGISTER bytes and what REVBIFPN_INTRINSICS defines. Included once by each file of this folder, which has included every
-// library header before: an inline function of the standard library that is compiled here could
-// replace its copy elsewhere and stop programs on older machines.
+// REVBIFPN_REGISTER bytes and what REVBIFPN_INTRINSICS defines. Included once by each file of this
+// folder, which has included every library header before: an inline function of the standard
+// library that is compiled here could replace its copy elsewhere and stop programs on older
+// machines.
 
 namespace revbifpn::REVBIFPN_ISA {
 

@@ -18,7 +18,8 @@ template <class T> struct Place {
   const T *x, *grad;
   T *y;
 
-  template <class Step, class Job> static Place of(const Job &job, int64_t n, int64_t c, int64_t w) {
+  template <class Step, class Job>
+  static Place of(const Job &job, int64_t n, int64_t c, int64_t w) {
     return {job.x.template at<const T>(n, c, 0, w),
             Step::READS_GRAD ? job.grad.template at<const T>(n, c, 0, w) : nullptr,
             WRITES<Step> ? job.y.template at<T>(n, c, 0, w) : nullptr};
@@ -26,7 +27,7 @@ template <class T> struct Place {
 };
 
 /// The factors of a register's channels from `c` on, of which `lanes` exist, or of one channel in
-/// all lanes.
+/// all lanes. Offset and tilt are negated, as multiply-adds need them.
 template <class Acc>
 REVBIFPN_INLINE Factors<vector_of<Acc>> factors_of(const NormJob<Acc> &job, int64_t n, int64_t c,
                                                    int64_t lanes = WIDTH<Acc>) {
@@ -38,35 +39,23 @@ REVBIFPN_INLINE Factors<vector_of<Acc>> factors_of(const NormJob<Acc> &job, int6
     return load_lanes(values + first, lanes);
   };
   const int64_t plane = n * job.channels + c;
-  return {take(job.mean, c, 0),     take(job.invstd, c, 1) * take(job.weight, c, 1),
-          take(job.bias, c, 0),     take(job.gate, plane, 1),
-          take(job.grad_mean, plane, 0), -take(job.offset, c, 0), -take(job.tilt, c, 0)};
+  return {take(job.mean, c, 0),          take(job.invstd, c, 1) * take(job.weight, c, 1),
+          take(job.bias, c, 0),          take(job.gate, plane, 1),
+          take(job.grad_mean, plane, 0), -take(job.offset, c, 0),
+          -take(job.tilt, c, 0)};
 }
 
-/// A step of one register, at `offset` elements from the place.
+/// A step of one register, at `offset` elements from the place; sums of other lanes than the first
+/// `lanes` are of no use.
 template <class Step, class T, class Vector>
 REVBIFPN_INLINE void step_at(const Factors<Vector> &factors, const Place<T> &place, int64_t offset,
-                             Vector *sums) {
+                             int64_t lanes, Vector *sums) {
   Vector grad = {};
   if constexpr (Step::READS_GRAD)
-    grad = load_vector(place.grad + offset);
-  const Vector x = load_vector(place.x + offset);
+    grad = load_lanes(place.grad + offset, lanes);
+  const Vector x = load_lanes(place.x + offset, lanes);
   if constexpr (WRITES<Step>)
-    store_vector(Step::step(factors, x, grad, sums), place.y + offset);
-  else
-    Step::step(factors, x, grad, sums);
-}
-
-/// The same of the first `lanes` lanes alone; sums of the others are of no use.
-template <class Step, class T, class Vector>
-__attribute__((noinline)) void step_at_first(const Factors<Vector> &factors, const Place<T> &place, int64_t offset,
-                   int64_t lanes, Vector *sums) {
-  Vector grad = {};
-  if constexpr (Step::READS_GRAD)
-    grad = load_first(place.grad + offset, lanes);
-  const Vector x = load_first(place.x + offset, lanes);
-  if constexpr (WRITES<Step>)
-    store_first(Step::step(factors, x, grad, sums), place.y + offset, lanes);
+    store_lanes(Step::step(factors, x, grad, sums), place.y + offset, lanes);
   else
     Step::step(factors, x, grad, sums);
 }
@@ -115,7 +104,8 @@ REVBIFPN_INLINE void walk_group(const NormJob<accumulator_t<T>> &job, int64_t n,
       __builtin_prefetch(place.grad + GROUP * job.grad.stride_w);
     if constexpr (WRITES<Step>)
       __builtin_prefetch(place.y + GROUP * job.y.stride_w, 1);
-    REVBIFPN_UNROLLED(r, COUNT) step_at<Step>(factors[r], place, offset[r], sums[r]);
+    REVBIFPN_UNROLLED(r, COUNT)
+    step_at<Step>(factors[r], place, offset[r], WIDTH<Acc>, sums[r]);
     place.x += job.x.stride_w;
     if constexpr (Step::READS_GRAD)
       place.grad += job.grad.stride_w;
@@ -128,16 +118,16 @@ REVBIFPN_INLINE void walk_group(const NormJob<accumulator_t<T>> &job, int64_t n,
 
 /// The same for maps of fewer channels than a register has lanes.
 template <class Step, class T>
-__attribute__((noinline)) void walk_group_of_few(const NormJob<accumulator_t<T>> &job, int64_t n, int64_t begin, int64_t end,
-                       double *totals, int64_t pitch, const accumulator_t<T> *means) {
+__attribute__((noinline)) void walk_group_of_few(const NormJob<accumulator_t<T>> &job, int64_t n,
+                                                 int64_t begin, int64_t end, double *totals,
+                                                 int64_t pitch, const accumulator_t<T> *means) {
   using Vector = vector_of<accumulator_t<T>>;
   Factors<Vector> factors = factors_of(job, n, 0, job.channels);
   if constexpr (std::is_same_v<Step, Statistics>)
     factors.mean = load_first(means, job.channels);
   Vector sums[Step::SUMS + 1] = {};
   for (int64_t pixel = begin; pixel < end; ++pixel)
-    step_at_first<Step>(factors, Place<T>::template of<Step>(job, n, 0, pixel), 0, job.channels,
-                        sums);
+    step_at<Step>(factors, Place<T>::template of<Step>(job, n, 0, pixel), 0, job.channels, sums);
   add_to<Step::SUMS>(totals, pitch, sums, job.channels);
 }
 
@@ -163,8 +153,8 @@ void walk_pixels(const NormJob<accumulator_t<T>> &job, int64_t unit, double *wor
   Acc *means = reinterpret_cast<Acc *>(workspace + Step::SUMS * pitch);
   if constexpr (std::is_same_v<Step, Statistics>)
     for (int64_t c = 0; c < channels; ++c)
-      means[c] = mean_of_first(job.x.template at<const T>(n, c, 0, first), job.x.stride_w,
-                               last - first);
+      means[c] =
+          mean_of_first(job.x.template at<const T>(n, c, 0, first), job.x.stride_w, last - first);
   for (int64_t begin = first; begin < last; begin += GROUP) {
     const int64_t end = std::min(begin + GROUP, last);
     if (channels < WIDTH<Acc>)
@@ -214,7 +204,7 @@ REVBIFPN_INLINE void walk_runs(const Factors<Vector> &factors, const Place<T> &p
     }
 }
 
-/// Does the last pixels of a plane, fewer than a run; returns their sums in the lanes of a run.
+/// Does the last pixels of a plane, fewer than a run; their sums join `totals` in pixel order.
 template <class Step, class T, class Vector>
 REVBIFPN_INLINE void walk_rest(const Factors<Vector> &factors, const Place<T> &place, int64_t begin,
                                int64_t end, double *totals) {
@@ -222,10 +212,7 @@ REVBIFPN_INLINE void walk_rest(const Factors<Vector> &factors, const Place<T> &p
   for (int64_t pixel = begin; pixel < end; pixel += ALL) {
     Vector sums[Step::SUMS + 1] = {};
     const int64_t lanes = std::min(ALL, end - pixel);
-    if (lanes == ALL)
-      step_at<Step>(factors, place, pixel, sums);
-    else
-      step_at_first<Step>(factors, place, pixel, lanes, sums);
+    step_at<Step>(factors, place, pixel, lanes, sums);
     add_to<Step::SUMS>(totals + (pixel - begin), RUN, sums, lanes);
   }
 }
@@ -278,8 +265,7 @@ void statistics_units(const NormJob<accumulator_t<T>> &job, int64_t begin, int64
 #define REVBIFPN_NORM_KERNEL(name, ...)                                                            \
   template <class T>                                                                               \
   void name(const NormJob<accumulator_t<T>> &job, int64_t begin, int64_t end, double *workspace) { \
-    with_act(job.act,                                                                              \
-             [&]<Act ACT>() { walk_units<__VA_ARGS__, T>(job, begin, end, workspace); });          \
+    with_act(job.act, [&]<Act ACT>() { walk_units<__VA_ARGS__, T>(job, begin, end, workspace); }); \
   }
 REVBIFPN_NORM_KERNEL(means_units, Means<ACT>)
 REVBIFPN_NORM_KERNEL(norm_act_units, NormAct<ACT>)

@@ -35,7 +35,7 @@ void update_elements(const Term<accumulator_t<T>> *terms, int terms_used, int64_
   const auto updated = [&](Vector old, int64_t i) __attribute__((always_inline)) {
     Vector change = weights[0] * load_vector(rows[0] + offset + i);
     REVBIFPN_UNROLLED(term, term_count - 1)
-      change = multiply_add(weights[term + 1], load_vector(rows[term + 1] + offset + i), change);
+    change = multiply_add(weights[term + 1], load_vector(rows[term + 1] + offset + i), change);
     return old + (SNAPS ? snap_to_lattice(change, splat<Vector>(snap)) : change);
   };
   if (count < STEP)
@@ -60,8 +60,8 @@ using Update = void (*)(const Term<accumulator_t<T>> *, int, int64_t, accumulato
 /// The update for `count` terms; up to four bilinear sources have one of their own.
 template <bool SNAPS, class T> Update<T> update_of(int count) {
   Update<T> update = update_elements<0, SNAPS, T>;
-  with_constant<1, 2, 4, 6, 8>(
-      count, [&]<int COUNT>() { update = update_elements<COUNT, SNAPS, T>; });
+  with_constant<1, 2, 4, 6, 8>(count,
+                               [&]<int COUNT>() { update = update_elements<COUNT, SNAPS, T>; });
   return update;
 }
 

@@ -11,8 +11,7 @@ void gather_by_table(const Gather<Acc> &columns, const Acc *row, int64_t lanes, 
     const Acc *weights = columns.weights_of(q);
     const int64_t first = columns.begin[q], terms = columns.terms(q);
     if (lanes > 1) {
-      sum_weighted_rows(out + q * lanes, Rows<const Acc>{row, lanes}, first, weights, terms,
-                        lanes);
+      sum_weighted_rows(out + q * lanes, Rows<const Acc>{row, lanes}, first, weights, terms, lanes);
       continue;
     }
     Acc sum = 0;

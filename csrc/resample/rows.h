@@ -138,7 +138,7 @@ REVBIFPN_INLINE void sum_vectors(const Rows<const T> &rows, int64_t begin, const
     const T *row = rows[begin + term] + i;
     const Vector weight = splat<Vector>(weights[term]);
     REVBIFPN_UNROLLED(k, COUNT)
-      sums[k] = multiply_add(weight, load_lanes(row + k * WIDTH<Acc>, lanes), sums[k]);
+    sums[k] = multiply_add(weight, load_lanes(row + k * WIDTH<Acc>, lanes), sums[k]);
   }
   REVBIFPN_UNROLLED(k, COUNT) store_lanes(sums[k], out + i + k * WIDTH<Acc>, lanes);
 }

@@ -57,12 +57,10 @@ template <class Acc> std::vector<Acc> transpose(const Acc *values, int64_t rows,
 
 /// out (columns) = the sum of all rows of values (rows, columns).
 template <class Acc> void add_rows_up(const Acc *values, Acc *out, int64_t rows, int64_t columns) {
-  std::vector<double> sums(columns);
+  std::fill_n(out, columns, Acc{0});
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t column = 0; column < columns; ++column)
-      sums[column] += values[row * columns + column];
-  for (int64_t column = 0; column < columns; ++column)
-    out[column] = static_cast<Acc>(sums[column]);
+      out[column] += values[row * columns + column];
 }
 
 template <class Acc> Acc hardsigmoid(Acc z) {

@@ -147,8 +147,7 @@ REVBIFPN_INLINE void product_of_rows(const ProductJob<Acc> &job, int64_t row, in
   Block<Acc> sums[ROWS] = {};
   const auto add = [&](const Block<Acc> &values, int64_t term) __attribute__((always_inline)) {
     REVBIFPN_UNROLLED(r, ROWS) {
-      const auto factor =
-          splat<vector_of<Acc>>(left[r * job.left_row + term * job.left_term]);
+      const auto factor = splat<vector_of<Acc>>(left[r * job.left_row + term * job.left_term]);
       REVBIFPN_UNROLLED(p, PARTS<Acc>)
       sums[r].parts[p] = multiply_add(values.parts[p], factor, sums[r].parts[p]);
     }
@@ -186,11 +185,11 @@ void act_units(const ActJob<accumulator_t<T>> &job, int64_t begin, int64_t end,
   with_act(job.act, [&]<Act ACT>() {
     for (int64_t first = begin; first < end; first += WIDTH<Acc>) {
       const int64_t lanes = std::min<int64_t>(WIDTH<Acc>, end - first);
-      const auto z = load_first(job.z + first, lanes);
+      const auto z = load_lanes(job.z + first, lanes);
       if (job.grad == nullptr)
-        store_first(activate<ACT>(z).value, job.out + first, lanes);
+        store_lanes(activate<ACT>(z).value, job.out + first, lanes);
       else
-        store_first(load_first(job.grad + first, lanes) * activate<ACT>(z).slope, job.out + first,
+        store_lanes(load_lanes(job.grad + first, lanes) * activate<ACT>(z).slope, job.out + first,
                     lanes);
     }
   });
