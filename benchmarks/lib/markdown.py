@@ -115,5 +115,6 @@ def by(rows: Iterable[Row], *columns: str) -> dict[tuple[str, ...], Row]:
 
 
 def latest_device(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the device that was measured last."""
-    return [row for row in rows if row["device"] == rows[-1]["device"]]
+    """The rows of the device that was measured last, with all that it can do if there are such."""
+    whole = [row for row in rows if "forced" not in row["device"]] or rows
+    return [row for row in whole if row["device"] == whole[-1]["device"]]

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks import results
-from benchmarks.lib import record
+from benchmarks.lib import markdown, record
 from benchmarks.lib.record import Recorder, read_rows, write_rows
 
 CONDITIONS = {
@@ -186,3 +186,9 @@ def test_each_command_explains_itself(module):
     command = [sys.executable, "-m", f"benchmarks.{module}", "--help"]
     finished = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True)
     assert finished.returncode == 0 and "--" in finished.stdout
+
+
+def test_a_forced_instruction_set_does_not_stand_for_the_machine():
+    whole, forced = {"device": "Xeon AVX512 2 cores"}, {"device": "Xeon AVX2 (avx2 forced) 2 cores"}
+    assert markdown.latest_device([whole, forced]) == [whole]
+    assert markdown.latest_device([forced]) == [forced]
