@@ -39,7 +39,7 @@ const Acc *factors_of(const char *op, const char *name, const Tensor &factors,
 }
 
 template <class Acc>
-Source<Acc> source_of(const char *op, const Addends &addends, size_t k, const Maps &y) {
+Source<Acc> source_of(const char *op, const Addends &addends, size_t k) {
   const Tensor &tensor = addends.sources[k];
   Source<Acc> source = {};
   source.maps = maps_of(op, tensor);
@@ -47,14 +47,18 @@ Source<Acc> source_of(const char *op, const Addends &addends, size_t k, const Ma
     source.scale = factors_of<Acc>(op, "scales", addends.scales[k], tensor);
     source.shift = factors_of<Acc>(op, "shifts", addends.shifts[k], tensor);
   }
+  return source;
+}
+
+template <class Acc>
+void find_taps(const char *op, Source<Acc> &source, const Maps &y, const std::string &mode) {
   const int64_t h = source.maps.height, w = source.maps.width;
-  source.kind = kind_of(op, h, w, y.height, y.width, addends.mode);
+  source.kind = kind_of(op, h, w, y.height, y.width, mode);
   source.block_h = h / y.height;
   source.block_w = w / y.width;
   source.enlarge_w = whole_factor(source.kind, w, y.width);
   source.rows = taps_of<Acc>(source.kind, h, y.height);
   source.columns = taps_of<Acc>(source.kind, w, y.width);
-  return source;
 }
 
 /// Resampled rows that one run of the target's rows reads at most, as a power of two.
@@ -75,6 +79,7 @@ template <class Acc> void size_workspace(AddJob<Acc> &job) {
   const int64_t lanes = job.groups.lane_block, size = job.strip_columns * lanes;
   job.run_rows = std::clamp<int64_t>(RUN_SIZE / size, 1, job.chunk_rows);
   job.strip_size = padded(size);
+  job.staged_size = padded(job.run_rows * size);
   int64_t scratch = 0;
   for (Source<Acc> &source : job.sources) {
     source.ring_rows = ring_rows_of(source, job.run_rows);
@@ -83,6 +88,23 @@ template <class Acc> void size_workspace(AddJob<Acc> &job) {
                                                           : source.ring_rows * width);
   }
   job.scratch_size = padded(scratch * lanes);
+}
+
+/// Takes planes that are only added to one another as one row each, if all pixels of them are evenly
+/// spaced.
+template <class Acc> void join_rows(AddJob<Acc> &job) {
+  std::vector<Maps *> all = {&job.x, &job.y};
+  for (Source<Acc> &source : job.sources)
+    all.push_back(&source.maps);
+  const int64_t height = job.y.height, width = job.y.width;
+  for (const Maps *maps : all)
+    if (maps->height != height || maps->width != width || maps->stride_h != width * maps->stride_w)
+      return;
+  for (Maps *maps : all) {
+    maps->height = 1;
+    maps->width = height * width;
+    maps->stride_h = maps->width * maps->stride_w;
+  }
 }
 
 /// Divides the maps into units: strips first, and chunks of rows where there are few planes for the
@@ -114,16 +136,21 @@ void run_add(const char *op, const Tensor &x, const Tensor &y, const Addends &ad
   job.alpha = static_cast<Acc>(addends.alpha);
   job.snap = snap_of<Acc>(op, addends.lattice);
   for (size_t k = 0; k < addends.sources.size(); ++k)
-    job.sources.push_back(source_of<Acc>(op, addends, k, job.y));
+    job.sources.push_back(source_of<Acc>(op, addends, k));
+  join_rows(job);
+  for (Source<Acc> &source : job.sources)
+    find_taps(op, source, job.y, addends.mode);
   divide_work(job, x.size(0), x.size(1));
   size_workspace(job);
   const int64_t units = x.size(0) * job.groups.per_image() * job.strips * job.row_chunks;
   const int64_t elements_per_unit = x.numel() / std::max<int64_t>(1, units);
-  const int64_t chunks = ceil_div(STEP_SIZE, std::max<int64_t>(1, elements_per_unit * job.strips));
+  // The strips of one row lie one after the other, so each may be a step; those of a chunk do not.
+  const int64_t together = job.y.height == 1 ? 1 : job.strips;
+  const int64_t chunks = ceil_div(STEP_SIZE, std::max<int64_t>(1, elements_per_unit * together));
   std::vector<FreshMemory> fresh;
   if (job.x.data != job.y.data)
     fresh.emplace_back(y);
-  run_units(job, units, x.numel(), REVBIFPN_BEST_KERNEL(add_units, T), fresh, chunks * job.strips);
+  run_units(job, units, x.numel(), REVBIFPN_BEST_KERNEL(add_units, T), fresh, chunks * together);
 }
 
 Tensor resample_add_cpu(const Tensor &x, const TensorList &sources, const TensorList &scales,

@@ -1,4 +1,12 @@
-// The horizontal half of a resampling: one dense row of a source to one dense row of a strip.
+// The horizontal half of a resampling: dense rows of a source to dense rows of a strip.
+
+/// Rows [begin, end) of a source, one after the other, each from pixel `origin` on.
+template <class Acc> struct SourceRows {
+  const Acc *data;
+  int64_t stride, begin, end, origin;
+
+  const Acc *operator[](int64_t i) const { return data + (i - begin) * stride; }
+};
 
 /// Outputs [begin, end) by the table of taps; `row` starts at pixel `origin` of the source.
 template <class Acc>
@@ -31,65 +39,80 @@ template <int FACTOR, class Acc> REVBIFPN_INLINE vector_of<Acc> repeat_values(co
     }(std::make_index_sequence<WIDTH<Acc>>{});
 }
 
-/// Between the centres of two source pixels lie FACTOR outputs with the same weights everywhere.
-template <int FACTOR, class Acc>
-void enlarge_between(const Taps<Acc> &taps, const Acc *row, int64_t pixels, Acc *out) {
-  constexpr int VECTORS = std::max(FACTOR / WIDTH<Acc>, 1);
-  vector_of<Acc> weight_first[VECTORS], weight_second[VECTORS];
-  for (int lane = 0; lane < VECTORS * WIDTH<Acc>; ++lane) {
-    const int output = FACTOR / 2 + lane % FACTOR;
-    weight_first[lane / WIDTH<Acc>][lane % WIDTH<Acc>] = taps.weight_first[output];
-    weight_second[lane / WIDTH<Acc>][lane % WIDTH<Acc>] = taps.weight_second[output];
-  }
-  const Acc *end = row + pixels;
-  for (; row < end; row += std::max(WIDTH<Acc> / FACTOR, 1)) {
-    const auto first = repeat_values<FACTOR>(row), second = repeat_values<FACTOR>(row + 1);
-    REVBIFPN_UNROLLED(i, VECTORS) {
-      store_vector(multiply_add(weight_second[i], second, weight_first[i] * first), out);
-      out += WIDTH<Acc>;
+/// The weights of the FACTOR outputs between the centres of two source pixels, the same everywhere,
+/// repeated to whole vectors.
+template <int FACTOR, class Acc> struct Blend {
+  static constexpr int VECTORS = std::max(FACTOR / WIDTH<Acc>, 1);
+  vector_of<Acc> first[VECTORS], second[VECTORS];
+
+  explicit Blend(const Taps<Acc> &taps) {
+    for (int lane = 0; lane < VECTORS * WIDTH<Acc>; ++lane) {
+      const int output = FACTOR / 2 + lane % FACTOR;
+      first[lane / WIDTH<Acc>][lane % WIDTH<Acc>] = taps.weight_first[output];
+      second[lane / WIDTH<Acc>][lane % WIDTH<Acc>] = taps.weight_second[output];
     }
   }
-}
 
-/// One plane enlarged by a power of two: constant weights, and the table before the centre of the
-/// first pixel and after that of the last.
+  /// The outputs after each of `pixels` pixels.
+  REVBIFPN_INLINE void enlarge(const Acc *row, int64_t pixels, Acc *out) const {
+    const Acc *end = row + pixels;
+    for (; row < end; row += std::max(WIDTH<Acc> / FACTOR, 1)) {
+      const auto before = repeat_values<FACTOR>(row), after = repeat_values<FACTOR>(row + 1);
+      REVBIFPN_UNROLLED(i, VECTORS) {
+        store_vector(multiply_add(second[i], after, first[i] * before), out);
+        out += WIDTH<Acc>;
+      }
+    }
+  }
+};
+
+/// Rows of one plane enlarged by a power of two: constant weights, and the table before the centre
+/// of the first pixel and after that of the last.
 template <int FACTOR, class Acc>
-void enlarge_plane(const Source<Acc> &source, const Acc *row, int64_t origin, int64_t begin,
-                   int64_t end, Acc *out) {
-  const int64_t half = FACTOR / 2;
+void enlarge_planes(const Source<Acc> &source, const Tile &tile, const SourceRows<Acc> &from,
+                    const Rows<Acc> &to) {
+  const int64_t half = FACTOR / 2, begin = tile.column_begin, end = tile.column_end;
   const int64_t first = std::max<int64_t>(0, (begin - half + FACTOR - 1) / FACTOR);
-  const int64_t last = std::min((end - half) / FACTOR, source.maps.width - 1);
-  if (last <= first)
-    return enlarge_by_table(source.columns, row, origin, 1, begin, end, out);
-  const int64_t inner_begin = half + first * FACTOR, inner_end = half + last * FACTOR;
-  enlarge_between<FACTOR>(source.columns, row + (first - origin), last - first,
-                          out + (inner_begin - begin));
-  enlarge_by_table(source.columns, row, origin, 1, begin, inner_begin, out);
-  enlarge_by_table(source.columns, row, origin, 1, inner_end, end, out + (inner_end - begin));
+  const int64_t last = std::max(first, std::min((end - half) / FACTOR, source.maps.width - 1));
+  const bool has_inner = last > first;
+  const int64_t inner_begin = has_inner ? half + first * FACTOR : end;
+  const int64_t inner_end = has_inner ? half + last * FACTOR : end;
+  const Blend<FACTOR, Acc> blend(source.columns);
+  for (int64_t r = from.begin; r < from.end; ++r) {
+    const Acc *row = from[r];
+    Acc *out = to[r];
+    if (has_inner)
+      blend.enlarge(row + (first - from.origin), last - first, out + (inner_begin - begin));
+    enlarge_by_table(source.columns, row, from.origin, 1, begin, inner_begin, out);
+    enlarge_by_table(source.columns, row, from.origin, 1, inner_end, end,
+                     out + (inner_end - begin));
+  }
 }
 
 template <class Acc>
-void enlarge_columns(const Source<Acc> &source, const Tile &tile, const Acc *row, int64_t origin,
-                     Acc *out) {
-  const int64_t begin = tile.column_begin, end = tile.column_end;
+void enlarge_columns(const Source<Acc> &source, const Tile &tile, const SourceRows<Acc> &from,
+                     const Rows<Acc> &to) {
   const bool is_done =
       tile.lanes == 1 && with_constant<2, 4, 8>(source.enlarge_w, [&]<int FACTOR>() {
-        enlarge_plane<FACTOR>(source, row, origin, begin, end, out);
+        enlarge_planes<FACTOR>(source, tile, from, to);
       });
-  if (!is_done)
-    enlarge_by_table(source.columns, row, origin, tile.lanes, begin, end, out);
+  for (int64_t r = from.begin; !is_done && r < from.end; ++r)
+    enlarge_by_table(source.columns, from[r], from.origin, tile.lanes, tile.column_begin,
+                     tile.column_end, to[r]);
 }
 
 template <class Acc>
-void pick_columns(const Taps<Acc> &taps, const Tile &tile, const Acc *row, int64_t origin,
-                  Acc *out) {
-  if (tile.lanes == 1) {
-    for (int64_t j = tile.column_begin; j < tile.column_end; ++j)
-      *out++ = row[taps.first[j] - origin];
-    return;
+void pick_columns(const Taps<Acc> &taps, const Tile &tile, const SourceRows<Acc> &from,
+                  const Rows<Acc> &to) {
+  for (int64_t r = from.begin; r < from.end; ++r) {
+    const Acc *row = from[r];
+    Acc *out = to[r];
+    for (int64_t j = tile.column_begin; j < tile.column_end; ++j, out += tile.lanes)
+      if (const Acc *pixel = row + (taps.first[j] - from.origin) * tile.lanes; tile.lanes == 1)
+        *out = *pixel;
+      else
+        convert_run(pixel, tile.lanes, out);
   }
-  for (int64_t j = tile.column_begin; j < tile.column_end; ++j, out += tile.lanes)
-    convert_run(row + (taps.first[j] - origin) * tile.lanes, tile.lanes, out);
 }
 
 /// out (= or +=) the sums of each `block` pixels of the row.

@@ -70,11 +70,11 @@ template <class Acc> struct AddJob {
   PlaneGroups groups;
   int64_t chunk_rows, row_chunks, strip_columns, strips;
   int64_t run_rows;
-  // Elements in the workspace, PADDING included: of a resampled row, a run of a source.
-  int64_t strip_size, scratch_size;
+  // Elements in the workspace, PADDING included: of a resampled row, a run of y, a run of a source.
+  int64_t strip_size, staged_size, scratch_size;
 
   int64_t workspace_size() const {
-    int64_t size = PADDING + strip_size + scratch_size; // PADDING to begin at a cache line
+    int64_t size = PADDING + staged_size + scratch_size; // PADDING to begin at a cache line
     for (const auto &source : sources)
       size += source.ring_rows * strip_size;
     return size;
