@@ -1,11 +1,13 @@
-"""Times what MBConv does besides 1×1 convolutions, beside PyTorch eager and torch.compile.
+"""Times MBConv, whole and in parts, beside PyTorch eager and torch.compile.
 
-What follows a convolution: batch norm, Hardswish and, gated, squeeze-excite (ops/norm_act,
-ops/squeeze_excite). On CPUs also the gradients of depthwise convolutions (ops/conv) at every
-(kernel, stride) of RevBiFPN-S0. Results are compared first. GB/s count the maps that must move.
+stages: what follows a convolution, which is batch norm, Hardswish and, gated, squeeze-excite
+(ops/norm_act, ops/squeeze_excite). convolutions: on CPUs, our ops (ops/conv) at convolutions of
+RevBiFPN-S0. blocks: a training step of every MBConv of RevBiFPN-S0 to S6, fused beside its modules
+one by one. Results are compared first. GB/s count the maps that must move.
 """
 
 import argparse
+import copy
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from revbifpn_kernels import MBConv, create_model
 from revbifpn_kernels.ops.conv.depthwise import depthwise_input_grad, depthwise_weight_grad
+from revbifpn_kernels.ops.conv.pointwise_conv import pointwise_conv, pointwise_conv_backward
 
 from .lib import record, tables, timing
 from .lib.record import Row
@@ -38,7 +42,22 @@ DEPTHWISE = (  # channels, side, kernel, stride
     (80, 14, 5, 1),
     (160, 7, 5, 1),
 )
+POINTWISE = (  # channels, side, channels of the result
+    (24, 56, 24),
+    (24, 56, 48),
+    (48, 56, 48),
+    (32, 28, 32),
+    (48, 28, 64),
+    (64, 28, 48),
+    (128, 28, 64),
+    (80, 14, 40),
+    (40, 14, 80),
+    (80, 14, 160),
+    (160, 7, 320),
+    (320, 7, 160),
+)
 BATCH = 4
+NETWORKS = {f"revbifpn_s{scale}": 4 if scale < 3 else 1 for scale in range(7)}  # with their batches
 _ops = torch.ops.revbifpn
 Calls = dict[str, Callable[[], object]]  # by provider
 
@@ -171,12 +190,70 @@ def depthwise_calls(
     return x, x.nbytes + grad.nbytes, {"ours": ours, "torch": theirs}
 
 
-def depthwise_fault(calls: Calls) -> str:
-    ours, theirs = (calls[provider]() for provider in ("ours", "torch"))
+def pointwise_calls(
+    case: tuple[int, ...], dtype: torch.dtype, is_backward: bool
+) -> tuple[Tensor, int, Calls]:
+    """Maps in channels_last, the bytes to move, and who takes a 1×1 convolution or its gradients."""
+    channels, side, results = case
+    x = torch.randn(BATCH, channels, side, side, dtype=dtype)
+    x = x.to(memory_format=torch.channels_last)
+    weight = torch.randn(results, channels, 1, 1, dtype=dtype)
+    grad = torch.randn_like(F.conv2d(x, weight))
+    if not is_backward:
+        calls = {"ours": lambda: pointwise_conv(x, weight), "torch": lambda: F.conv2d(x, weight)}
+        return x, x.nbytes + grad.nbytes, calls
+
+    def theirs() -> Tensor:
+        rest = [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False]
+        return torch.ops.aten.convolution_backward(grad, x, weight, None, *rest)[0]
+
+    calls = {"ours": lambda: pointwise_conv_backward(grad, x, weight)[0], "torch": theirs}
+    return x, 2 * (x.nbytes + grad.nbytes), calls
+
+
+def fault_of(results: dict[str, Tensor]) -> str:
+    """What is wrong with ours beside PyTorch's, or ""."""
+    ours, theirs = results["ours"], results["torch"]
     # PyTorch's own sums of bfloat16 are the coarser ones.
     allowed = 1e-3 if ours.dtype == torch.float32 else 3e-2
     error = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
     return "" if error <= allowed else f"off by {error:.1e}, allowed {allowed:.0e}"
+
+
+def blocks_of(name: str) -> Iterator[tuple[MBConv, tuple[int, ...], str]]:
+    """The distinct MBConvs of a network, the shape of the maps each gets, a description."""
+    network = create_model(name).eval()
+    found: dict[str, tuple[MBConv, tuple[int, ...], str]] = {}
+
+    def note(block: MBConv, inputs: tuple[Tensor]) -> None:
+        depthwise, project = block.depthwise.conv, block.project.conv
+        kernel, stride = depthwise.kernel_size[0], depthwise.stride[0]
+        widths = f"{inputs[0].shape[1]}-{depthwise.out_channels}-{project.out_channels}"
+        gate = ", gated" if hasattr(block, "squeeze_excite") else ""
+        text = f"{kernel}x{kernel}, stride {stride}, {widths}{gate}"
+        shape = (NETWORKS[name], *inputs[0].shape[1:])
+        found[f"{text} {shape}"] = block, shape, text
+
+    for block in network.modules():
+        if isinstance(block, MBConv):
+            block.register_forward_pre_hook(note)
+    with torch.no_grad():
+        network(torch.zeros(1, 3, *[network.config.resolution] * 2))
+    for block, shape, text in found.values():
+        block._forward_pre_hooks.clear()
+        yield block.train(), shape, text
+
+
+def block_calls(block: MBConv, x: Tensor) -> Calls:
+    """A training step of a block: forward and all gradients, fused and by its modules."""
+    modules = copy.deepcopy(block)
+    modules.project.register_forward_hook(lambda *_: None)  # which the fused path would not call
+    grad = torch.randn_like(modules(x))
+
+    def step(block: MBConv) -> Tensor:
+        return torch.autograd.grad(block(x), [x, *block.parameters()], grad)[0]
+
+    return {"ours": lambda: step(block), "torch": lambda: step(modules)}
 
 
 def timed(row: Row, calls: Calls, maps: Tensor, bytes_moved: int, run) -> list[Row]:
@@ -206,32 +283,65 @@ def stages(run: argparse.Namespace) -> Iterator[list[Row]]:
 
 
 def convolutions(run: argparse.Namespace) -> Iterator[list[Row]]:
-    cases = DEPTHWISE[: 1 if run.quick else None]
-    for case, dtype, is_input in itertools.product(cases, DTYPES, (True, False)):
-        x, bytes_moved, calls = depthwise_calls(case, DTYPES[dtype], is_input)
-        op = "depthwise_input_grad" if is_input else "depthwise_weight_grad"
-        row = record.row_of(op, "ours", "bwd", dtype, x.shape, "channels_last")
-        row["kernel"] = f"{case[2]}x{case[2]}, stride {case[3]}"
-        if fault := depthwise_fault(calls):
-            yield [row | {"note": f"WRONG: {fault}"}]
-        else:
-            yield timed(row, calls, x, bytes_moved, run)
+    if run.device == "cuda":
+        return
+    kinds = (
+        (depthwise_calls, "depthwise_weight_grad", "depthwise_input_grad", DEPTHWISE),
+        (pointwise_calls, "pointwise_conv", "pointwise_conv_backward", POINTWISE),
+    )
+    for (calls_of, *ops, cases), dtype in itertools.product(kinds, DTYPES):
+        for case, second in itertools.product(cases[: 1 if run.quick else None], (False, True)):
+            x, bytes_moved, calls = calls_of(case, DTYPES[dtype], second)
+            mode = "fwd" if ops[second] == "pointwise_conv" else "bwd"
+            row = record.row_of(ops[second], "ours", mode, dtype, x.shape, "channels_last")
+            is_depthwise = calls_of is depthwise_calls
+            row["kernel"] = f"{case[2]}x{case[2]}, stride {case[3]}" if is_depthwise else f"1x1, to {case[2]}"
+            if fault := fault_of({name: call() for name, call in calls.items()}):
+                yield [row | {"note": f"WRONG: {fault}"}]
+            else:
+                yield timed(row, calls, x, bytes_moved, run)
+
+
+def blocks(run: argparse.Namespace) -> Iterator[list[Row]]:
+    seen = set()
+    for name in list(NETWORKS)[: 1 if run.quick else None]:
+        for block, shape, text in blocks_of(name):
+            if (shape, text) in seen:
+                continue
+            seen.add((shape, text))
+            for layout, memory_format in LAYOUTS.items():
+                block = block.to(run.device, memory_format=memory_format)
+                x = torch.randn(shape, device=run.device).to(memory_format=memory_format)
+                calls = block_calls(block, x.requires_grad_())
+                row = record.row_of("MBConv", "ours", "fwd+bwd", "fp32", shape, layout)
+                row |= {"kernel": text, "network": name}
+                if fault := fault_of({name: call() for name, call in calls.items()}):
+                    yield [row | {"note": f"WRONG: {fault}"}]
+                else:
+                    times = timing.measure_interleaved(
+                        calls, run.clock, seconds=run.seconds, rounds=(5, 60)
+                    )
+                    yield [row | {"provider": p} | found.columns() for p, found in times.items()]
+
+
+# With the share of the seconds that each case gets.
+PARTS = {"stages": (stages, 1), "convolutions": (convolutions, 0.2), "blocks": (blocks, 0.4)}
 
 
 def main(arguments: list[str]) -> int:
     parser = record.parser("bench_mbconv", __doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seconds", type=float, default=1.5, help="per stage")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     run = record.parse(parser, arguments)
     run.clock = timing.clock_for(run.device)
     rows = record.recorder(run, "mbconv")
-    for new in stages(run):
-        rows.add(new)
-    if run.device == "cpu":
-        run.seconds /= 5
-        for new in convolutions(run):
+    for part in run.parts:
+        cases, share = PARTS[part]
+        for new in cases(argparse.Namespace(**{**vars(run), "seconds": run.seconds * share})):
             rows.add(new)
-    return rows.finish(tables.norms_table(rows.rows) + "\n" + tables.depthwise_table(rows.rows))
+    writers = tables.norms_table, tables.convolutions_table, tables.blocks_table
+    return rows.finish("\n".join(filter(None, (write(rows.rows) for write in writers))))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Tables of times and precision, from the rows of the other CSVs."""
 
 import re
+import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 
 from . import markdown as md
@@ -76,7 +78,7 @@ def host_table(rows: Sequence[Row]) -> str:
     return md.with_conditions(("op", "provider", "host time per call, µs"), lines, rows)
 
 
-# What MBConv does besides 1×1 convolutions
+# MBConv and its parts
 
 
 def norms_table(rows: Sequence[Row]) -> str:
@@ -101,9 +103,9 @@ def norms_table(rows: Sequence[Row]) -> str:
     return md.with_conditions(header, lines, rows)
 
 
-def depthwise_table(rows: Sequence[Row]) -> str:
-    """Our gradients of depthwise convolutions and PyTorch's, in copies' times."""
-    rows = [r for r in rows if r["op"].startswith("depthwise")]
+def convolutions_table(rows: Sequence[Row]) -> str:
+    """Our ops for convolutions and PyTorch's, in copies' times."""
+    rows = [r for r in rows if r["op"].startswith(("depthwise", "pointwise"))]
     lines = []
     for key, found in by_case(rows, "op", "kernel", "shape", "dtype").items():
         op, kernel, shape, dtype = key
@@ -114,6 +116,25 @@ def depthwise_table(rows: Sequence[Row]) -> str:
         lines.append((f"`{op}`", kernel, shape.replace("x", "×"), dtype, *floors, faster))
     header = ("op", "kernel", "shape", "dtype", "ours, times of a copy", "PyTorch", "× PyTorch")
     return md.with_conditions(header, lines, rows, "channels_last")
+
+
+def blocks_table(rows: Sequence[Row]) -> str:
+    """How many times as fast as its modules a fused MBConv trains: the spread over each network."""
+    rows = [r for r in rows if r["op"] == "MBConv"]
+    ratios = defaultdict(list)
+    for key, found in by_case(rows, "network", "layout", "kernel", "shape").items():
+        if {"ours", "torch"} <= found.keys():
+            ratio = md.ratio(ms(found["torch"]), ms(found["ours"]))
+            ratios[key[:2]].append((ratio, f"{key[2]} at {key[3]}".replace("x", "×")))
+    lines = []
+    for (network, layout), found in ratios.items():
+        slower = [text for ratio, text in found if ratio < 0.97]
+        values = sorted(ratio for ratio, _ in found)
+        spread = [md.cell(value) for value in (values[0], statistics.median(values), values[-1])]
+        lines.append((md.network(network), layout, len(found), *spread, "; ".join(slower) or "none"))
+    header = ("network", "layout", "distinct blocks", "× modules: least", "median", "most",
+              "slower by more than 3 %")  # fmt: skip
+    return md.with_conditions(header, lines, rows, "fp32", "forward and backward")
 
 
 # GPU kernels

@@ -13,20 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.conv.depthwise import depthwise_input_grad, depthwise_weight_grad
-from ..ops.conv.pointwise_conv import pointwise_conv, pointwise_conv_backward
 from ..ops.layout import Geometry
 from ..ops.norm_act.arguments import ACTIVATIONS
 from ..ops.norm_act.forward import norm_act_reference
 from ..ops.resample.folded_norm import ScaledSource, Source
 from ..reversible import recompute
+from .convolutions import convolve, convolve_backward
 from .drop_path import drop_factors
 from .stages import Stage, is_autocast
 
 _ops = torch.ops.revbifpn
-# Our depthwise weight gradient is used for kernels of 5 and more, our input gradient for strides in
-# half precision; elsewhere PyTorch's are as fast.
-SMALLEST_OWN_KERNEL = 5
 
 
 class SavedStatistics(NamedTuple):
@@ -105,7 +101,7 @@ class _StagesRun:
     def forward(self, x: Tensor, parameters: Sequence[Tensor | None]) -> Source:
         for k, (stage, own) in enumerate(zip(self.stages, self.split(parameters), strict=True)):
             weight, gamma, beta, *squeeze = own
-            u = _convolve(stage.conv, x, _as(weight, x.dtype))
+            u = convolve(stage.conv, x, _as(weight, x.dtype))
             if not self.is_recompute:
                 self.saved.append(_measure(stage, u, gamma, beta, squeeze))
             saved = self.saved[k]
@@ -141,47 +137,6 @@ def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze) -> SavedStatistics:
     elif stage.drop_path > 0:
         factors = drop_factors(stage.drop_path, len(u), statistics[0])
     return SavedStatistics(*statistics, gate, means, factors)
-
-
-def _is_product(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether a 1×1 convolution is a matrix product of pixels: faster on a CPU's channels_last."""
-    is_dense = conv.kernel_size == conv.stride == (1, 1) and conv.groups == 1
-    return is_dense and conv.padding == (0, 0) and x.is_cpu and Geometry.of(x).channels_last
-
-
-def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
-    if _is_product(conv, x):
-        return pointwise_conv(x, weight)
-    return F.conv2d(x, weight, None, conv.stride, conv.padding, groups=conv.groups)
-
-
-def _convolve_backward(
-    conv: nn.Conv2d, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x and weight."""
-    needs_x, needs_weight = needs
-    kernel = conv.kernel_size[0]
-    if _is_product(conv, x):
-        if needs_weight:
-            return pointwise_conv_backward(grad, x, weight)
-        return pointwise_conv(grad, weight.transpose(0, 1)), None
-    is_depthwise = x.is_cpu and x.stride(1) == 1 and conv.groups == x.shape[1] == len(weight)
-    sizes = {"stride": conv.stride[0], "padding": conv.padding[0]}
-    grad_x = grad_weight = None
-    if is_depthwise and needs_weight and kernel >= SMALLEST_OWN_KERNEL:
-        grad_weight = depthwise_weight_grad(x, grad, kernel_size=kernel, **sizes)
-        needs_weight = False
-    if is_depthwise and needs_x and sizes["stride"] > 1 and x.itemsize == 2:
-        grad_x = depthwise_input_grad(grad, weight, x.shape[2:], **sizes)
-        needs_x = False
-    if needs_x or needs_weight:
-        theirs = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0],
-            conv.groups, [needs_x, needs_weight, False],
-        )  # fmt: skip
-        grad_x = theirs[0] if needs_x else grad_x
-        grad_weight = theirs[1] if needs_weight else grad_weight
-    return grad_x, grad_weight
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -252,7 +207,7 @@ def _stage_backward(
         grad_u, *norm_grads = _ops.norm_act_excite_grad(
             grad, u, *norm, gates, saved.se_means, *squeeze, *acts, stage.is_batch
         )
-    grad_x, grad_weight = _convolve_backward(stage.conv, grad_u, x, _as(weight, x.dtype), needs)
+    grad_x, grad_weight = convolve_backward(stage.conv, grad_u, x, _as(weight, x.dtype), needs)
     grads = [grad_weight, *norm_grads]
     return grad_x, [
         None if g is None or p is None else _as(g.view_as(p), p.dtype)
