@@ -3,14 +3,16 @@
 import functools
 from collections import OrderedDict
 
+import torch
 from torch import Tensor, nn
 
 from ..ops.resample.folded_norm import Source
 from ..reversible import recompute
+from .convolutions import are_slow
 from .drop_path import DropPath
 from .fused import run_stages
 from .modules import NORM_LAYER, ActLayer, ConvNorm, NormLayer, SqueezeExcite
-from .stages import Stage, can_run, is_unwatched, stages_of
+from .stages import Stage, can_run, is_autocast, is_unwatched, stages_of
 
 
 class MBConv(nn.Sequential):
@@ -82,12 +84,20 @@ class MBConv(nn.Sequential):
 
     def _stages(self, x: Tensor) -> list[Stage] | None:
         """What runs fused, or None where the modules must run one by one."""
-        # In evaluation PyTorch's modules run, which take 0.9 of our time on CPUs (2-core EPYC, S0
-        # and S2, 2026-11-24). Grad mode must not decide: `inverse` has to round like the forward.
         # In a traced block, but outside a transform, modules run, so that GuardMode refuses them.
         is_hidden = recompute.current_recorder() is None and recompute.is_traced()
-        stages = stages_of(self) if self.training and not is_hidden and can_run(x) else None
+        stages = stages_of(self) if not is_hidden and can_run(x) and self._is_faster(x) else None
         return stages if stages and all(stage.fits(x) for stage in stages) else None
+
+    def _is_faster(self, x: Tensor) -> bool:
+        """Whether fused stages are faster than the modules.
+
+        Not in evaluation, where modules take 0.9 of the time (CPU: 2-core EPYC, S0 and S2,
+        2026-11-24). Grad mode must not decide: `inverse` has to round like the forward.
+        """
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if is_autocast(x) else x.dtype
+        return self.training or are_slow(device, dtype)
 
 
 def _check_mbconv(kernel_size, stride, expand_ratio, se_ratio, drop_path) -> None:
