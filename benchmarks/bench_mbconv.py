@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from revbifpn_kernels import MBConv, create_model
+from revbifpn_kernels import BatchNorm2d, MBConv, create_model
 from revbifpn_kernels.ops.conv.depthwise import depthwise_input_grad, depthwise_weight_grad
 from revbifpn_kernels.ops.conv.pointwise_conv import pointwise_conv, pointwise_conv_backward
 
@@ -241,6 +241,8 @@ def blocks_of(name: str) -> Iterator[tuple[MBConv, tuple[int, ...], str]]:
         network(torch.zeros(1, 3, *[network.config.resolution] * 2))
     for block, shape, text in found.values():
         block._forward_pre_hooks.clear()
+        for norm in filter(lambda module: isinstance(module, BatchNorm2d), block.modules()):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)  # where it is 0 all gradients would be
         yield block.train(), shape, text
 
 

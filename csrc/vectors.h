@@ -66,19 +66,32 @@ template <class T> constexpr int64_t lane_in_pair(int64_t i) {
   return std::is_same_v<T, BFloat16> ? i % 2 * WIDTH<float> + i / 2 : i;
 }
 
-/// The first `count` values; the other lanes are zeros.
+/// Copies `count` values, fewer than 2 * MOST, in pieces of constant sizes, which take no call.
+template <int MOST, class T>
+REVBIFPN_INLINE void copy_few(const T *from, int64_t count, T *to) {
+  const bool has_piece = (count & MOST) != 0;
+  if (has_piece)
+    __builtin_memcpy(to, from, MOST * sizeof(T));
+  if constexpr (MOST > 1)
+    copy_few<MOST / 2>(from + (has_piece ? MOST : 0), count, to + (has_piece ? MOST : 0));
+}
+
+/// The first `count` values, fewer than all; the other lanes are zeros.
 template <class T>
 REVBIFPN_INLINE vector_of<accumulator_t<T>> load_first(const T *values, int64_t count) {
-  T copied[WIDTH<accumulator_t<T>>] = {};
-  __builtin_memcpy(copied, values, count * sizeof(T));
+  constexpr int ALL = WIDTH<accumulator_t<T>>;
+  T copied[ALL];
+  store_vector(vector_of<accumulator_t<T>>{}, copied);
+  copy_few<ALL / 2>(values, count, copied);
   return load_vector(copied);
 }
 
 template <class T>
 REVBIFPN_INLINE void store_first(vector_of<accumulator_t<T>> vector, T *values, int64_t count) {
-  T copied[WIDTH<accumulator_t<T>>];
+  constexpr int ALL = WIDTH<accumulator_t<T>>;
+  T copied[ALL];
   store_vector(vector, copied);
-  __builtin_memcpy(values, copied, count * sizeof(T));
+  copy_few<ALL / 2>(copied, count, values);
 }
 
 /// All lanes where `count` is a constant that says so, else the first ones.

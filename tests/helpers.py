@@ -7,6 +7,9 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map, tree_map_only
 
 
+FEW = 1  # elements of an output whose largest error is a matter of chance
+
+
 def as_dtype(values, dtype: torch.dtype):
     """`values` with every tensor, and every dtype among the options, turned into `dtype`."""
 
@@ -28,19 +31,28 @@ def _errors(results, exact) -> list[float]:
 
 
 def _allowances(reference, inputs, options, plain, exact) -> list[float]:
-    """For each output twice the error of the reference in the working dtype."""
-    if inputs[0].dtype != torch.float64:
-        return [2 * error for error in _errors(plain, exact)]
-    # float64 is the truth itself, and errs as float32 does, in float64's smaller steps. Chance may
-    # have spared float32, so both sides are granted one more step of the magnitudes they sum.
-    rough = reference(*as_dtype(inputs, torch.float32), **as_dtype(options, torch.float32))
+    """For each output twice the error of the reference in the working dtype.
+
+    Chance may have spared the reference where an output is a single number, or in float64, which is
+    the truth itself and errs as float32 does, in smaller steps: then both sides are granted one
+    more step of the magnitudes that they sum.
+    """
+    dtype = inputs[0].dtype
+    is_truth = dtype == torch.float64
+    if is_truth:
+        plain = reference(*as_dtype(inputs, torch.float32), **as_dtype(options, torch.float32))
+    errors, outputs = _errors(plain, exact), tree_leaves(plain)
+    if not is_truth and min(output.numel() for output in outputs) > FEW:
+        return [2 * error for error in errors]
     inputs, options = tree_map_only(
         (Tensor, float), abs, as_dtype((inputs, options), torch.float64)
     )
-    sums = tree_leaves(reference(*inputs, **options))
-    fine, coarse = (torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32))
-    errors = zip(_errors(rough, exact), sums, strict=True)
-    return [2 * (error * fine / coarse + fine * _largest(sum_)) for error, sum_ in errors]
+    step = torch.finfo(dtype).eps
+    share = step / torch.finfo(torch.float32).eps if is_truth else 1
+    return [
+        2 * (error * share + (step * _largest(sums) if is_truth or sums.numel() <= FEW else 0))
+        for error, sums in zip(errors, tree_leaves(reference(*inputs, **options)), strict=True)
+    ]
 
 
 def assert_as_accurate(ours, reference: Callable, *inputs, **options) -> None:

@@ -42,3 +42,11 @@ REVBIFPN_INLINE void store_vector(Floats vector, Half *values) {
   _mm_storeu_si128(reinterpret_cast<__m128i *>(values),
                    _mm256_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT));
 }
+
+/// The first or the second lanes in double precision.
+REVBIFPN_INLINE Doubles first_half(Floats v) {
+  return _mm256_cvtps_pd(_mm256_castps256_ps128(v));
+}
+REVBIFPN_INLINE Doubles second_half(Floats v) {
+  return _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+}

@@ -41,3 +41,11 @@ REVBIFPN_INLINE void store_vector(Floats vector, Half *values) {
   _mm256_storeu_si256(reinterpret_cast<__m256i *>(values),
                       _mm512_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT));
 }
+
+/// The first or the second lanes in double precision.
+REVBIFPN_INLINE Doubles first_half(Floats v) {
+  return _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+}
+REVBIFPN_INLINE Doubles second_half(Floats v) {
+  return _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+}

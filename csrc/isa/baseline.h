@@ -32,3 +32,7 @@ REVBIFPN_INLINE Floats load_vector(const Half *values) {
 REVBIFPN_INLINE void store_vector(Floats vector, Half *values) {
   store_words(half_of(vector), reinterpret_cast<uint16_t *>(values));
 }
+
+/// The first or the second lanes in double precision.
+REVBIFPN_INLINE Doubles first_half(Floats v) { return Doubles{v[0], v[1]}; }
+REVBIFPN_INLINE Doubles second_half(Floats v) { return Doubles{v[2], v[3]}; }

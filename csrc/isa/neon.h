@@ -33,3 +33,11 @@ REVBIFPN_INLINE Floats load_vector(const Half *values) {
 REVBIFPN_INLINE void store_vector(Floats vector, Half *values) {
   vst1_u16(reinterpret_cast<uint16_t *>(values), vreinterpret_u16_f16(vcvt_f16_f32(vector)));
 }
+
+/// The first or the second lanes in double precision.
+REVBIFPN_INLINE Doubles first_half(Floats v) {
+  return (Doubles)vcvt_f64_f32(vget_low_f32((float32x4_t)v));
+}
+REVBIFPN_INLINE Doubles second_half(Floats v) {
+  return (Doubles)vcvt_high_f64_f32((float32x4_t)v);
+}

@@ -60,15 +60,29 @@ REVBIFPN_INLINE void step_at(const Factors<Vector> &factors, const Place<T> &pla
     Step::step(factors, x, grad, sums);
 }
 
-/// totals (SUMS) += sums, the first `lanes` lanes of them, where sums of a kind lie `pitch` apart.
+REVBIFPN_INLINE void add_to(double *totals, Doubles sums) {
+  store_vector(load_vector(totals) + sums, totals);
+}
+REVBIFPN_INLINE void add_to(double *totals, Floats sums) {
+  add_to(totals, first_half(sums));
+  add_to(totals + WIDTH<double>, second_half(sums));
+}
+
+/// totals (SUMS) += sums, where those of a kind lie `pitch` apart.
 template <int SUMS, class Vector>
-REVBIFPN_INLINE void add_to(double *totals, int64_t pitch, const Vector *sums, int64_t lanes) {
+REVBIFPN_INLINE void add_to(double *totals, int64_t pitch, const Vector *sums) {
+  REVBIFPN_UNROLLED(k, SUMS) add_to(totals + k * pitch, sums[k]);
+}
+
+/// The same for the first `lanes` lanes.
+template <int SUMS, class Vector>
+REVBIFPN_INLINE void add_first_to(double *totals, int64_t pitch, const Vector *sums,
+                                  int64_t lanes) {
   using Acc = std::remove_cvref_t<decltype(sums[0][0])>;
-  for (int k = 0; k < SUMS; ++k) {
+  REVBIFPN_UNROLLED(k, SUMS) {
     Acc values[WIDTH<Acc>];
     store_vector(sums[k], values);
-    for (int64_t lane = 0; lane < lanes; ++lane)
-      totals[k * pitch + lane] += values[lane];
+    add_to(totals + k * pitch, load_lanes(values, lanes));
   }
 }
 
@@ -113,7 +127,7 @@ REVBIFPN_INLINE void walk_group(const NormJob<accumulator_t<T>> &job, int64_t n,
       place.y += job.y.stride_w;
   }
   REVBIFPN_UNROLLED(r, COUNT)
-  add_to<Step::SUMS>(totals + (index + r) * WIDTH<Acc>, pitch, sums[r], WIDTH<Acc>);
+  add_to<Step::SUMS>(totals + (index + r) * WIDTH<Acc>, pitch, sums[r]);
 }
 
 /// The same for maps of fewer channels than a register has lanes.
@@ -128,16 +142,40 @@ __attribute__((noinline)) void walk_group_of_few(const NormJob<accumulator_t<T>>
   Vector sums[Step::SUMS + 1] = {};
   for (int64_t pixel = begin; pixel < end; ++pixel)
     step_at<Step>(factors, Place<T>::template of<Step>(job, n, 0, pixel), 0, job.channels, sums);
-  add_to<Step::SUMS>(totals, pitch, sums, job.channels);
+  add_first_to<Step::SUMS>(totals, pitch, sums, job.channels);
 }
 
-/// The mean of the first pixels of a unit, in one channel.
-template <class T> accumulator_t<T> mean_of_first(const T *x, int64_t stride, int64_t pixels) {
+/// The means of the first pixels of a unit, of all channels.
+template <class T>
+void means_of_first(const T *x, int64_t stride, int64_t pixels, int64_t channels,
+                    accumulator_t<T> *means) {
+  using Acc = accumulator_t<T>;
   const int64_t count = std::min(GROUP, pixels);
-  accumulator_t<T> sum = 0;
-  for (int64_t pixel = 0; pixel < count; ++pixel)
-    sum += widen(x[pixel * stride]);
-  return sum / static_cast<accumulator_t<T>>(count);
+  for (int64_t c = 0; c < channels; c += WIDTH<Acc>) {
+    const int64_t lanes = std::min<int64_t>(WIDTH<Acc>, channels - c);
+    vector_of<Acc> sum = {};
+    for (int64_t pixel = 0; pixel < count; ++pixel)
+      sum += load_lanes(x + pixel * stride + c, lanes);
+    store_lanes(sum / splat<vector_of<Acc>>(static_cast<double>(count)), means + c, lanes);
+  }
+}
+
+/// The sum of COUNT values, a power of two, in the same order whatever vectors add them.
+template <int COUNT, class Number> REVBIFPN_INLINE Number sum_of_all(Number *values) {
+  for (int half = COUNT / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i)
+      values[i] += values[i + half];
+  return values[0];
+}
+
+/// The mean of the first pixels of a plane.
+template <class T> accumulator_t<T> mean_of_first(const T *x, int64_t pixels) {
+  using Acc = accumulator_t<T>;
+  const int64_t count = std::min(GROUP, pixels);
+  Acc values[GROUP];
+  for (int64_t i = 0; i < GROUP; i += WIDTH<Acc>)
+    store_vector(load_lanes(x + i, std::clamp<int64_t>(count - i, 0, WIDTH<Acc>)), values + i);
+  return sum_of_all<GROUP>(values) / static_cast<Acc>(count);
 }
 
 /// Does one chunk of an image's pixels, all channels.
@@ -152,9 +190,8 @@ void walk_pixels(const NormJob<accumulator_t<T>> &job, int64_t unit, double *wor
   std::fill_n(workspace, Step::SUMS * pitch, 0.0);
   Acc *means = reinterpret_cast<Acc *>(workspace + Step::SUMS * pitch);
   if constexpr (std::is_same_v<Step, Statistics>)
-    for (int64_t c = 0; c < channels; ++c)
-      means[c] =
-          mean_of_first(job.x.template at<const T>(n, c, 0, first), job.x.stride_w, last - first);
+    means_of_first(job.x.template at<const T>(n, 0, 0, first), job.x.stride_w, last - first,
+                   channels, means);
   for (int64_t begin = first; begin < last; begin += GROUP) {
     const int64_t end = std::min(begin + GROUP, last);
     if (channels < WIDTH<Acc>)
@@ -200,7 +237,7 @@ REVBIFPN_INLINE void walk_runs(const Factors<Vector> &factors, const Place<T> &p
       for (int64_t pixel = begin + lane; pixel < end; pixel += RUN)
         step_parts<Step, COUNT>(factors, place, pixel, part, sums);
       REVBIFPN_UNROLLED(r, COUNT)
-      add_to<Step::SUMS>(totals + lane + (part + r) * ALL, RUN, sums[r], ALL);
+      add_to<Step::SUMS>(totals + lane + (part + r) * ALL, RUN, sums[r]);
     }
 }
 
@@ -213,8 +250,20 @@ REVBIFPN_INLINE void walk_rest(const Factors<Vector> &factors, const Place<T> &p
     Vector sums[Step::SUMS + 1] = {};
     const int64_t lanes = std::min(ALL, end - pixel);
     step_at<Step>(factors, place, pixel, lanes, sums);
-    add_to<Step::SUMS>(totals + (pixel - begin), RUN, sums, lanes);
+    add_first_to<Step::SUMS>(totals + (pixel - begin), RUN, sums, lanes);
   }
+}
+
+/// Moves the sums of a run, which lie where the lanes of pairs are, into the order of the pixels.
+template <class T, int SUMS> REVBIFPN_INLINE void in_pixel_order(double *totals) {
+  constexpr int64_t PAIR = 2 * WIDTH<accumulator_t<T>>;
+  if constexpr (std::is_same_v<T, BFloat16>)
+    for (double *pair = totals; pair < totals + SUMS * RUN; pair += PAIR) {
+      double ordered[PAIR];
+      for (int64_t i = 0; i < PAIR; ++i)
+        ordered[i] = pair[lane_in_pair<T>(i)];
+      std::copy_n(ordered, PAIR, pair);
+    }
 }
 
 /// Does one plane.
@@ -226,24 +275,24 @@ template <class Step, class T> void walk_plane(const NormJob<accumulator_t<T>> &
   const Place<T> place = Place<T>::template of<Step>(job, n, c, 0);
   Factors<Vector> factors = factors_of(job, n, c);
   if constexpr (std::is_same_v<Step, Statistics>)
-    factors.mean = splat<Vector>(mean_of_first(place.x, 1, job.pixels));
-  double totals[(SUMS + 1) * RUN] = {}, rest[(SUMS + 1) * RUN] = {};
+    factors.mean = splat<Vector>(mean_of_first(place.x, job.pixels));
   const int64_t whole = job.pixels / RUN * RUN;
-  if constexpr (WRITES<Step>)
+  if constexpr (WRITES<Step>) {
     for (int64_t pixel = 0; pixel < whole; pixel += 2 * WIDTH<Acc>)
       step_parts<Step, 2, T, Vector>(factors, place, pixel, 0, {});
-  else
-    for (int64_t begin = 0; begin < whole; begin += GROUP * RUN)
-      walk_runs<Step>(factors, place, begin, std::min(begin + GROUP * RUN, whole), totals);
-  walk_rest<Step>(factors, place, whole, job.pixels, rest);
-  for (int k = 0; k < SUMS; ++k) {
-    double sum = 0;
-    for (int64_t i = 0; i < RUN; ++i) {
-      constexpr int64_t PAIR = 2 * WIDTH<Acc>;
-      sum += totals[k * RUN + i / PAIR * PAIR + lane_in_pair<T>(i % PAIR)] + rest[k * RUN + i];
-    }
-    job.sum(k, unit, 0) = sum;
+    walk_rest<Step>(factors, place, whole, job.pixels, nullptr);
+    return;
   }
+  double totals[std::max(SUMS, 1) * RUN];
+  for (int k = 0; k < SUMS; ++k) // GCC would zero the array by an instruction that is slow to start
+    REVBIFPN_UNROLLED(i, RUN / WIDTH<double>)
+  store_vector(Doubles{}, totals + k * RUN + i * WIDTH<double>);
+  for (int64_t begin = 0; begin < whole; begin += GROUP * RUN)
+    walk_runs<Step>(factors, place, begin, std::min(begin + GROUP * RUN, whole), totals);
+  in_pixel_order<T, SUMS>(totals);
+  walk_rest<Step>(factors, place, whole, job.pixels, totals);
+  for (int k = 0; k < SUMS; ++k)
+    job.sum(k, unit, 0) = sum_of_all<RUN>(totals + k * RUN);
 }
 
 template <class Step, class T>
