@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revbifpn_kernels import BatchNorm2d, MBConv, create_model
+from revbifpn_kernels import MBConv, create_model
+from revbifpn_kernels.mbconv import BatchNorm2d
 from revbifpn_kernels.ops.conv.depthwise import depthwise_input_grad, depthwise_weight_grad
 from revbifpn_kernels.ops.conv.pointwise_conv import pointwise_conv, pointwise_conv_backward
 
@@ -193,7 +194,7 @@ def depthwise_calls(
 def pointwise_calls(
     case: tuple[int, ...], dtype: torch.dtype, is_backward: bool
 ) -> tuple[Tensor, int, Calls]:
-    """Maps in channels_last, the bytes to move, and who takes a 1×1 convolution or its gradients."""
+    """The same for a 1×1 convolution, or for both of its gradients."""
     channels, side, results = case
     x = torch.randn(BATCH, channels, side, side, dtype=dtype)
     x = x.to(memory_format=torch.channels_last)
@@ -222,7 +223,7 @@ def fault_of(results: dict[str, Tensor]) -> str:
 
 def blocks_of(name: str) -> Iterator[tuple[MBConv, tuple[int, ...], str]]:
     """The distinct MBConvs of a network, the shape of the maps each gets, a description."""
-    network = create_model(name).eval()
+    network = create_model(name, drop_rate=0.0, drop_path_rate=0.0).eval()
     found: dict[str, tuple[MBConv, tuple[int, ...], str]] = {}
 
     def note(block: MBConv, inputs: tuple[Tensor]) -> None:
@@ -297,7 +298,9 @@ def convolutions(run: argparse.Namespace) -> Iterator[list[Row]]:
             mode = "fwd" if ops[second] == "pointwise_conv" else "bwd"
             row = record.row_of(ops[second], "ours", mode, dtype, x.shape, "channels_last")
             is_depthwise = calls_of is depthwise_calls
-            row["kernel"] = f"{case[2]}x{case[2]}, stride {case[3]}" if is_depthwise else f"1x1, to {case[2]}"
+            row["kernel"] = (
+                f"{case[2]}x{case[2]}, stride {case[3]}" if is_depthwise else f"1x1, to {case[2]}"
+            )
             if fault := fault_of({name: call() for name, call in calls.items()}):
                 yield [row | {"note": f"WRONG: {fault}"}]
             else:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map, tree_map_only
 
-
 FEW = 1  # elements of an output whose largest error is a matter of chance
 
 

@@ -131,7 +131,9 @@ def blocks_table(rows: Sequence[Row]) -> str:
         slower = [text for ratio, text in found if ratio < 0.97]
         values = sorted(ratio for ratio, _ in found)
         spread = [md.cell(value) for value in (values[0], statistics.median(values), values[-1])]
-        lines.append((md.network(network), layout, len(found), *spread, "; ".join(slower) or "none"))
+        lines.append(
+            (md.network(network), layout, len(found), *spread, "; ".join(slower) or "none")
+        )
     header = ("network", "layout", "distinct blocks", "× modules: least", "median", "most",
               "slower by more than 3 %")  # fmt: skip
     return md.with_conditions(header, lines, rows, "fp32", "forward and backward")

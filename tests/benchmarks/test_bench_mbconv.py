@@ -1,20 +1,25 @@
-"""The benchmark of what MBConv does besides 1×1 convolutions: what is wrong gets no time."""
+"""The benchmark of MBConv, whole and in parts: what is wrong gets no time."""
 
 import pytest
 import torch
 
 from benchmarks import bench_mbconv
 from benchmarks.lib.record import read_rows
+from revbifpn_kernels import MBConv
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
-    """Runs the benchmark on one small stage of each kind and one small convolution."""
+    """Runs the benchmark on one small stage, convolution and block of each kind."""
     monkeypatch.setattr(bench_mbconv, "SHAPES", {"cpu": [(2, 8, 6, 6)]})
     monkeypatch.setattr(bench_mbconv, "LAYOUTS", {"channels_last": torch.channels_last})
     monkeypatch.setattr(bench_mbconv, "DEPTHWISE", ((8, 6, 5, 2),))
+    monkeypatch.setattr(bench_mbconv, "POINTWISE", ((8, 6, 4),))
+    monkeypatch.setattr(
+        bench_mbconv, "blocks_of", lambda name: iter([(MBConv(8, 8), (2, 8, 6, 6), name)])
+    )
     path = tmp_path / "rows.csv"
     options = ["--device", "cpu", "--seconds", "0", "--no-compile", "--output", str(path)]
     return lambda: (bench_mbconv.main(options), read_rows(path))
@@ -22,9 +27,10 @@ def bench(monkeypatch, tmp_path):
 
 def test_rows(bench):
     status, rows = bench()
-    assert status == 0 and len(rows) == 2 * 2 * 2 + 2 * 2 * 2
+    assert status == 0 and len(rows) == 2 * 2 * 2 + 2 * 2 * 2 * 2 + 7 * 2
     assert {row["provider"] for row in rows} == {"ours", "torch"}
-    assert all(float(row["ms_p50"]) > 0 and float(row["share_of_copy"]) > 0 for row in rows)
+    assert all(float(row["ms_p50"]) > 0 for row in rows)
+    assert all(float(row["share_of_copy"]) > 0 for row in rows if row["op"] != "MBConv")
 
 
 def test_a_wrong_stage_gets_no_time(monkeypatch, bench):

@@ -1,8 +1,9 @@
-"""The machine code of the CPU kernels: their hot loops compute in registers, whole vectors at a time.
+"""The machine code of the CPU kernels: hot loops take whole vectors and keep them in registers.
 
 No processor with the instruction set is needed: the compiler's assembly is read.
 """
 
+import functools
 import platform
 import re
 import shutil
@@ -12,21 +13,31 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).parents[2] / "csrc"
-FLAGS = "-std=c++20 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden"
-FLAGS += " -Wno-psabi -fPIC -S -o -"
+FLAGS = (
+    "-S -o - -std=c++20 -O3 -fPIC -ffp-contract=off -fno-math-errno -fno-trapping-math "
+    "-fvisibility=hidden -Wno-psabi"
+).split()
 REGISTERS = {"avx2": "ymm", "avx512": "zmm"}
-# Kernels, and the loops of each that must be found; `{T}` is float or bfloat16.
+# The function of each kernel that has its hot loop; the borders of maps may take others.
 HOT = (
-    "update_elements<6, false, {T}>",
-    "sum_terms<6, {T}>",
-    "enlarge_planes<2, float>",
-    "sum_weighted_rows<{T}, float>",
-    "norm_act_units<float>",
-    "norm_grad_units<float>",
-    "depthwise_input_units<{T}>",
+    "update_elements<6, false, {}>",
+    "sum_terms<6, {}>",
+    "enlarge_columns<float>",
+    "sum_weighted_rows<{}, float>",
+    "gather_between<2, float>",
+    "depthwise_input_units<{}>",
+    "depthwise_weight_taps<5, {}>",
+    "walk_plane<{isa}::Statistics, {}>",
+    "walk_plane<{isa}::NormAct<(Act)2>, {}>",
+    "walk_plane<{isa}::GradSums<(Act)2, true>, {}>",
+    "walk_plane<{isa}::NormGrad<(Act)2>, {}>",
+    "walk_pixels<{isa}::Statistics, {}>",
+    "norm_act_units<{}>",  # with the walk over pixels inlined
+    "walk_pixels<{isa}::GradSums<(Act)2, true>, {}>",
+    "norm_grad_units<{}>",
 )
-PACKED = re.compile(r"\tv(?:f(?:n?m(?:add|sub))\d+|add|sub|mul|max|min)p[sd]\s")
-SCALAR = re.compile(r"\tv(?:f(?:n?m(?:add|sub))\d+|add|sub|mul|div|max|min)s[sd]\s")
+SUM = r"\tv(?:fn?m(?:add|sub)\d+|add|sub|mul)"
+PACKED, SCALAR = re.compile(SUM + r"p[sd]\s"), re.compile(SUM + r"s[sd]\s")
 SPILL = re.compile(r"\tvmov\w+\s+%[xyz]mm\d+, -?\d*\(%r[sb]p\)")
 
 
@@ -58,3 +69,61 @@ def inner_loops(lines):
     bodies = [lines[begin:end] for begin, end in ends.items()
               if not any(begin < other < end for other in ends)]  # fmt: skip
     return [body for body in bodies if not any("\tcall" in line for line in body)]
+
+
+def is_clean(loop, register):
+    """Whether a loop computes with these registers, with no scalar and without spilling."""
+    return (
+        any(PACKED.match(line) and register in line for line in loop)
+        and not any(SCALAR.match(line) for line in loop)
+        and not any(SPILL.match(line) for line in loop)
+    )
+
+
+@functools.cache
+def compiled(isa):
+    command = ["g++", *FLAGS, str(CSRC / "isa" / f"{isa}.cpp")]
+    return functions(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or shutil.which("g++") is None, reason="needs g++ for x86-64"
+)
+@pytest.mark.parametrize("isa", REGISTERS)
+def test_hot_loops_stay_in_registers(isa):
+    found = compiled(isa)
+    names = {name.format(T, isa=isa) for name in HOT for T in ("float", "BFloat16")}
+    assert names <= found.keys(), names - found.keys()
+    without = [
+        name
+        for name in sorted(names)
+        if not any(is_clean(loop, REGISTERS[isa]) for loop in inner_loops(found[name]))
+    ]
+    assert not without, "no loop of whole vectors in registers"
+
+
+LOOP = """
+.L2:
+	vmovups	(%rdi,%rax), %ymm1
+	vfmadd213ps	(%rsi,%rax), %ymm0, %ymm1
+{}
+	addq	$32, %rax
+	cmpq	%rax, %rdx
+	jne	.L2
+"""
+
+
+@pytest.mark.parametrize(
+    "line, clean",
+    [
+        ("\tvmovups\t%ymm1, (%rdi,%rax)", True),
+        ("\tvmovaps\t%ymm1, 32(%rsp)", False),
+        ("\tvaddss\t%xmm1, %xmm2, %xmm2", False),
+        ("\tcall\tmemcpy", False),
+        (".L3:\n\tjne\t.L3", False),
+    ],
+)
+def test_the_reader_of_loops(line, clean):
+    loops = inner_loops(LOOP.format(line).splitlines())
+    assert any(is_clean(loop, "ymm") for loop in loops) == clean
