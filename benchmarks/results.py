@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .lib import memory_tables, tables
-from .lib.markdown import cell, latest_device, number, of_mode, ratio, table
+from .lib.markdown import by_device, cell, number, of_mode, ratio, table
 from .lib.record import DIRTY, ROOT, Row, git, read_rows
 
 FILES = "memory steps profile ops mbconv kernels precision published".split()
@@ -40,6 +40,10 @@ typed. The line below each table states its conditions. Losses stand beside wins
 - Dropout and stochastic depth are 0 in all networks. EfficientNet and HRNet are timm's; the BiFPN
   is `benchmarks/lib/bifpn.py`, of EfficientDet-D0's shape. *The authors' code* is their repository.
 - The paper measured a GPU's allocator, and another EfficientNet; here both are counted alike.
+"""
+OLDER = """## {device}
+
+The sections of this machine were measured before commit {commit}, whose kernels differ.
 """
 NO_GPU = "## GPU\n\nNot measured yet: no row here is from a GPU.\n"
 
@@ -100,7 +104,7 @@ def page(rows: Rows) -> str:
     for device in dict.fromkeys(row["device"] for row in timed):
         own = {name: [r for r in found if r.get("device") == device]
                for name, found in rows.items()}  # fmt: skip
-        sections += timed_sections(own, device)
+        sections += timed_sections(own, device, timed[-1])
     kernels = tables.kernels_table(rows["kernels"])
     sections.append(section("What the compiler made of the GPU kernels", kernels))
     exact = _figure("round_trip", rows["precision"]), tables.precision_table(rows["precision"])
@@ -111,10 +115,13 @@ def page(rows: Rows) -> str:
     return "\n".join([TITLE, *(text for text in sections if text)]).rstrip() + "\n"
 
 
-def timed_sections(rows: Rows, device: str) -> list[str]:
+def timed_sections(rows: Rows, device: str, newest: Row) -> list[str]:
+    """Those of one device; `newest` is the last row of all."""
     steps, ops, mbconv = rows["steps"], rows["ops"], rows["mbconv"]
     figure = _figure("pareto", steps)
+    is_old = all(row["commit"] != newest["commit"] for row in (*steps, *ops, *mbconv))
     return [
+        OLDER.format(device=device, commit=newest["commit"]) if is_old else "",
         section(f"Training steps: {device}", figure, tables.all_steps_table(steps)),
         section("Where reversible is slower", tables.losses_table(steps)),
         section(
@@ -136,10 +143,10 @@ def markers(root: Path, rows: Rows) -> dict[str, Callable[[], str]]:
     """What writes each marked part; "" where nothing has been measured."""
     memory, published, precision = rows["memory"], rows["published"], rows["precision"]
     return {
-        "step-table": lambda: tables.step_table(latest_device(rows["steps"])),
+        "step-table": lambda: tables.step_table(rows["steps"]),
         "models-table": lambda: memory_tables.models_table(memory, published),
-        "ops-table": lambda: tables.ops_table(latest_device(rows["ops"]), "S6"),
-        "norms-table": lambda: tables.norms_table(latest_device(rows["mbconv"])),
+        "ops-table": lambda: _of_each_device(rows["ops"], tables.ops_table, "S6"),
+        "norms-table": lambda: _of_each_device(rows["mbconv"], tables.norms_table),
         "kernels-table": lambda: tables.kernels_table(rows["kernels"], "2+4+8"),
         "precision-table": lambda: tables.precision_table(precision),
         "train-runs": lambda: tables.digits_table(precision),
@@ -173,10 +180,18 @@ def _per_image(memory: list[Row], provider: str, column: str) -> str:
     return cell(number(row, column), 1)
 
 
+def _of_each_device(rows: list[Row], write: Callable[..., str], *more: str) -> str:
+    return "\n".join(filter(None, (write(own, *more) for own in by_device(rows).values())))
+
+
 def _step_ratio(steps: list[Row], name: str, above: str, below: str) -> str:
-    times = {r["provider"]: number(r, "ms_p50") for r in of_mode(latest_device(steps), "step")
-             if r["op"] == name}  # fmt: skip
-    return cell(ratio(times.get(above), times.get(below)), 2)
+    """Of one step's time over another's: "1.41 to 1.54" on several devices."""
+    found = set()
+    for rows in by_device(of_mode(steps, "step")).values():
+        times = {r["provider"]: number(r, "ms_p50") for r in rows if r["op"] == name}
+        found.add(cell(ratio(times.get(above), times.get(below)), 2))
+    known = sorted(filter(None, found), key=float)
+    return " to ".join(dict.fromkeys((known[0], known[-1]))) if known else ""
 
 
 def filled(text: str, path: Path, writers: dict[str, Callable[[], str]]) -> str:

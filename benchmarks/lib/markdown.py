@@ -114,7 +114,13 @@ def by(rows: Iterable[Row], *columns: str) -> dict[tuple[str, ...], Row]:
     return {tuple(row.get(name, "") for name in columns): row for row in rows}
 
 
-def latest_device(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the device that was measured last, with all that it can do if there are such."""
+def by_device(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each device, the one measured last first; those that do all they can, if any."""
     whole = [row for row in rows if "forced" not in row["device"]] or rows
-    return [row for row in whole if row["device"] == whole[-1]["device"]]
+    devices = dict.fromkeys(row["device"] for row in reversed(whole))
+    return {name: [row for row in whole if row["device"] == name] for name in devices}
+
+
+def latest_device(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the device that was measured last."""
+    return next(iter(by_device(rows).values()), [])

@@ -170,21 +170,33 @@ def kernels_table(rows: Sequence[Row], only: str = "") -> str:
 
 
 def step_table(rows: Sequence[Row]) -> str:
-    """A training step of each network, of the first of ours in all modes; time over its stored."""
-    every, lines, previous = md.of_mode(rows, "step"), [], ""
-    others = ("exact", "checkpoint")
-    steps = [r for r in every if r["op"] == every[0]["op"] or r["provider"] not in others]
-    stored = {key: found.get("stored") for key, found in by_case(steps, "op", "shape").items()}
-    for row in steps:
-        own = stored[row["op"], row["shape"]] if row["op"].startswith("revbifpn") else None
-        times = md.cell(md.ratio(ms(row), ms(own)))
-        name = "" if row["op"] == previous else md.network(row["op"])
-        sizes = (md.cell(md.number(row, column), 1) for column in ("held_mib", "peak_mib"))
-        time = md.cell(ms(row), 0) or row["note"]
-        lines.append((name, md.mode(row["provider"]), time, times, *sizes))
-        previous = row["op"]
-    header = ("network", "activations", "step ms", "× ours stored", "held MiB", "peak MiB")
-    return md.with_conditions(header, lines, steps)
+    """A training step of each network, of the first of ours in all modes, on every device.
+
+    The time over that of our stored activations stands in parentheses.
+    """
+    devices = {name: by_case(md.of_mode(own, "step"), "op", "shape")
+               for name, own in md.by_device(rows).items()}  # fmt: skip
+    lines, used, first = [], [], ""
+    for case, found in next(iter(devices.values()), {}).items():
+        first = first or case[0]
+        for provider, row in found.items():
+            if case[0] != first and provider in ("exact", "checkpoint"):
+                continue
+            cells = []
+            for cases in devices.values():
+                providers = cases.get(case, {})
+                own = providers.get("stored") if case[0].startswith("revbifpn") else None
+                there = providers.get(provider)
+                used += [there] if there else []
+                ratio = md.cell(md.ratio(ms(there), ms(own)))
+                time = md.cell(ms(there), 0) or (there or {}).get("note", "")
+                cells.append(f"{time} ({ratio})" if ratio else time)
+            sizes = (md.cell(md.number(row, column), 1) for column in ("held_mib", "peak_mib"))
+            name = md.network(case[0]) if row is next(iter(found.values())) else ""
+            lines.append((name, md.mode(provider), *cells, *sizes))
+    times = [f"step ms (× ours stored): {device}" for device in devices]
+    header = ("network", "activations", *times, "held MiB", "peak MiB")
+    return md.with_conditions(header, lines, used)
 
 
 def all_steps_table(rows: Sequence[Row]) -> str:
