@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from revbifpn_kernels import MBConv, create_model
 from revbifpn_kernels.mbconv import BatchNorm2d
@@ -204,21 +205,24 @@ def pointwise_calls(
         calls = {"ours": lambda: pointwise_conv(x, weight), "torch": lambda: F.conv2d(x, weight)}
         return x, x.nbytes + grad.nbytes, calls
 
-    def theirs() -> Tensor:
+    def theirs() -> tuple[Tensor, ...]:
         rest = [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False]
-        return torch.ops.aten.convolution_backward(grad, x, weight, None, *rest)[0]
+        return torch.ops.aten.convolution_backward(grad, x, weight, None, *rest)[:2]
 
-    calls = {"ours": lambda: pointwise_conv_backward(grad, x, weight)[0], "torch": theirs}
+    calls = {"ours": lambda: pointwise_conv_backward(grad, x, weight), "torch": theirs}
     return x, 2 * (x.nbytes + grad.nbytes), calls
 
 
-def fault_of(results: dict[str, Tensor]) -> str:
-    """What is wrong with ours beside PyTorch's, or ""."""
-    ours, theirs = results["ours"], results["torch"]
-    # PyTorch's own sums of bfloat16 are the coarser ones.
-    allowed = 1e-3 if ours.dtype == torch.float32 else 3e-2
-    error = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
-    return "" if error <= allowed else f"off by {error:.1e}, allowed {allowed:.0e}"
+def fault_of(calls: Calls) -> str:
+    """What is wrong with our results beside PyTorch's, or ""."""
+    pairs = zip(tree_leaves(calls["ours"]()), tree_leaves(calls["torch"]()), strict=True)
+    for k, (ours, theirs) in enumerate(pairs):
+        # PyTorch's own sums of bfloat16 are the coarser ones.
+        allowed = 1e-3 if ours.dtype == torch.float32 else 3e-2
+        error = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+        if not error <= allowed:
+            return f"result {k} is off by {error:.1e}, allowed {allowed:.0e}"
+    return ""
 
 
 def blocks_of(name: str) -> Iterator[tuple[MBConv, tuple[int, ...], str]]:
@@ -253,8 +257,8 @@ def block_calls(block: MBConv, x: Tensor) -> Calls:
     modules.project.register_forward_hook(lambda *_: None)  # which the fused path would not call
     grad = torch.randn_like(modules(x))
 
-    def step(block: MBConv) -> Tensor:
-        return torch.autograd.grad(block(x), [x, *block.parameters()], grad)[0]
+    def step(block: MBConv) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(block(x), [x, *block.parameters()], grad)
 
     return {"ours": lambda: step(block), "torch": lambda: step(modules)}
 
@@ -301,7 +305,7 @@ def convolutions(run: argparse.Namespace) -> Iterator[list[Row]]:
             row["kernel"] = (
                 f"{case[2]}x{case[2]}, stride {case[3]}" if is_depthwise else f"1x1, to {case[2]}"
             )
-            if fault := fault_of({name: call() for name, call in calls.items()}):
+            if fault := fault_of(calls):
                 yield [row | {"note": f"WRONG: {fault}"}]
             else:
                 yield timed(row, calls, x, bytes_moved, run)
@@ -320,7 +324,7 @@ def blocks(run: argparse.Namespace) -> Iterator[list[Row]]:
                 calls = block_calls(block, x.requires_grad_())
                 row = record.row_of("MBConv", "ours", "fwd+bwd", "fp32", shape, layout)
                 row |= {"kernel": text, "network": name}
-                if fault := fault_of({name: call() for name, call in calls.items()}):
+                if fault := fault_of(calls):
                     yield [row | {"note": f"WRONG: {fault}"}]
                 else:
                     times = timing.measure_interleaved(

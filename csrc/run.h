@@ -56,7 +56,7 @@ inline Isa best_isa() {
    : best_isa() == Isa::avx2 ? avx2::name<T>                                                       \
                              : baseline::name<T>)
 #else
-#define REVBIFPN_BEST_KERNEL(name, T) (baseline::name<T>)
+#define REVBIFPN_BEST_KERNEL(name, T) (best_isa(), baseline::name<T>)
 #endif
 
 /// The memory of a new tensor that the units of work fill from begin to end.

@@ -67,8 +67,7 @@ template <class T> constexpr int64_t lane_in_pair(int64_t i) {
 }
 
 /// Copies `count` values, fewer than 2 * MOST, in pieces of constant sizes, which take no call.
-template <int MOST, class T>
-REVBIFPN_INLINE void copy_few(const T *from, int64_t count, T *to) {
+template <int MOST, class T> REVBIFPN_INLINE void copy_few(const T *from, int64_t count, T *to) {
   const bool has_piece = (count & MOST) != 0;
   if (has_piece)
     __builtin_memcpy(to, from, MOST * sizeof(T));

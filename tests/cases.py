@@ -42,6 +42,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "channels-last-slice": lambda values: _channel_slice(values, torch.channels_last),
     "strided": _strided,
     "transposed": lambda values: values.mT.contiguous().mT,
+    "channels-last-transposed": lambda values: (
+        values.mT.contiguous(memory_format=torch.channels_last).mT
+    ),
     "expanded": lambda values: values[..., :1, :1].expand(values.shape),
 }
 
@@ -114,6 +117,9 @@ CASES = {
     "eight-sources": Case(
         (1, 2, 8, 16), ((8, 16), (4, 8), (2, 4), (1, 2), (16, 32), (3, 5), (8, 8), (1, 16))
     ),
+    "same-sizes": Case((2, 5, 9, 130), ((9, 130), (9, 130))),
+    # The stride between rows of one row says nothing: here it is that of a pixel.
+    "one-row": Case((1, 64, 1, 241), ((1, 241),), "channels-last-transposed"),
     "empty-batch": Case((0, 3, 8, 12), ((4, 6), (16, 24), (5, 7))),
     "revbifpn": Case((2, 48, 56, 56), ((28, 28), (14, 14), (7, 7))),
 }

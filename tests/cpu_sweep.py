@@ -35,6 +35,7 @@ LAYOUTS = (
     lambda maps: channel_slice(channels_last(maps)),
     lambda maps: maps.repeat_interleave(3, 3)[..., ::3],
     lambda maps: maps.mT.contiguous().mT,
+    lambda maps: channels_last(maps.mT).mT,
 )
 
 # The shape of x and the sides of its sources: every kind of resampling, rows of one strip and of
@@ -47,6 +48,9 @@ RESAMPLED = (
     ((1, 3, 8, 16), ((8, 16), (4, 8), (2, 4), (1, 2), (16, 32), (3, 5), (8, 8), (1, 16))),
     ((1, 2, 40, 1100), ((20, 550), (5, 137))),
     ((1, 48, 40, 40), ((20, 20), (10, 10), (5, 5))),
+    ((1, 64, 1, 241), ((1, 241),)),
+    ((2, 5, 9, 130), ((9, 130), (9, 130))),
+    ((1, 2, 8, 8), ((4, 1), (2, 1), (1, 1))),
     ((0, 3, 8, 12), ((4, 6),)),
 )
 NORMED = (

@@ -177,7 +177,8 @@ def step_table(rows: Sequence[Row]) -> str:
     devices = {name: by_case(md.of_mode(own, "step"), "op", "shape")
                for name, own in md.by_device(rows).items()}  # fmt: skip
     lines, used, first = [], [], ""
-    for case, found in next(iter(devices.values()), {}).items():
+    every = {case: found for cases in reversed(devices.values()) for case, found in cases.items()}
+    for case, found in every.items():
         first = first or case[0]
         for provider, row in found.items():
             if case[0] != first and provider in ("exact", "checkpoint"):

@@ -44,9 +44,7 @@ REVBIFPN_INLINE void store_vector(Floats vector, Half *values) {
 }
 
 /// The first or the second lanes in double precision.
-REVBIFPN_INLINE Doubles first_half(Floats v) {
-  return _mm256_cvtps_pd(_mm256_castps256_ps128(v));
-}
+REVBIFPN_INLINE Doubles first_half(Floats v) { return _mm256_cvtps_pd(_mm256_castps256_ps128(v)); }
 REVBIFPN_INLINE Doubles second_half(Floats v) {
   return _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
 }

@@ -43,9 +43,7 @@ REVBIFPN_INLINE void store_vector(Floats vector, Half *values) {
 }
 
 /// The first or the second lanes in double precision.
-REVBIFPN_INLINE Doubles first_half(Floats v) {
-  return _mm512_cvtps_pd(_mm512_castps512_ps256(v));
-}
+REVBIFPN_INLINE Doubles first_half(Floats v) { return _mm512_cvtps_pd(_mm512_castps512_ps256(v)); }
 REVBIFPN_INLINE Doubles second_half(Floats v) {
   return _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
 }

@@ -38,6 +38,4 @@ REVBIFPN_INLINE void store_vector(Floats vector, Half *values) {
 REVBIFPN_INLINE Doubles first_half(Floats v) {
   return (Doubles)vcvt_f64_f32(vget_low_f32((float32x4_t)v));
 }
-REVBIFPN_INLINE Doubles second_half(Floats v) {
-  return (Doubles)vcvt_high_f64_f32((float32x4_t)v);
-}
+REVBIFPN_INLINE Doubles second_half(Floats v) { return (Doubles)vcvt_high_f64_f32((float32x4_t)v); }

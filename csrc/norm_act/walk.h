@@ -250,7 +250,8 @@ REVBIFPN_INLINE void walk_rest(const Factors<Vector> &factors, const Place<T> &p
     Vector sums[Step::SUMS + 1] = {};
     const int64_t lanes = std::min(ALL, end - pixel);
     step_at<Step>(factors, place, pixel, lanes, sums);
-    add_first_to<Step::SUMS>(totals + (pixel - begin), RUN, sums, lanes);
+    if constexpr (!WRITES<Step>)
+      add_first_to<Step::SUMS>(totals + (pixel - begin), RUN, sums, lanes);
   }
 }
 
@@ -281,18 +282,19 @@ template <class Step, class T> void walk_plane(const NormJob<accumulator_t<T>> &
     for (int64_t pixel = 0; pixel < whole; pixel += 2 * WIDTH<Acc>)
       step_parts<Step, 2, T, Vector>(factors, place, pixel, 0, {});
     walk_rest<Step>(factors, place, whole, job.pixels, nullptr);
-    return;
+  } else {
+    double totals[SUMS * RUN];
+    for (int k = 0; k < SUMS;
+         ++k) // GCC would zero the array by an instruction that is slow to start
+      REVBIFPN_UNROLLED(i, RUN / WIDTH<double>)
+    store_vector(Doubles{}, totals + k * RUN + i * WIDTH<double>);
+    for (int64_t begin = 0; begin < whole; begin += GROUP * RUN)
+      walk_runs<Step>(factors, place, begin, std::min(begin + GROUP * RUN, whole), totals);
+    in_pixel_order<T, SUMS>(totals);
+    walk_rest<Step>(factors, place, whole, job.pixels, totals);
+    for (int k = 0; k < SUMS; ++k)
+      job.sum(k, unit, 0) = sum_of_all<RUN>(totals + k * RUN);
   }
-  double totals[std::max(SUMS, 1) * RUN];
-  for (int k = 0; k < SUMS; ++k) // GCC would zero the array by an instruction that is slow to start
-    REVBIFPN_UNROLLED(i, RUN / WIDTH<double>)
-  store_vector(Doubles{}, totals + k * RUN + i * WIDTH<double>);
-  for (int64_t begin = 0; begin < whole; begin += GROUP * RUN)
-    walk_runs<Step>(factors, place, begin, std::min(begin + GROUP * RUN, whole), totals);
-  in_pixel_order<T, SUMS>(totals);
-  walk_rest<Step>(factors, place, whole, job.pixels, totals);
-  for (int k = 0; k < SUMS; ++k)
-    job.sum(k, unit, 0) = sum_of_all<RUN>(totals + k * RUN);
 }
 
 template <class Step, class T>

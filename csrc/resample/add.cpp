@@ -38,8 +38,7 @@ const Acc *factors_of(const char *op, const char *name, const Tensor &factors,
   return values;
 }
 
-template <class Acc>
-Source<Acc> source_of(const char *op, const Addends &addends, size_t k) {
+template <class Acc> Source<Acc> source_of(const char *op, const Addends &addends, size_t k) {
   const Tensor &tensor = addends.sources[k];
   Source<Acc> source = {};
   source.maps = maps_of(op, tensor);
@@ -57,18 +56,21 @@ void find_taps(const char *op, Source<Acc> &source, const Maps &y, const std::st
   source.block_h = h / y.height;
   source.block_w = w / y.width;
   source.enlarge_w = whole_factor(source.kind, w, y.width);
+  if (!source.is_enlarged())
+    return;
   source.rows = taps_of<Acc>(source.kind, h, y.height);
   source.columns = taps_of<Acc>(source.kind, w, y.width);
 }
 
 /// Resampled rows that one run of the target's rows reads at most, as a power of two.
-template <class Acc> int64_t ring_rows_of(const Source<Acc> &source, int64_t run_rows) {
-  const std::vector<int32_t> &first = source.rows.first;
-  const std::vector<int32_t> &last = source.kind == Kind::bilinear ? source.rows.second : first;
-  const int64_t height = static_cast<int64_t>(first.size());
+template <class Acc>
+int64_t ring_rows_of(const Source<Acc> &source, int64_t height, int64_t run_rows) {
   int64_t most = 1;
-  for (int64_t row = 0; row < height; ++row)
-    most = std::max<int64_t>(most, last[std::min(row + run_rows, height) - 1] - first[row] + 1);
+  for (int64_t row = 0; row < height; ++row) {
+    const int64_t last = std::min(row + run_rows, height) - 1;
+    most =
+        std::max(most, source.last_of(source.rows, last) - source.first_of(source.rows, row) + 1);
+  }
   return std::bit_ceil<uint64_t>(most);
 }
 
@@ -82,7 +84,7 @@ template <class Acc> void size_workspace(AddJob<Acc> &job) {
   job.staged_size = padded(job.run_rows * size);
   int64_t scratch = 0;
   for (Source<Acc> &source : job.sources) {
-    source.ring_rows = ring_rows_of(source, job.run_rows);
+    source.ring_rows = ring_rows_of(source, job.y.height, job.run_rows);
     const int64_t width = std::min(source.maps.width, job.strip_columns + 2);
     scratch = std::max(scratch, source.kind == Kind::area ? job.strip_columns * source.block_w
                                                           : source.ring_rows * width);
@@ -90,8 +92,8 @@ template <class Acc> void size_workspace(AddJob<Acc> &job) {
   job.scratch_size = padded(scratch * lanes);
 }
 
-/// Takes planes that are only added to one another as one row each, if all pixels of them are evenly
-/// spaced.
+/// Takes planes that are only added to one another as one row each, if all pixels of them are
+/// evenly spaced.
 template <class Acc> void join_rows(AddJob<Acc> &job) {
   std::vector<Maps *> all = {&job.x, &job.y};
   for (Source<Acc> &source : job.sources)

@@ -143,7 +143,7 @@ public:
   /// read.
   void add(const Tile &tile) {
     for (int k = 0; k < sources; ++k)
-      next_row[k] = job.sources[k].rows.first[tile.row_begin];
+      next_row[k] = job.sources[k].first_of(job.sources[k].rows, tile.row_begin);
     for (int64_t row = tile.row_begin; row < tile.row_end; row += job.run_rows) {
       const int64_t row_end = std::min(row + job.run_rows, tile.row_end);
       for (int k = 0; k < sources; ++k)
@@ -167,7 +167,8 @@ private:
   /// Whether a row is so short that its last, partial vector matters; if so, and the rows of the
   /// planes lie one after the other, x is added to a run of them at once.
   bool is_narrow(const Tile &tile) const {
-    return tile.columns() * tile.lanes <= NARROW && has_dense_planes(job.x, tile, tile.columns()) &&
+    return job.strips == 1 && tile.columns() * tile.lanes <= NARROW &&
+           has_dense_planes(job.x, tile, tile.columns()) &&
            has_dense_planes(job.y, tile, tile.columns());
   }
 
@@ -176,15 +177,13 @@ private:
     const Source<Acc> &source = job.sources[k];
     const Taps<Acc> &columns = source.columns;
     const bool is_bilinear = source.kind == Kind::bilinear;
-    const int64_t begin = next_row[k];
-    const int64_t end = (is_bilinear ? source.rows.second : source.rows.first)[row_end - 1] + 1;
-    const int64_t column = columns.first[tile.column_begin];
-    const int64_t pixels =
-        (is_bilinear ? columns.second : columns.first)[tile.column_end - 1] + 1 - column;
+    const int64_t begin = next_row[k], end = source.last_of(source.rows, row_end - 1) + 1;
     if (end <= begin)
       return;
     next_row[k] = end;
-    if (is_bilinear || source.kind == Kind::nearest) {
+    const int64_t column = source.first_of(columns, tile.column_begin);
+    const int64_t pixels = source.last_of(columns, tile.column_end - 1) + 1 - column;
+    if (source.is_enlarged()) {
       move_rows_of_any<Load>(source.maps, tile, begin, end, column, pixels, scratch);
       scale(source, tile, (end - begin) * pixels, scratch);
       const SourceRows<Acc> rows = {scratch, pixels * tile.lanes, begin, end, column};
@@ -213,9 +212,10 @@ private:
   void find_terms(int64_t row) {
     Term<Acc> *term = terms;
     for (int k = 0; k < sources; ++k) {
-      const Taps<Acc> &rows = job.sources[k].rows;
-      const bool is_blended = job.sources[k].kind == Kind::bilinear;
-      *term++ = {resampled[k][rows.first[row]],
+      const Source<Acc> &source = job.sources[k];
+      const Taps<Acc> &rows = source.rows;
+      const bool is_blended = source.kind == Kind::bilinear;
+      *term++ = {resampled[k][source.first_of(rows, row)],
                  is_blended ? job.alpha * rows.weight_first[row] : job.alpha};
       if (is_blended)
         *term++ = {resampled[k][rows.second[row]], job.alpha * rows.weight_second[row]};
@@ -252,7 +252,7 @@ private:
       loops.update(terms, terms_used, i * tile.lanes, job.snap,
                    job.x.template at<const T>(tile.n, tile.c, row, column + i),
                    job.y.template at<T>(tile.n, tile.c, row, column + i), run * tile.lanes,
-                   job.run_rows * job.x.stride_h);
+                   job.y.height == 1 ? size : job.run_rows * job.x.stride_h);
   }
 
   const AddJob<Acc> &job;

@@ -45,6 +45,7 @@ template <int FACTOR, class Acc> struct Blend {
   static constexpr int VECTORS = std::max(FACTOR / WIDTH<Acc>, 1);
   vector_of<Acc> first[VECTORS], second[VECTORS];
 
+  Blend() = default;
   explicit Blend(const Taps<Acc> &taps) {
     for (int lane = 0; lane < VECTORS * WIDTH<Acc>; ++lane) {
       const int output = FACTOR / 2 + lane % FACTOR;
@@ -77,7 +78,9 @@ void enlarge_planes(const Source<Acc> &source, const Tile &tile, const SourceRow
   const bool has_inner = last > first;
   const int64_t inner_begin = has_inner ? half + first * FACTOR : end;
   const int64_t inner_end = has_inner ? half + last * FACTOR : end;
-  const Blend<FACTOR, Acc> blend(source.columns);
+  // A source of one pixel has no outputs between centres, and no weights for them.
+  const Blend<FACTOR, Acc> blend =
+      has_inner ? Blend<FACTOR, Acc>(source.columns) : Blend<FACTOR, Acc>();
   for (int64_t r = from.begin; r < from.end; ++r) {
     const Acc *row = from[r];
     Acc *out = to[r];

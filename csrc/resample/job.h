@@ -22,7 +22,7 @@ enum class Kind { identity, bilinear, nearest, area };
 
 /// Where the outputs along one side come from: output i is
 /// weight_first[i] * in[first[i]] + weight_second[i] * in[second[i]].
-/// Only bilinear has weights and a second; for area, `first` is the number of the block.
+/// Only bilinear has weights and a second.
 template <class Acc> struct Taps {
   std::vector<int32_t> first, second;
   std::vector<Acc> weight_first, weight_second;
@@ -54,8 +54,18 @@ template <class Acc> struct Source {
   Kind kind;
   int64_t block_h, block_w; // area: the sides of the block that is averaged
   int64_t enlarge_w;        // bilinear: width of the target / width, where whole; else 0
-  Taps<Acc> rows, columns;
-  int64_t ring_rows; // resampled rows that stay in the workspace: a power of two
+  Taps<Acc> rows, columns;  // empty if not enlarged
+  int64_t ring_rows;        // resampled rows that stay in the workspace: a power of two
+
+  bool is_enlarged() const { return kind == Kind::bilinear || kind == Kind::nearest; }
+
+  /// The first and the last row, or column, that output i reads; of area, the number of the block.
+  int64_t first_of(const Taps<Acc> &taps, int64_t i) const {
+    return is_enlarged() ? taps.first[i] : i;
+  }
+  int64_t last_of(const Taps<Acc> &taps, int64_t i) const {
+    return kind == Kind::bilinear ? taps.second[i] : first_of(taps, i);
+  }
 };
 
 /// y = x + alpha * sum of the resampled sources. A unit of work is one (group of planes, chunk of

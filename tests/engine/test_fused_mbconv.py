@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from revbifpn_kernels import MBConv, RevBlock, Reversible
-from revbifpn_kernels.mbconv import transform
+from revbifpn_kernels.mbconv import convolutions, transform
 
 # PyTorch's hardsigmoid_backward holds 1/6 in float32, whatever the dtype.
 AS_NEAR_AS_A_SIXTH = {"rtol": 1e-7, "atol": 1e-7}
@@ -55,8 +55,10 @@ def test_equals_its_modules(monkeypatch, fused_calls, options, mode):
     assert_close(ours, as_modules(monkeypatch, net, x), 1e-11)
 
 
+@pytest.mark.parametrize("is_slow", [True, False], ids=["by float32", "by halves"])
 @over_options
-def test_autocast_is_as_near_to_float64(monkeypatch, options):
+def test_autocast_is_as_near_to_float64(monkeypatch, options, is_slow):
+    monkeypatch.setattr(convolutions, "IS_HALF_SLOW", is_slow)
     net, x = make(options, torch.float32), image(torch.float32, torch.channels_last)
     exact = as_modules(monkeypatch, copy.deepcopy(net).double(), x.double())
     ours, theirs = results(net, x, "autocast"), as_modules(monkeypatch, net, x, "autocast")
@@ -68,6 +70,18 @@ def test_autocast_is_as_near_to_float64(monkeypatch, options):
 
     assert ours["output"].dtype == theirs["output"].dtype == torch.bfloat16
     assert error(ours) <= 2 * error(theirs)
+
+
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_evaluation_is_fused_where_half_precision_is_slow(monkeypatch, fused_calls, is_slow):
+    monkeypatch.setattr(convolutions, "IS_HALF_SLOW", is_slow)
+    net, x = make(OPTIONS["all"], torch.float32).eval(), image(torch.float32, torch.channels_last)
+    net(x)
+    assert not fused_calls
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = net(x)
+    assert len(fused_calls) == is_slow and y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), net(x), rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("options", [OPTIONS["all"], OPTIONS["large kernel"]], ids=["all", "large"])

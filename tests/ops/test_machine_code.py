@@ -38,7 +38,8 @@ HOT = (
 )
 SUM = r"\tv(?:fn?m(?:add|sub)\d+|add|sub|mul)"
 PACKED, SCALAR = re.compile(SUM + r"p[sd]\s"), re.compile(SUM + r"s[sd]\s")
-SPILL = re.compile(r"\tvmov\w+\s+%[xyz]mm\d+, -?\d*\(%r[sb]p\)")
+# Constants for which no register is left may be read from the stack, as operands.
+SPILL = re.compile(r"\tv\w+\s+.*, -?\d*\(%r[sb]p\)$")
 
 
 def functions(assembly):
@@ -80,6 +81,12 @@ def is_clean(loop, register):
     )
 
 
+def hottest(loops):
+    """The loops with the most arithmetic on vectors; those over last elements have less."""
+    counts = [sum(bool(PACKED.match(line)) for line in loop) for loop in loops]
+    return [loop for loop, count in zip(loops, counts, strict=True) if count == max(counts)]
+
+
 @functools.cache
 def compiled(isa):
     command = ["g++", *FLAGS, str(CSRC / "isa" / f"{isa}.cpp")]
@@ -98,9 +105,9 @@ def test_hot_loops_stay_in_registers(isa):
     without = [
         name
         for name in sorted(names)
-        if not any(is_clean(loop, REGISTERS[isa]) for loop in inner_loops(found[name]))
+        if not any(is_clean(loop, REGISTERS[isa]) for loop in hottest(inner_loops(found[name])))
     ]
-    assert not without, "no loop of whole vectors in registers"
+    assert not without, "the loop with most arithmetic leaves the registers"
 
 
 LOOP = """

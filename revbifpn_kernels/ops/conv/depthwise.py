@@ -8,7 +8,7 @@ with stride s and padding p; dx sums over the taps where s divides both. x, dx (
 grad once per row of the kernel, from the caches. PyTorch's dx takes 18 to 74 times as long for half
 precision and strides (2-core AMD EPYC, one thread, torch 2.12, 2026-11-25:
 `benchmarks.bench_mbconv`), its dW 2 to 190 times for kernels of 5 and more. Elsewhere, and on
-GPUs, PyTorch's own are called: see `mbconv/fused.py`.
+GPUs, PyTorch's own are called: see `mbconv/convolutions.py`.
 """
 
 import torch

@@ -4,7 +4,7 @@
 
 x (N, C, H, W), W (O, C, 1, 1), y (N, O, H, W) in channels_last. PyTorch's convolution takes 0.97 of
 the time on an AMD EPYC and 1.2 to 2.9 times as long on an Intel Xeon (24 to 320 channels, batch 4,
-2 cores each, torch 2.12, 2026-11-25). On GPUs PyTorch's own is called: see `mbconv/fused.py`.
+2 cores each, torch 2.12, 2026-11-25). On GPUs PyTorch's own is called: see `mbconv/convolutions.py`.
 """
 
 import torch
