@@ -1,9 +1,9 @@
-"""Times MBConv, whole and in parts, beside PyTorch eager and torch.compile.
+"""Times MBConv, whole and in parts, beside PyTorch; the stages also beside torch.compile.
 
 stages: what follows a convolution, which is batch norm, Hardswish and, gated, squeeze-excite
 (ops/norm_act, ops/squeeze_excite). convolutions: on CPUs, our ops (ops/conv) at convolutions of
-RevBiFPN-S0. blocks: a training step of every MBConv of RevBiFPN-S0 to S6, fused beside its modules
-one by one. Results are compared first. GB/s count the maps that must move.
+RevBiFPN-S0. blocks: forward and backward of every MBConv of RevBiFPN-S0 to S6, fused beside its
+modules one by one. Results are compared first. GB/s count the maps that must move.
 """
 
 import argparse

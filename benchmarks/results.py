@@ -132,7 +132,7 @@ def timed_sections(rows: Rows, device: str) -> list[str]:
         section(f"Operators: {device}", tables.ops_table(ops), tables.host_table(ops)),
         section("What follows a convolution, times as fast", tables.norms_table(mbconv)),
         section("Convolutions", tables.convolutions_table(mbconv)),
-        section("A training step of each MBConv", tables.blocks_table(mbconv)),
+        section("Forward and backward of each MBConv, fused", tables.blocks_table(mbconv)),
     ]
 
 

@@ -134,9 +134,10 @@ def blocks_table(rows: Sequence[Row]) -> str:
         lines.append(
             (md.network(network), layout, len(found), *spread, "; ".join(slower) or "none")
         )
-    header = ("network", "layout", "distinct blocks", "× modules: least", "median", "most",
+    header = ("network", "layout", "distinct blocks", "modules' time over fused: least", "median", "most",
               "slower by more than 3 %")  # fmt: skip
-    return md.with_conditions(header, lines, rows, "fp32", "forward and backward")
+    note = "80-160-80: channels of the input, of the depthwise convolution, of the result"
+    return md.with_conditions(header, lines, rows, note)
 
 
 # GPU kernels
@@ -258,7 +259,8 @@ def profile_table(rows: Sequence[Row]) -> str:
                 cells.append(f"{ms(row):.0f} ({share}; {row['operators']})" if row else "")
             lines.append((part, *cells))
         header = (md.network(name), *(md.mode(provider) for provider in providers))
-        texts.append(md.with_conditions(header, lines, mine))
+        note = "without the update; Python and engine: what the operators, timed one by one, leave"
+        texts.append(md.with_conditions(header, lines, mine, note))
     return "\n".join(texts)
 
 

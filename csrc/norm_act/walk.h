@@ -10,7 +10,8 @@ constexpr int64_t GROUP = 16;
 
 template <class Step> constexpr bool WRITES = Step::SUMS == 0;
 
-/// Registers that take a step together: two hide the latency of few sums; many sums hide it alone.
+/// Registers that take a step together. The latency of few sums needs two; more than three sums, or
+/// none, hide it in one.
 template <class Step> constexpr int TOGETHER = WRITES<Step> || Step::SUMS > 3 ? 1 : 2;
 
 /// Where the vectors of a step lie.
@@ -284,8 +285,8 @@ template <class Step, class T> void walk_plane(const NormJob<accumulator_t<T>> &
     walk_rest<Step>(factors, place, whole, job.pixels, nullptr);
   } else {
     double totals[SUMS * RUN];
-    for (int k = 0; k < SUMS;
-         ++k) // GCC would zero the array by an instruction that is slow to start
+    // By hand: GCC would zero the array by an instruction that is slow to start.
+    for (int k = 0; k < SUMS; ++k)
       REVBIFPN_UNROLLED(i, RUN / WIDTH<double>)
     store_vector(Doubles{}, totals + k * RUN + i * WIDTH<double>);
     for (int64_t begin = 0; begin < whole; begin += GROUP * RUN)

@@ -21,7 +21,7 @@ template <int COUNT, class Acc> struct TermSum {
   REVBIFPN_INLINE TermSum(const Term<Acc> *terms, int used) : count(COUNT > 0 ? COUNT : used) {
     for (int term = 0; term < count; ++term) {
       const Acc *row = terms[term].row;
-      asm("" : "+r"(row)); // else pairs are loaded as vectors, which waits for their latest stores
+      asm("" : "+r"(row)); // else GCC loads pairs as vectors, which wait for scalar stores
       rows[term] = row;
       weights[term] = splat<Vector>(terms[term].weight);
     }
@@ -40,7 +40,7 @@ template <int COUNT, class Acc> struct TermSum {
   Vector weights[MOST];
 };
 
-/// out = the sum of the terms, in whole vectors. What lies from `next` on is used soon.
+/// out = the sum of the terms, in whole vectors. What lies from `next` on is prefetched.
 template <int COUNT, class T>
 void sum_terms(const Term<accumulator_t<T>> *terms, int used, accumulator_t<T> *out, int64_t count,
                const T *next) {
@@ -54,7 +54,7 @@ void sum_terms(const Term<accumulator_t<T>> *terms, int used, accumulator_t<T> *
 
 /// y = x + the sum of the terms from `offset` on, on the lattice if it SNAPS. y may be x: the last
 /// vector, which may overlap the one before it, is read before anything is written. What lies
-/// `ahead` elements after x is used soon.
+/// `ahead` elements after x is prefetched.
 template <int COUNT, bool SNAPS, class T>
 void update_elements(const Term<accumulator_t<T>> *terms, int used, int64_t offset,
                      accumulator_t<T> snap, const T *x, T *y, int64_t count, int64_t ahead) {
@@ -81,7 +81,7 @@ void update_elements(const Term<accumulator_t<T>> *terms, int used, int64_t offs
   store_vector(updated(last_of_x, last), y + last);
 }
 
-/// The loops of an output row, for one number of terms; up to four bilinear sources have their own.
+/// The loops of an output row; those of 1, 2, 4, 6 and 8 terms are compiled for that number.
 template <class T> struct RowLoops {
   using Acc = accumulator_t<T>;
   void (*sum)(const Term<Acc> *, int, Acc *, int64_t, const T *);
@@ -118,7 +118,7 @@ void scale_pixels(const Acc *scale, const Acc *shift, int64_t lanes, int64_t pix
     }
 }
 
-// Most elements of a row that is added together with others.
+// Rows of at most this many elements are added several at once.
 constexpr int64_t NARROW = 64;
 
 template <class T> class StripAdder {

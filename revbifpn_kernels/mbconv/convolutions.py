@@ -20,12 +20,17 @@ IS_HALF_SLOW = (
     platform.machine() in ("x86_64", "AMD64")
     and torch.backends.cpu.get_cpu_capability() != "AVX512"
 )
-# Our depthwise weight gradient is used for kernels of 5 and more: elsewhere PyTorch's is as fast.
+# Our depthwise weight gradient is used for kernels of 5 and more, where PyTorch's takes 3 to 34 times
+# as long in float32; at 3x3 it takes 1.0 to 1.7 times, but comes with the gradient of x.
 SMALLEST_OWN_KERNEL = 5
 
 
 def _is_product(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether a 1×1 convolution is a matrix product of pixels: faster on a CPU's channels_last."""
+    """Whether a 1×1 convolution is a matrix product of pixels, in channels_last on a CPU.
+
+    Its backward then takes 0.6 to 1.1 times PyTorch's time, its forward 0.9 to 1.2 times (AMD EPYC,
+    AVX2, float32); on an Intel Xeon both are faster: see `ops/conv/pointwise_conv.py`.
+    """
     is_dense = conv.kernel_size == conv.stride == (1, 1) and conv.groups == 1
     return is_dense and conv.padding == (0, 0) and x.is_cpu and Geometry.of(x).channels_last
 
