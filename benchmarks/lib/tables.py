@@ -134,8 +134,8 @@ def blocks_table(rows: Sequence[Row]) -> str:
         lines.append(
             (md.network(network), layout, len(found), *spread, "; ".join(slower) or "none")
         )
-    header = ("network", "layout", "distinct blocks", "modules' time over fused: least", "median", "most",
-              "slower by more than 3 %")  # fmt: skip
+    header = ("network", "layout", "distinct blocks", "modules' time over fused: least", "median",
+              "most", "slower by more than 3 %")  # fmt: skip
     note = "80-160-80: channels of the input, of the depthwise convolution, of the result"
     return md.with_conditions(header, lines, rows, note)
 

@@ -20,8 +20,8 @@ IS_HALF_SLOW = (
     platform.machine() in ("x86_64", "AMD64")
     and torch.backends.cpu.get_cpu_capability() != "AVX512"
 )
-# Our depthwise weight gradient is used for kernels of 5 and more, where PyTorch's takes 3 to 34 times
-# as long in float32; at 3x3 it takes 1.0 to 1.7 times, but comes with the gradient of x.
+# Our depthwise weight gradient is used for kernels of 5 and more, where PyTorch's takes 3 to 34
+# times as long in float32; at 3x3 it takes 1.0 to 1.7 times, but comes with the gradient of x.
 SMALLEST_OWN_KERNEL = 5
 
 

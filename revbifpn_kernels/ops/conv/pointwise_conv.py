@@ -4,8 +4,8 @@
 
 x (N, C, H, W), W (O, C, 1, 1), y (N, O, H, W) in channels_last. PyTorch's convolution takes 0.8 to
 1.1 of the time on an AMD EPYC, and its gradients 0.9 to 1.6; on an Intel Xeon 1.2 to 2.9 times as
-long (float32, 24 to 320 channels, batch 4, 2 cores each, torch 2.12, 2026-11-26). On GPUs PyTorch's own is called: see
-`mbconv/convolutions.py`.
+long (float32, 24 to 320 channels, batch 4, 2 cores each, torch 2.12, 2026-11-26). On GPUs
+PyTorch's own is called: see `mbconv/convolutions.py`.
 """
 
 import torch
