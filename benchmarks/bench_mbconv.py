@@ -166,14 +166,25 @@ def stage_fault(stage: Stage) -> str:
     return ""
 
 
+def channels_last_maps(channels: int, side: int, dtype: torch.dtype) -> Tensor:
+    maps = torch.randn(BATCH, channels, side, side, dtype=dtype)
+    return maps.to(memory_format=torch.channels_last)
+
+
+def torch_gradients(grad: Tensor, x: Tensor, weight: Tensor, stride=1, padding=0, *, wanted):
+    """PyTorch's gradients of x and weight, those that are `wanted`, by one call."""
+    groups = x.shape[1] // weight.shape[1]
+    rest = [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups, [*wanted, False]
+    return torch.ops.aten.convolution_backward(grad, x, weight, None, *rest)[:2]
+
+
 def depthwise_calls(
     case: tuple[int, ...], dtype: torch.dtype, is_input: bool
 ) -> tuple[Tensor, int, Calls]:
     """Maps in channels_last, the bytes to move, and who takes the gradient of maps or weights."""
     channels, side, kernel, stride = case
     sizes = {"stride": stride, "padding": kernel // 2}
-    x = torch.randn(BATCH, channels, side, side, dtype=dtype)
-    x = x.to(memory_format=torch.channels_last)
+    x = channels_last_maps(channels, side, dtype)
     weight = torch.randn(channels, 1, kernel, kernel, dtype=dtype)
     grad = torch.randn_like(F.conv2d(x, weight, None, **sizes, groups=channels))
 
@@ -182,12 +193,9 @@ def depthwise_calls(
             return depthwise_input_grad(grad, weight, x.shape[2:], **sizes)
         return depthwise_weight_grad(x, grad, kernel_size=kernel, **sizes)
 
-    pairs, wanted = [[size] * 2 for size in sizes.values()], [is_input, not is_input, False]
-    rest = *pairs, [1, 1], False, [0, 0], channels, wanted
-
     def theirs() -> Tensor:
-        grads = torch.ops.aten.convolution_backward(grad, x, weight, None, *rest)
-        return grads[wanted.index(True)]
+        grads = torch_gradients(grad, x, weight, **sizes, wanted=(is_input, not is_input))
+        return grads[0 if is_input else 1]
 
     return x, x.nbytes + grad.nbytes, {"ours": ours, "torch": theirs}
 
@@ -197,19 +205,16 @@ def pointwise_calls(
 ) -> tuple[Tensor, int, Calls]:
     """The same for a 1×1 convolution, or for both of its gradients."""
     channels, side, results = case
-    x = torch.randn(BATCH, channels, side, side, dtype=dtype)
-    x = x.to(memory_format=torch.channels_last)
+    x = channels_last_maps(channels, side, dtype)
     weight = torch.randn(results, channels, 1, 1, dtype=dtype)
     grad = torch.randn_like(F.conv2d(x, weight))
     if not is_backward:
         calls = {"ours": lambda: pointwise_conv(x, weight), "torch": lambda: F.conv2d(x, weight)}
         return x, x.nbytes + grad.nbytes, calls
-
-    def theirs() -> tuple[Tensor, ...]:
-        rest = [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False]
-        return torch.ops.aten.convolution_backward(grad, x, weight, None, *rest)[:2]
-
-    calls = {"ours": lambda: pointwise_conv_backward(grad, x, weight), "torch": theirs}
+    calls = {
+        "ours": lambda: pointwise_conv_backward(grad, x, weight),
+        "torch": lambda: torch_gradients(grad, x, weight, wanted=(True, True)),
+    }
     return x, 2 * (x.nbytes + grad.nbytes), calls
 
 
@@ -252,7 +257,7 @@ def blocks_of(name: str) -> Iterator[tuple[MBConv, tuple[int, ...], str]]:
 
 
 def block_calls(block: MBConv, x: Tensor) -> Calls:
-    """A training step of a block: forward and all gradients, fused and by its modules."""
+    """Forward and all gradients of a block, fused and by its modules."""
     modules = copy.deepcopy(block)
     modules.project.register_forward_hook(lambda *_: None)  # which the fused path would not call
     grad = torch.randn_like(modules(x))
@@ -293,18 +298,16 @@ def convolutions(run: argparse.Namespace) -> Iterator[list[Row]]:
     if run.device == "cuda":
         return
     kinds = (
-        (depthwise_calls, "depthwise_weight_grad", "depthwise_input_grad", DEPTHWISE),
-        (pointwise_calls, "pointwise_conv", "pointwise_conv_backward", POINTWISE),
-    )
-    for (calls_of, *ops, cases), dtype in itertools.product(kinds, DTYPES):
+        (depthwise_calls, DEPTHWISE, "{2}x{2}, stride {3}",
+         "depthwise_weight_grad", "depthwise_input_grad"),
+        (pointwise_calls, POINTWISE, "1x1, to {2}", "pointwise_conv", "pointwise_conv_backward"),
+    )  # fmt: skip
+    for (calls_of, cases, text, *ops), dtype in itertools.product(kinds, DTYPES):
         for case, second in itertools.product(cases[: 1 if run.quick else None], (False, True)):
             x, bytes_moved, calls = calls_of(case, DTYPES[dtype], second)
             mode = "fwd" if ops[second] == "pointwise_conv" else "bwd"
             row = record.row_of(ops[second], "ours", mode, dtype, x.shape, "channels_last")
-            is_depthwise = calls_of is depthwise_calls
-            row["kernel"] = (
-                f"{case[2]}x{case[2]}, stride {case[3]}" if is_depthwise else f"1x1, to {case[2]}"
-            )
+            row["kernel"] = text.format(*case)
             if fault := fault_of(calls):
                 yield [row | {"note": f"WRONG: {fault}"}]
             else:
