@@ -6,7 +6,7 @@ from itertools import cycle, product
 
 import pytest
 import torch
-from helpers import leaves_alone
+from helpers import leaves_alone, on_this_machine
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -160,10 +160,13 @@ def _backend(device: str, add: Callable, add_: Callable, adjoint: Callable, undo
     )
 
 
-# C++ through the dispatcher; Triton by its launchers, without a GPU interpreted on CPU tensors.
+# C++ through the dispatcher; Triton by its launchers.
 _OPS = torch.ops.revbifpn
 _CPP = _OPS.resample_add, _OPS.resample_add_, _OPS.resample_adjoint, _OPS.resample_undo
-_TRITON = _resample_add_cuda, _resample_add_cuda_, _resample_adjoint_cuda, _resample_undo_cuda
+_TRITON = map(
+    on_this_machine,
+    (_resample_add_cuda, _resample_add_cuda_, _resample_adjoint_cuda, _resample_undo_cuda),
+)
 BACKENDS = {
     "cpp": _backend("cpu", *_CPP),
     "triton": _backend("cuda" if HAS_GPU else "cpu", *_TRITON),

@@ -1,6 +1,5 @@
-"""What every test runs under: the interpreter switch, fixed seeds, NaN in unwritten elements."""
+"""What every test runs under: fixed seeds, NaN in unwritten elements."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -9,11 +8,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-
-# Triton reads the variable when it is imported, so it is set before the library imports Triton.
-if not torch.cuda.is_available():
-    assert "triton" not in sys.modules, "triton was imported before TRITON_INTERPRET could be set"
-    os.environ["TRITON_INTERPRET"] = "1"
 
 # An installed library comes first; without one, the tests take the sources that lie beside them.
 sys.path.append(str(ROOT))

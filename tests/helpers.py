@@ -1,11 +1,16 @@
 """The judges: as accurate as the reference, the same bits, no input written to."""
 
+import functools
 from collections.abc import Callable
 
 import torch
+import triton
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map, tree_map_only
 
+from benchmarks.lib.ptx import emulated_gpu
+
+IS_INTERPRETED = not torch.cuda.is_available() and triton.knobs.runtime.interpret
 FEW = 1  # elements of an output whose largest error is a matter of chance
 
 
@@ -106,6 +111,22 @@ def gradients(function: Callable, x, sources, grad_y, **options) -> dict:
 def whole_storage(tensor: Tensor) -> Tensor:
     """All bytes that `tensor` is a part of."""
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def on_this_machine(launcher: Callable) -> Callable:
+    """`launcher`; without a GPU its kernels, compiled for sm_90, run on CPU tensors.
+
+    With TRITON_INTERPRET=1 they are interpreted instead, statement by statement, for a debugger.
+    """
+    if torch.cuda.is_available() or IS_INTERPRETED:
+        return launcher
+
+    @functools.wraps(launcher)
+    def emulated(*args):
+        with emulated_gpu():
+            return launcher(*args)
+
+    return emulated
 
 
 def leaves_alone(function: Callable, outputs: int = 0) -> Callable:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import HAS_GPU, INTERPRETED
 from cases import LAYOUTS as COMMON_LAYOUTS
-from helpers import leaves_alone
+from helpers import leaves_alone, on_this_machine
 from torch import Tensor
 
 from revbifpn_kernels.ops.norm_act.arguments import sums_dtype
@@ -136,14 +136,15 @@ class Backend:
         return leaves_alone(called, outputs=1)(running, x)
 
 
-# C++ through the dispatcher; Triton by its launchers, without a GPU interpreted on CPU tensors.
-TRITON = {
+# C++ through the dispatcher; Triton by its launchers.
+_LAUNCHERS = {
     "batch_statistics": _batch_statistics_cuda,
     "norm_act": _norm_act_cuda,
     "norm_act_means": _norm_act_means_cuda,
     "norm_act_sums": norm_act_sums_cuda,
     "norm_act_grad": norm_act_grad_cuda,
 }
+TRITON = {op: on_this_machine(launcher) for op, launcher in _LAUNCHERS.items()}
 CPP = {op: getattr(torch.ops.revbifpn, op) for op in TRITON}
 BACKENDS = {"cpp": Backend("cpu", CPP), "triton": Backend("cuda" if HAS_GPU else "cpu", TRITON)}
 # Interpreted Triton is slow: every way through the kernels comes up by default, in one dtype.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import same_bits
+from helpers import on_this_machine, same_bits
 from norm_act_cases import BACKENDS as NORM_BACKENDS
 from norm_act_cases import CASES
 
@@ -12,8 +12,8 @@ from revbifpn_kernels.ops.squeeze_excite.norm_act_excite_grad import norm_act_ex
 
 HIDDEN = 6
 LAUNCHERS = {
-    "norm_act_excite_grad": norm_act_excite_grad_cuda,
-    "squeeze_excite_gates_backward": squeeze_excite_gates_backward_cuda,
+    "norm_act_excite_grad": on_this_machine(norm_act_excite_grad_cuda),
+    "squeeze_excite_gates_backward": on_this_machine(squeeze_excite_gates_backward_cuda),
 }
 OPS = {"cpp": lambda name: getattr(torch.ops.revbifpn, name), "triton": LAUNCHERS.__getitem__}
 

@@ -5,7 +5,6 @@ import torch
 from cases import (
     BACKENDS,
     CASES,
-    HAS_GPU,
     INTERPRETED,
     LAYOUTS,
     over,
@@ -19,7 +18,16 @@ from cases import (
     random_maps,
     with_few_bits,
 )
-from helpers import as_dtype, assert_as_accurate, leaves_alone, on_lattice, same_bits, whole_storage
+from helpers import (
+    IS_INTERPRETED,
+    as_dtype,
+    assert_as_accurate,
+    leaves_alone,
+    on_lattice,
+    on_this_machine,
+    same_bits,
+    whole_storage,
+)
 
 from revbifpn_kernels.ops.resample.add import (
     _resample_add_out_cuda,
@@ -29,7 +37,7 @@ from revbifpn_kernels.ops.resample.add import (
 
 OUT_OPS = {
     "cpp": lambda *args: torch.ops.revbifpn.resample_add_out(*args),
-    "triton": _resample_add_out_cuda,
+    "triton": on_this_machine(_resample_add_out_cuda),
 }
 over_out_ops = pytest.mark.parametrize("name", OUT_OPS)
 
@@ -76,7 +84,7 @@ def test_powers_of_two_are_exact(backend, case, mode):
 @pytest.mark.parametrize("dtypes", ["bf16", "fp16"])
 @over_powers
 def test_half_precision_is_rounded_once(backend, case, dtypes):
-    if backend is BACKENDS["triton"] and dtypes == "bf16" and not HAS_GPU:
+    if backend is BACKENDS["triton"] and dtypes == "bf16" and IS_INTERPRETED:
         pytest.skip("Triton's interpreter cuts float32 off to bfloat16; GPUs round")
     x, sources = with_few_bits(case.tensors(dtypes, backend.device))
     y = backend.add(x, sources, 0.5, "bilinear", None)

@@ -18,7 +18,7 @@ from cases import (
     small_inputs,
     with_few_bits,
 )
-from helpers import assert_as_accurate, on_lattice, same_bits
+from helpers import assert_as_accurate, on_lattice, on_this_machine, same_bits
 
 from revbifpn_kernels import resample_add, resample_add_, resample_undo
 from revbifpn_kernels.ops.resample.add import _resample_add_out_cuda, resample_add_reference
@@ -97,7 +97,11 @@ def test_undo_and_writes_in_place_have_the_bits_of_add(backend, case):
 def test_out(backend, case):
     x, sources, *factors = scaled_inputs(case, device=backend.device)
     out = torch.full_like(x, torch.nan)
-    op = OPS.resample_add_out if backend is BACKENDS["cpp"] else _resample_add_out_cuda
+    op = (
+        OPS.resample_add_out
+        if backend is BACKENDS["cpp"]
+        else on_this_machine(_resample_add_out_cuda)
+    )
     op(x, sources, *factors, out, 0.7, "nearest", None)
     assert same_bits(out, backend.add(x, sources, 0.7, "nearest", None, *factors))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import HAS_GPU, INTERPRETED
-from helpers import assert_as_accurate, leaves_alone, same_bits
+from helpers import assert_as_accurate, leaves_alone, on_this_machine, same_bits
 from squeeze_excite_cases import CASES, inputs, planned_launches
 from torch import Tensor
 
@@ -19,7 +19,10 @@ from revbifpn_kernels.ops.squeeze_excite.gates import (
 )
 
 OPS = "squeeze_excite_gates", "squeeze_excite_gates_backward"
-LAUNCHERS = _squeeze_excite_gates_cuda, squeeze_excite_gates_backward_cuda
+LAUNCHERS = [
+    on_this_machine(launcher)
+    for launcher in (_squeeze_excite_gates_cuda, squeeze_excite_gates_backward_cuda)
+]
 QUICK_TRITON = ("odd", "one channel", "many images")
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 
@@ -36,7 +39,7 @@ class Backend:
         return leaves_alone(self.functions[OPS[1]])(*arguments)
 
 
-# C++ through the dispatcher; Triton by its launchers, without a GPU interpreted on CPU tensors.
+# C++ through the dispatcher; Triton by its launchers.
 BACKENDS = {
     "cpp": Backend("cpu", {name: getattr(torch.ops.revbifpn, name) for name in OPS}),
     "triton": Backend("cuda" if HAS_GPU else "cpu", dict(zip(OPS, LAUNCHERS, strict=True))),
