@@ -152,11 +152,9 @@ class GlobalMemory:
         for buffer, lanes in self._split(address):
             local, owner = address[lanes] - buffer.start, threads[lanes, None] + 1
             elements = self._check(buffer, local, width)
-            if buffer.writer[elements].any():
+            before, buffer.writer[elements] = buffer.writer[elements], owner
+            if before.any() or (buffer.writer[elements] != owner).any():
                 raise Fault(f"an element of {buffer.name} is written twice")
-            buffer.writer[elements] = owner
-            if (buffer.writer[elements] != owner).any():
-                raise Fault(f"two threads write an element of {buffer.name}")
             buffer.known[elements] = buffer.is_stored_to = True
             vectors, places = buffer.vectors(width), local // width
             buffer.replaced.append((places, vectors[places]))
