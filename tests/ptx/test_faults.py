@@ -150,7 +150,7 @@ def test_a_missing_barrier(k):
 
 
 def test_a_barrier_that_some_threads_miss():
-    diverging = edited(r"bar\.sync\s+0;", "@%p0 bar.sync 0;")
+    diverging = edited(r"(?s)(@%p\d+)( st\.global.*?)bar\.sync\s+0;", r"\1\2\1 bar.sync 0;")
     with pytest.raises(Fault, match="bar.sync that not all threads"), emulated_gpu(edit=diverging):
         statistics(torch.randn(2, 16, 24, 24))
 
