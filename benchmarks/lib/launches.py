@@ -1,11 +1,12 @@
-"""The Triton kernels that a network's training step launches on a GPU, found without a GPU."""
+"""What a network's training step launches on a GPU, found without one: op calls, and kernels."""
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -22,20 +23,75 @@ Planned = tuple[Launch, dict[str, Any]]
 _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 # Any: it decides how Triton specialises, and that is the same for all of its vendor.
 _TARGET = GPUTarget("cuda", 90, 32)
+# Autograd refuses CUDA tensors where there is no GPU, so those on the CPU say that they are.
+_IS_ON_GPU = {"is_cpu": property(lambda _: False), "is_cuda": property(lambda _: True)}
 
 
-class _OnCuda(TorchDispatchMode):
-    """Sends our ops on fake tensors to their CUDA implementations instead of their fakes."""
+@dataclass(frozen=True)
+class Spec:
+    """How a tensor lies in memory."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    elements: int  # of its storage
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Spec":
+        elements = tensor.untyped_storage().nbytes() // tensor.itemsize
+        where = tensor.stride(), tensor.storage_offset(), elements
+        return cls(tensor.dtype, tuple(tensor.shape), *where)
+
+    def on(self, device: str) -> Tensor:
+        """Such a tensor, uninitialised."""
+        storage = torch.empty(self.elements, dtype=self.dtype, device=device)
+        return storage.as_strided(self.shape, self.strides, self.offset)
+
+
+class Call(NamedTuple):
+    """An op of ours with its arguments, where tensors are given as what a launch depends on."""
+
+    op: str
+    arguments: tuple
+
+    def launches(self) -> list[Planned]:
+        """What the op launches on a GPU, with meta tensors as operands."""
+        planned: list[Planned] = []
+
+        def record(launch: Launch, device: torch.device, operands: dict[str, Any]) -> None:
+            if 0 not in launch.grid:
+                operands = tree_map_only(Tensor, lambda t: Spec.of(t).on("meta"), operands)
+                planned.append((launch, operands))
+
+        with (
+            FakeTensorMode(),
+            mock.patch.multiple(FakeTensor, create=True, **_IS_ON_GPU),
+            mock.patch.object(Launch, "run", record),
+        ):
+            arguments = tree_map_only(Spec, lambda spec: spec.on("cpu"), self.arguments)
+            getattr(torch.ops.revbifpn, self.op).default.redispatch(_CUDA, *arguments)
+        return planned
+
+
+class _Calls(TorchDispatchMode):
+    """Lists the calls of our ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "revbifpn":
-            return func.redispatch(_CUDA, *args, **(kwargs or {}))
+            assert not kwargs, "our ops are called with positional arguments"
+            name = func._schema.name.removeprefix("revbifpn::")
+            self.calls.append(Call(name, tree_map_only(Tensor, Spec.of, args)))
         if func is torch.ops.aten.batch_norm_elemt.default:  # it has no fake
             return torch.empty_like(args[0])
         return func(*args, **(kwargs or {}))
 
 
-def launches_of_step(
+def calls_of_step(
     model_name: str,
     batch: int,
     side: int,
@@ -44,62 +100,42 @@ def launches_of_step(
     reversible: bool = True,
     *,
     is_exact: bool = False,
-) -> Iterator[Planned]:
-    """Yield a launch and its operands for each kernel that Triton compiles for a training step.
+) -> list[Call]:
+    """All calls of forward and backward, in order, on images of side × side pixels.
 
-    The step runs on fake tensors; operands are meta tensors with the strides and alignment of real
-    ones. Launches that differ in sizes alone share a kernel: the first is yielded. With `is_exact`
-    the network is the reversible one in exact mode.
+    With `is_exact` the network is the reversible one in exact mode.
     """
-    provider = "reversible" if reversible or is_exact else "stored"
-    net = fake_network(model_name, provider)
+    net = fake_network(model_name, "reversible" if reversible or is_exact else "stored")
     if is_exact:
         net.lattice = LATTICE
-    forms, kernels = set(), set()
-    for launch, fakes in _launches(net, (batch, 3, side, side), autocast, layout):
-        operands = tree_map_only(Tensor, _on_meta, fakes)
-        if (form := _form(launch, operands)) in forms:
-            continue
-        forms.add(form)
-        source, options = launch.source(_TARGET, operands)
-        kernel = source.hash(), str(options)
-        if kernel not in kernels:
-            kernels.add(kernel)
-            yield launch, operands
-
-
-def _launches(
-    net: nn.Module, shape: tuple[int, ...], autocast: torch.dtype | None, layout: str
-) -> list[Planned]:
-    """All launches of forward and backward, in order, with fake operands."""
-    planned: list[Planned] = []
-
-    def record(launch: Launch, device: torch.device, operands: dict[str, Any]) -> None:
-        if 0 not in launch.grid:
-            planned.append((launch, operands))
-
-    # Autograd refuses CUDA tensors where there is no GPU, so those on the CPU say that they are.
-    is_on_gpu = {"is_cpu": property(lambda _: False), "is_cuda": property(lambda _: True)}
     with (
         FakeTensorMode() as fakes,
-        mock.patch.multiple(FakeTensor, create=True, **is_on_gpu),
-        mock.patch.object(Launch, "run", record),
-        _OnCuda(),
+        mock.patch.multiple(FakeTensor, create=True, **_IS_ON_GPU),
+        _Calls() as recorder,
     ):
-        image = torch.empty(shape).to(memory_format=LAYOUTS[layout])
+        image = torch.empty(batch, 3, side, side).to(memory_format=LAYOUTS[layout])
         Step(fake_copy(net, fakes), image, autocast).forward().backward()
-    return planned
+    return recorder.calls
 
 
-def _form(launch: Launch, operands: dict[str, Any]) -> str:
-    """Equal for launches that surely share a kernel: most of a step's, at a fraction of the time
-    that `Launch.source` takes."""
-    forms = tree_map_only(Tensor, lambda t: (t.dtype, t.data_ptr() % 16), operands)
-    return f"{launch.kernel.__name__} {launch.args} {launch.constants} {launch.threads} {forms}"
+def distinct_launches(calls: list[Call]) -> Iterator[Planned]:
+    """A launch and its operands for each kernel that Triton compiles: launches that differ in sizes
+    alone share one, and the first is yielded."""
+    kernels = set()
+    for call in {str(call): call for call in calls}.values():
+        for launch, operands in call.launches():
+            kernel = kernel_key(launch, operands)
+            if kernel not in kernels:
+                kernels.add(kernel)
+                yield launch, operands
 
 
-def _on_meta(tensor: Tensor) -> Tensor:
-    """The tensor without a fake mode, at the same offset: planning and compiling read no more."""
-    size = tensor.untyped_storage().nbytes() // tensor.itemsize
-    storage = torch.empty(size, dtype=tensor.dtype, device="meta")
-    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+def launches_of_step(*arguments: Any, **options: Any) -> Iterator[Planned]:
+    """`distinct_launches` of `calls_of_step`."""
+    return distinct_launches(calls_of_step(*arguments, **options))
+
+
+def kernel_key(launch: Launch, operands: dict[str, Any]) -> tuple[str, str]:
+    """Equal for launches that share a compiled kernel."""
+    source, options = launch.source(_TARGET, operands)
+    return source.hash(), str(options)

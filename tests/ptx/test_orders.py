@@ -1,0 +1,50 @@
+"""The same bits in every run: no result depends on the order in which a GPU runs the blocks."""
+
+import pytest
+import torch
+from cases import CASES, random_like
+from helpers import IS_INTERPRETED, same_bits
+from norm_act_cases import CASES as NORM_CASES
+from norm_act_cases import EPS
+
+from benchmarks.lib.ptx import emulated_gpu
+from revbifpn_kernels.ops.norm_act.gradient import norm_act_grad_cuda, norm_act_sums_cuda
+from revbifpn_kernels.ops.norm_act.statistics import _batch_statistics_cuda
+from revbifpn_kernels.ops.resample.add import _resample_add_cuda
+from revbifpn_kernels.ops.resample.adjoint import _resample_adjoint_cuda
+from revbifpn_kernels.ops.resample.undo import _resample_undo_cuda
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or IS_INTERPRETED, reason="needs kernels compiled for no GPU"
+)
+
+
+def resampled(layout):
+    case = CASES["channels-last" if layout == "channels_last" else "revbifpn"]
+    x, sources = case.tensors("fp32-bf16")
+    sizes = [side for size in case.sizes for side in size]
+    grad, options = random_like(x), ([], [], 0.7, "bilinear", None)
+    return [
+        _resample_add_cuda(x, sources, *options),
+        _resample_adjoint_cuda(grad, sizes, 0.7, "bilinear", torch.bfloat16),
+        _resample_undo_cuda(x, grad, sources, *options),
+    ]
+
+
+def normed(layout):
+    inputs = NORM_CASES["channels-last" if layout == "channels_last" else "revbifpn"].inputs()
+    given = inputs.grad, *inputs.norm
+    sums = norm_act_sums_cuda(*given, "silu", True)
+    grads = norm_act_grad_cuda(*given, inputs.gate, inputs.grad_means, sums, "silu", True)
+    return [_batch_statistics_cuda(inputs.x, EPS, None, None, None, 0.1), sums, grads]
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("run", [resampled, normed])
+def test_the_last_block_first(run, layout):
+    results = []
+    for blocks in (None, lambda count: range(count)[::-1]):
+        torch.manual_seed(0)
+        with emulated_gpu(blocks=blocks):
+            results.append(run(layout))
+    assert same_bits(*results)
