@@ -1,7 +1,8 @@
 """What the compiler made of every Triton kernel, for GPUs that need not be there.
 
 Registers, spills, shared memory, widest accesses and machine instructions per element of x, beside
-the budget: what a GPU can issue while it moves the op's compulsory bytes at its copy speed.
+the budget: what a GPU can issue while it moves the op's compulsory bytes at its copy speed. For
+sm_90 also what the memory accesses cost, counted by executing the PTX of some blocks.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from revbifpn_kernels.ops.resample.undo import plan_resample_undo
 
 from .lib import record, tables
 from .lib.assembly import Listing, inspect_cuda, inspect_hip
+from .lib.ptx import count_traffic
 from .lib.record import Row
 from .lib.workloads import DTYPES, LAYOUTS, LEVELS, cuda_cases
 from .lib.workloads import Case as OpCase
@@ -40,6 +42,12 @@ TARGETS = {
 # H200's 132 · 128 at 1.5 GHz over 4.3 TB/s measured. The others from datasheets: A100 108 · 128 at
 # 1.41 GHz over 1.75 TB/s; B200 148 · 128 at 1.85 GHz over 7.2; MI300X 304 · 64 at 2.1 GHz over 4.2.
 INSTRUCTIONS_PER_BYTE = {"sm_80": 11.1, "sm_90": 5.9, "sm_100": 4.9, "gfx942": 9.7}
+# Bytes that each multiprocessor of an H200 moves per clock at its copy bandwidth. Meanwhile its L1
+# serves one wavefront: up to 128 bytes of one cache line, or of shared memory.
+BYTES_PER_WAVEFRONT = 4.3e12 / (132 * 1.5e9)
+# Traffic is counted for the blocks of one image, at most these, before an L2 of a fiftieth of an
+# H200's.
+MOST_COUNTED, L2_BYTES = 640, 2**20
 # Levels 0 to 2 of S6 at 352 pixels, batch 64, from all coarser levels; sides no factor divides.
 FUSIONS = {
     "2+4+8": ((64, 320, 88, 88), ((44, 44), (22, 22), (11, 11))),
@@ -199,12 +207,36 @@ def measure(case: Case) -> list[Row]:
             "shared_bytes": kernel.metadata.shared,
             "instructions_per_element": "" if per_element is None else f"{per_element:.1f}",
             "budget": f"{budget:.1f}",
+            "compulsory_bytes": f"{compulsory_bytes(case):.3f}",
             "load_bytes": listing.widest("LDG", "(global|buffer|flat)_load"),
             "store_bytes": listing.widest("STG", "(global|buffer|flat)_store"),
+            **(traffic_columns(launch, kernel, operands, shape) if case.target == "sm_90" else {}),
             "note": f"FAILED: spills {spilled} bytes" if spilled else "",
         }
         rows.append({name: str(value) for name, value in row.items()})
     return rows
+
+
+def traffic_columns(launch: Launch, kernel, operands: dict, shape: Sequence[int]) -> Row:
+    """What a launch's accesses cost: per request of a warp, and per element of x."""
+    blocks = math.prod(launch.grid)
+    per_image = max(1, blocks // shape[0])
+    first = shape[0] // 2 * per_image
+    counted = range(first, first + min(per_image, MOST_COUNTED))
+    given = {**operands, **launch.args, **launch.constants}
+    traffic = count_traffic(kernel, given, launch.grid, counted)
+    total, elements = traffic.total, math.prod(shape) * len(counted) / blocks
+    dram = traffic.dram_bytes(L2_BYTES)
+    wavefronts = total.wavefronts + traffic.shared_wavefronts
+    return {
+        "sectors_per_request": f"{total.sectors / total.requests:.2f}",
+        "fewest_sectors": f"{total.fewest / total.requests:.2f}",
+        "l2_bytes": f"{traffic.l2_bytes() / elements:.3f}",
+        "dram_bytes": f"{dram / elements:.3f}",
+        "l1_over_dram": f"{wavefronts * BYTES_PER_WAVEFRONT / dram:.2f}",
+        "shared_wavefronts": f"{traffic.shared_wavefronts / elements:.4f}",
+        "fewest_shared_wavefronts": f"{traffic.fewest_shared_wavefronts / elements:.4f}",
+    }
 
 
 def compile_ahead(op: str, case: OpCase, target: str) -> None:

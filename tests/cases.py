@@ -173,9 +173,9 @@ BACKENDS = {
 }
 
 MODES = ("bilinear", "nearest")
-INTERPRETED = pytest.mark.slow if not HAS_GPU else ()
-# Interpreted Triton takes a third of a second per launch: every kernel path, layout, dtype and mode
-# comes up by default, not their product.
+EMULATED = pytest.mark.slow if not HAS_GPU else ()
+# Without a GPU each kernel is compiled in a second or more, and run as PTX: every kernel path,
+# layout, dtype and mode comes up by default, not their product.
 _QUICK_TRITON = (
     ("even", "fp32-mixed", "nearest"),
     ("odd", "fp32", "bilinear"),
@@ -199,7 +199,7 @@ def _triton_pairs():
     for k, case in enumerate(CASES):
         pair = case, "fp32-bf16" if case == "revbifpn" else names[k % len(names)], MODES[k % 2]
         if case not in [name for name, *_ in _QUICK_TRITON]:
-            yield *pair, INTERPRETED
+            yield *pair, EMULATED
 
 
 def _cpp_pairs():
@@ -240,7 +240,7 @@ def over(names, quick=(), slow=()):
     """Over C++ on the cases `names` and Triton on `quick` ones and, if asked for, `slow` ones."""
     marked = [("cpp", name, ()) for name in names]
     marked += [("triton", name, ()) for name in quick]
-    marked += [("triton", name, INTERPRETED) for name in slow]
+    marked += [("triton", name, EMULATED) for name in slow]
     cases = [
         pytest.param(BACKENDS[backend], CASES[name], id=f"{backend}-{name}", marks=marks)
         for backend, name, marks in marked
@@ -259,9 +259,9 @@ _LATTICE_TRIALS = [
     *(("cpp", case, dtypes, ()) for case in SPREADS for dtypes in LATTICES),
     ("triton", "x2-x4-x8", "fp32-mixed", ()),
     ("triton", "odd", "fp32", ()),
-    *(("triton", case, "fp32-mixed", INTERPRETED) for case in ("even", "mixed-kinds")),
-    ("triton", "area", "bf16", INTERPRETED),
-    ("triton", "x2-x4-x8", "fp16", INTERPRETED),
+    *(("triton", case, "fp32-mixed", EMULATED) for case in ("even", "mixed-kinds")),
+    ("triton", "area", "bf16", EMULATED),
+    ("triton", "x2-x4-x8", "fp16", EMULATED),
 ]
 over_lattices = pytest.mark.parametrize(
     ("backend", "case", "dtypes", "lattice"),

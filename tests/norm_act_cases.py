@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from cases import HAS_GPU, INTERPRETED
+from cases import EMULATED, HAS_GPU
 from cases import LAYOUTS as COMMON_LAYOUTS
 from helpers import leaves_alone, on_this_machine
 from torch import Tensor
@@ -147,7 +147,7 @@ _LAUNCHERS = {
 TRITON = {op: on_this_machine(launcher) for op, launcher in _LAUNCHERS.items()}
 CPP = {op: getattr(torch.ops.revbifpn, op) for op in TRITON}
 BACKENDS = {"cpp": Backend("cpu", CPP), "triton": Backend("cuda" if HAS_GPU else "cpu", TRITON)}
-# Interpreted Triton is slow: every way through the kernels comes up by default, in one dtype.
+# Without a GPU kernels are slow: every way through them comes up by default, in one dtype.
 _QUICK_TRITON = [
     ("odd", "fp32"),
     ("channels-last-aligned", "fp16"),
@@ -174,7 +174,7 @@ def _triton_pairs():
         # Of two channels chance decides the largest error, so half precision is left out.
         pair = case, "fp32" if case == "two-channels" else ("fp32", "bf16", "fp16")[k % 3]
         if case != "revbifpn" and case not in dict(_QUICK_TRITON):
-            yield *pair, INTERPRETED
+            yield *pair, EMULATED
 
 
 over_grid = pytest.mark.parametrize(

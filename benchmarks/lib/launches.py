@@ -1,5 +1,6 @@
 """What a network's training step launches on a GPU, found without one: op calls, and kernels."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -61,8 +62,7 @@ class Call(NamedTuple):
 
         def record(launch: Launch, device: torch.device, operands: dict[str, Any]) -> None:
             if 0 not in launch.grid:
-                operands = tree_map_only(Tensor, lambda t: Spec.of(t).on("meta"), operands)
-                planned.append((launch, operands))
+                planned.append((launch, tree_map_only(Tensor, Spec.of, operands)))
 
         with (
             FakeTensorMode(),
@@ -71,7 +71,8 @@ class Call(NamedTuple):
         ):
             arguments = tree_map_only(Spec, lambda spec: spec.on("cpu"), self.arguments)
             getattr(torch.ops.revbifpn, self.op).default.redispatch(_CUDA, *arguments)
-        return planned
+        to_meta = functools.partial(tree_map_only, Spec, lambda spec: spec.on("meta"))
+        return [(launch, to_meta(operands)) for launch, operands in planned]
 
 
 class _Calls(TorchDispatchMode):

@@ -1,42 +1,31 @@
-"""The launches of a network's step, found on fake tensors, in a process that does not interpret."""
+"""The calls and launches of a network's step, found on fake tensors."""
 
 import collections
-import os
-import subprocess
-import sys
 
 import pytest
+import torch
+from helpers import IS_INTERPRETED
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-# A line per launch: kernel, dtype of its first map, whether it walks through channels_last maps.
-SCRIPT = """
-import sys, torch
-from benchmarks.lib import launches
-from benchmarks.lib.launches import launches_of_step
-if "every" in sys.argv:  # asks Triton about each launch
-    launches._form = lambda *_: object()
-layout, reversible = sys.argv[1], sys.argv[2] == "reversible"
-for launch, operands in launches_of_step("revbifpn_s0", 2, 64, torch.bfloat16, layout, reversible):
-    maps = operands.get("y_ptr", operands.get("grad_ptr", operands.get("x_ptr")))
-    is_last = launch.constants.get("CHANNELS_LAST")
-    print(launch.kernel.__name__, None if maps is None else maps.dtype, is_last)
-launch.compile(__import__("benchmarks.kernels").kernels.TARGETS["sm_90"], operands)
-"""
+from benchmarks.lib.launches import calls_of_step, distinct_launches, kernel_key
+
+pytestmark = pytest.mark.skipif(IS_INTERPRETED, reason="interpreted kernels cannot be compiled")
 
 
-def launches(*options: str) -> list[tuple[str, str, str]]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    found = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *options], cwd=ROOT, env=environment, text=True,
-        capture_output=True,
-    )  # fmt: skip
-    assert found.returncode == 0, found.stderr
-    return [tuple(line.split()) for line in found.stdout.splitlines()]
+def step(layout, mode):
+    return calls_of_step("revbifpn_s0", 2, 64, torch.bfloat16, layout, mode == "reversible")
+
+
+def launches(layout, mode):
+    """(kernel, dtype of its first map, whether it walks through channels_last maps) of each."""
+    for launch, operands in distinct_launches(step(layout, mode)):
+        maps = operands.get("y_ptr", operands.get("grad_ptr", operands.get("x_ptr")))
+        is_last = launch.constants.get("CHANNELS_LAST")
+        yield launch.kernel.__name__, None if maps is None else maps.dtype, is_last
 
 
 @pytest.mark.parametrize(("layout", "mode"), [("nchw", "stored"), ("channels_last", "reversible")])
 def test_every_kernel_of_a_step(layout, mode):
-    found = launches(layout, mode)
+    found = list(launches(layout, mode))
     kernels = collections.Counter(kernel for kernel, _, _ in found)
     families = {
         *(f"_resample_{op}_cells_kernel" for op in ("add", "adjoint")),
@@ -49,13 +38,16 @@ def test_every_kernel_of_a_step(layout, mode):
     assert set(kernels) == families | undone
     # Inside the transforms autocast decides, between them the streams keep float32.
     dtypes = {kernel: {dtype for name, dtype, _ in found if name == kernel} for kernel in kernels}
-    assert dtypes["_norm_act_grad_kernel"] == {"torch.bfloat16"}
-    assert dtypes["_resample_add_cells_kernel"] == {"torch.float32"}
+    assert dtypes["_norm_act_grad_kernel"] == {torch.bfloat16}
+    assert dtypes["_resample_add_cells_kernel"] == {torch.float32}
     is_last = {flag for kernel, _, flag in found if kernel == "_norm_act_grad_kernel"}
-    assert is_last == {str(layout == "channels_last")}
+    assert is_last == {layout == "channels_last"}
     # One kernel per activation, and per alignment and tile of its maps; not one per map.
     assert 4 <= kernels["_norm_act_grad_kernel"] <= 40
 
 
+@pytest.mark.slow
 def test_no_kernel_is_skipped():
-    assert launches("nchw", "stored") == launches("nchw", "stored", "every")
+    calls = step("nchw", "stored")
+    every = {kernel_key(*planned) for call in calls for planned in call.launches()}
+    assert {kernel_key(*planned) for planned in distinct_launches(calls)} == every

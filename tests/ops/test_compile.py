@@ -1,14 +1,15 @@
-"""Every kernel, compiled for GPUs that need not be there: catches what the interpreter forgives."""
-
-import csv
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Every kernel, compiled for GPUs that need not be there: no spills, and within the budgets."""
 
 import pytest
+import torch
+from helpers import IS_INTERPRETED
+from squeeze_excite_cases import planned_launches
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks import kernels
+from benchmarks.kernels import TARGETS, inspect_cuda, inspect_hip
+from revbifpn_kernels.ops.norm_act.factors import plan_norm_factors
+
+pytestmark = pytest.mark.skipif(IS_INTERPRETED, reason="interpreted kernels cannot be compiled")
 KERNELS = {
     "_resample_add_cells_kernel",
     "_resample_add_elements_kernel",
@@ -26,30 +27,13 @@ KERNELS = {
     "_norm_act_totals_kernel",
     "_norm_act_grad_kernel",
 }
-SQUEEZE_EXCITE_KERNELS = {
-    "_squeeze_kernel",
-    "_excite_kernel",
-    "_excite_backward_kernel",
-    "_squeeze_backward_kernel",
-    "_squeeze_excite_results_kernel",
-}
 NORM_OPS = ["batch_statistics", *("norm_act" + end for end in ("", "_means", "_sums", "_grad"))]
-
-
-def run_apart(*arguments):
-    """What `compile_kernels.py` prints: interpreted kernels cannot be compiled in this process."""
-    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, "tests/compile_kernels.py", *arguments]
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()
 
 
 def compile_rows(target, dtype, *options):
     """The rows of `benchmarks.kernels`, without spills in any kernel."""
-    lines = run_apart("rows", "--targets", target, "--dtypes", dtype, *options)
-    rows = list(csv.DictReader(lines))
+    chosen = kernels.parse(["--targets", target, "--dtypes", dtype, *options])
+    rows = [row for case in kernels.cases(chosen) for row in kernels.measure(case)]
     assert not [row for row in rows if row["spill_bytes"] != "0"]
     return rows
 
@@ -102,11 +86,12 @@ def test_dense_maps_move_16_bytes_within_the_instruction_budget():
 
 
 @pytest.mark.slow
-def test_sizes_of_1_compile():
-    """Triton turns arguments of 1 into constants, which the interpreter does not.
-
-    Squeeze-excite's kernels, for every target, too.
-    """
-    kernels = {line.rsplit(maxsplit=1)[-1] for line in run_apart("corners")}
-    assert {kernel for kernel in KERNELS if "cells" not in kernel} <= kernels
-    assert SQUEEZE_EXCITE_KERNELS | {"_norm_factors_kernel"} <= kernels
+@pytest.mark.parametrize("target", TARGETS)
+def test_small_kernels_compile_without_spills(target):
+    """Squeeze-excite's and the factors of norms, which have no rows of their own."""
+    planes, channels, samples = (torch.empty(s, device="meta") for s in ((3, 35), 35, 3))
+    factors = plan_norm_factors(planes, planes, samples, *[channels] * 4)
+    inspect = inspect_cuda if target.startswith("sm") else inspect_hip
+    for launch, operands in [*planned_launches((3, 35, 9)), factors]:
+        _, resources = inspect(launch.compile(TARGETS[target], operands))
+        assert resources["spill_bytes"] == 0, (launch.kernel.__name__, resources)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import as_dtype, assert_as_accurate, same_bits
-from norm_act_cases import BACKENDS, CASES, EPS, INTERPRETED, Case, over_backends, over_grid
+from norm_act_cases import BACKENDS, CASES, EMULATED, EPS, Case, over_backends, over_grid
 
 from revbifpn_kernels.ops.norm_act import tiles
 from revbifpn_kernels.ops.norm_act.arguments import ACTIVATIONS
@@ -93,8 +93,8 @@ TRIALS = [
     ("triton", "relu", False, True, True, "channels-last-aligned"),
     ("triton", "silu", True, True, False, "odd"),
     ("triton", "hardswish", False, False, True, "odd"),
-    pytest.param("triton", "silu", False, False, True, "channels-last-aligned", marks=INTERPRETED),
-    pytest.param("triton", "relu", True, True, False, "odd", marks=INTERPRETED),
+    pytest.param("triton", "silu", False, False, True, "channels-last-aligned", marks=EMULATED),
+    pytest.param("triton", "relu", True, True, False, "odd", marks=EMULATED),
 ]
 
 
@@ -157,7 +157,7 @@ def test_running_statistics_move_as_pytorchs(backend, name):
 
 
 @over_backends
-@pytest.mark.parametrize("layout", ["contiguous", pytest.param("channels-last", marks=INTERPRETED)])
+@pytest.mark.parametrize("layout", ["contiguous", pytest.param("channels-last", marks=EMULATED)])
 def test_statistics_do_not_cancel(backend, layout):
     """The mean is a thousand deviations off; or the first rows are, which programs see first."""
     case = Case((2, 16, 16, 40), layout)
@@ -184,9 +184,9 @@ IMAGES, TILES = (7, 20, 5, 5), (2, 16, 16, 31)
     [
         (3, "contiguous", IMAGES),
         (5, "channels-last", TILES),
-        pytest.param(1, "channels-last", TILES, marks=INTERPRETED),
-        pytest.param(5, "contiguous", TILES, marks=INTERPRETED),
-        pytest.param(5, "channels-last", IMAGES, marks=INTERPRETED),
+        pytest.param(1, "channels-last", TILES, marks=EMULATED),
+        pytest.param(5, "contiguous", TILES, marks=EMULATED),
+        pytest.param(5, "channels-last", IMAGES, marks=EMULATED),
     ],
     indirect=["programs"],
 )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import same_bits
-from norm_act_cases import BACKENDS, CASES, EPS, INTERPRETED, Case, over_backends
+from norm_act_cases import BACKENDS, CASES, EMULATED, EPS, Case, over_backends
 
 from benchmarks.kernels import NORM_PASSES, plan_norm_launches
 from revbifpn_kernels.ops.norm_act.kernels import COUNTS
@@ -24,7 +24,7 @@ def run_all(backend, inputs, act="hardswish"):
     }
 
 
-@pytest.mark.parametrize("backend", ["cpp", pytest.param("triton", marks=INTERPRETED)])
+@pytest.mark.parametrize("backend", ["cpp", pytest.param("triton", marks=EMULATED)])
 def test_the_same_bits_again(backend):
     backend = BACKENDS[backend]
     inputs = CASES["odd"].inputs(device=backend.device)
@@ -45,7 +45,7 @@ def test_any_number_of_threads_gives_the_same_bits_cpp(layout):
     assert all(same_bits(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("layout", ["slice", pytest.param("transposed", marks=INTERPRETED)])
+@pytest.mark.parametrize("layout", ["slice", pytest.param("transposed", marks=EMULATED)])
 def test_a_gradient_laid_out_otherwise_gives_the_same_bits_triton(layout):
     backend = BACKENDS["triton"]
     inputs = Case((2, 6, 8, 12), "channels-last", layout).inputs(device=backend.device)
@@ -59,7 +59,7 @@ def test_a_gradient_laid_out_otherwise_gives_the_same_bits_triton(layout):
     [
         *(("cpp", act) for act in ("identity", "relu", "hardswish", "silu")),
         ("triton", "hardswish"),
-        *(pytest.param("triton", act, marks=INTERPRETED) for act in ("relu", "silu")),
+        *(pytest.param("triton", act, marks=EMULATED) for act in ("relu", "silu")),
     ],
 )
 def test_nan_spreads_to_what_depends_on_it(name, act):

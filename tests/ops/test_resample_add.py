@@ -5,7 +5,7 @@ import torch
 from cases import (
     BACKENDS,
     CASES,
-    INTERPRETED,
+    EMULATED,
     LAYOUTS,
     over,
     over_backends,
@@ -194,7 +194,7 @@ def test_lattice_round_trip_restores_every_bit(backend, case, dtypes, lattice):
     [
         ("channels-last", 2.0**-8),
         ("empty-batch", None),
-        pytest.param("mixed-kinds", None, marks=INTERPRETED),
+        pytest.param("mixed-kinds", None, marks=EMULATED),
     ],
 )
 def test_out_is_what_resample_add_returns(name, case, lattice):

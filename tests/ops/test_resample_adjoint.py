@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import (
     BACKENDS,
-    INTERPRETED,
+    EMULATED,
     LAYOUTS,
     over,
     over_backends,
@@ -20,7 +20,7 @@ from revbifpn_kernels.ops.resample.adjoint import resample_adjoint_reference
 # Every kind of resampling of (H, W) = (8, 12) and, last, one that shrinks in one axis only.
 SIZES = [(8, 12), (4, 6), (2, 3), (1, 1), (5, 7), (16, 24), (8, 5)]
 over_backends_in_depth = pytest.mark.parametrize(
-    "backend", [BACKENDS["cpp"], pytest.param(BACKENDS["triton"], marks=INTERPRETED)], ids=BACKENDS
+    "backend", [BACKENDS["cpp"], pytest.param(BACKENDS["triton"], marks=EMULATED)], ids=BACKENDS
 )
 
 
@@ -44,8 +44,8 @@ def test_alpha_scales_every_result(alpha):
     ("name", "layout", "mode"),
     [
         *(("cpp", layout, mode) for layout in LAYOUTS for mode in ("bilinear", "nearest")),
-        pytest.param("triton", "channels-last-slice", "bilinear", marks=INTERPRETED),
-        pytest.param("triton", "strided", "nearest", marks=INTERPRETED),
+        pytest.param("triton", "channels-last-slice", "bilinear", marks=EMULATED),
+        pytest.param("triton", "strided", "nearest", marks=EMULATED),
     ],
 )
 def test_layouts_do_not_change_a_bit(name, layout, mode):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import HAS_GPU, INTERPRETED
+from cases import EMULATED, HAS_GPU
 from helpers import assert_as_accurate, leaves_alone, on_this_machine, same_bits
 from squeeze_excite_cases import CASES, inputs, planned_launches
 from torch import Tensor
@@ -51,7 +51,7 @@ over_acts = pytest.mark.parametrize("act", ACTIVATIONS)
 def grid():
     for name, backend in BACKENDS.items():
         for case in CASES:
-            marks = () if name == "cpp" or case in QUICK_TRITON else INTERPRETED
+            marks = () if name == "cpp" or case in QUICK_TRITON else EMULATED
             for dtype in DTYPES if name == "cpp" else ("fp32",):
                 arguments = backend, case, DTYPES[dtype]
                 yield pytest.param(*arguments, id=f"{name}-{case}-{dtype}", marks=marks)

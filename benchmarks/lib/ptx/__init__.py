@@ -9,7 +9,7 @@ traffic     sectors, cache lines and bytes that the accesses cost
 driver      makes Triton compile and launch for it: `emulated_gpu`
 """
 
-from .driver import EmulatedGpu, emulated_gpu
+from .driver import EmulatedGpu, count_traffic, emulated_gpu
 from .memory import Fault
 
-__all__ = ["EmulatedGpu", "Fault", "emulated_gpu"]
+__all__ = ["EmulatedGpu", "Fault", "count_traffic", "emulated_gpu"]

@@ -24,7 +24,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver as driver_in_use
 
 from .machine import Machine
-from .memory import GlobalMemory
+from .memory import GlobalMemory, NoMemory
 from .program import Program, parse
 from .traffic import Traffic
 
@@ -86,29 +86,48 @@ class EmulatedGpu:
 
     def launch(self, program: Program, metadata: Any, grid, pairs) -> None:
         """Run a program on (type, value) pairs of its arguments."""
-        memory, values = GlobalMemory(), []
-        written = []
-        for kind, value in pairs:
-            if kind.startswith("*"):
-                is_written = _storage(value) not in self.allocations.unwritten
-                values.append(memory.add(value, is_written))
-                written.append(value)
-            elif kind == "fp32":
-                values.append(int(np.float32(value).view(np.uint32)))
-            else:
-                values.append(_checked_integer(kind, value))
-        scratch = [0] * (len(program.parameters) - len(values))
-        arguments = [
-            np.array([value % 2**64], np.uint64).astype(np.uint64 if "64" in kind else np.uint32)
-            for value, kind in zip([*values, *scratch], program.parameters, strict=True)
-        ]
+        memory, tensors = GlobalMemory(), []
+
+        def address(tensor: torch.Tensor) -> int:
+            tensors.append(tensor)
+            return memory.add(tensor, _storage(tensor) not in self.allocations.unwritten)
+
+        arguments = _as_bits(program, pairs, address)
         traffic = Traffic() if self.counts_traffic else None
         machine = Machine(program, memory, arguments, grid, metadata.shared, traffic)
         machine.run(self.blocks(int(np.prod(grid))) if self.blocks else None)
-        for tensor in written:
+        for tensor in tensors:
             if memory.is_stored_to(tensor):
                 self.allocations.unwritten.pop(_storage(tensor), None)
         self.launches.append(Launched(program.name, program, metadata, grid, traffic))
+
+
+def count_traffic(kernel: Any, arguments: dict[str, Any], grid, blocks: Sequence[int]) -> Traffic:
+    """That of some blocks of a kernel as Triton compiled it, on tensors that need no memory."""
+    program, memory, traffic = _parsed(kernel.asm["ptx"]), NoMemory(), Traffic()
+    signature = kernel.src.signature
+    pairs = _flatten(tuple(signature.values()), [arguments[name] for name in signature])
+    bits = _as_bits(program, pairs, lambda tensor: memory.add(tensor, True))
+    sides = (*grid, 1, 1)[:3]
+    Machine(program, memory, bits, sides, kernel.metadata.shared, traffic).run(blocks)
+    return traffic
+
+
+def _as_bits(program: Program, pairs, address: Callable[[torch.Tensor], int]) -> list[np.ndarray]:
+    """A program's parameters; the last ones, scratch memory, are not used."""
+    values = []
+    for kind, value in pairs:
+        if kind.startswith("*"):
+            values.append(address(value))
+        elif kind == "fp32":
+            values.append(int(np.float32(value).view(np.uint32)))
+        else:
+            values.append(_checked_integer(kind, value))
+    values += [0] * (len(program.parameters) - len(values))
+    return [
+        np.array([value % 2**64], np.uint64).astype(np.uint64 if "64" in kind else np.uint32)
+        for value, kind in zip(values, program.parameters, strict=True)
+    ]
 
 
 def _checked_integer(kind: str, value: int) -> int:

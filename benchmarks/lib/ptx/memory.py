@@ -188,6 +188,27 @@ class GlobalMemory:
                 raise Fault(f"{buffer.name} is read by one thread and written by another")
 
 
+class NoMemory:
+    """Addresses for tensors that need no memory, such as meta tensors: only traffic is counted."""
+
+    def __init__(self) -> None:
+        self._next = 1 << 32
+
+    def add(self, tensor: Tensor, is_written: bool) -> int:
+        start, storage = self._next, tensor.untyped_storage().nbytes()
+        self._next += -(-storage // GlobalMemory.ALIGNMENT) * GlobalMemory.ALIGNMENT
+        return start + tensor.storage_offset() * tensor.itemsize
+
+    def load(self, address: np.ndarray, width: int, threads: np.ndarray) -> np.ndarray:
+        return np.zeros((len(address), width), np.uint8)
+
+    def store(self, address: np.ndarray, data: np.ndarray, threads: np.ndarray) -> None:
+        pass
+
+    def poison_races(self) -> None:
+        return None
+
+
 class SharedMemory:
     """The shared memory of the blocks that run together, with the accesses since a barrier.
 
