@@ -30,7 +30,8 @@ def other_number(line, match, rng):
 
 
 def other_order(line, match, rng):
-    if match[2].split(".")[0] not in ORDERED:
+    parts = match[2].split(".")
+    if parts[0] not in ORDERED or {"eq", "ne"} & set(parts):
         return line
     operands = [operand.strip() for operand in match[3].split(",")]
     first = len(operands) - 2 if match[2].startswith("fma") else 1

@@ -6,6 +6,7 @@ from helpers import IS_INTERPRETED, assert_as_accurate, same_bits
 from mutants import mutant
 
 from benchmarks.lib.ptx import Fault, emulated_gpu
+from revbifpn_kernels.ops.norm_act import tiles
 from revbifpn_kernels.ops.norm_act.statistics import (
     _batch_statistics_cuda,
     batch_statistics_reference,
@@ -57,7 +58,8 @@ def undo(dtype):
 
 
 def statistics(dtype):
-    x = torch.randn(3, 17, 30, 41).to(dtype) + 1
+    """A program walks through several images and tiles."""
+    x = torch.randn(6, 9, 16, 31).to(dtype) + 1
     return (
         lambda: _batch_statistics_cuda(x, 1e-3, None, None, None, 0.1),
         lambda each: assert_as_accurate(each, batch_statistics_reference, x, eps=1e-3),
@@ -82,6 +84,15 @@ MUTANTS = 30
 ALLOWED = 0.02
 
 
+@pytest.fixture
+def few_programs(monkeypatch):
+    monkeypatch.setattr(tiles, "PROGRAMS", 2)
+    tiles._plan.cache_clear()
+    yield
+    tiles._plan.cache_clear()
+
+
+@pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize("op", [add, adjoint, undo, statistics])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mutants_are_noticed(op, dtype):

@@ -109,10 +109,13 @@ def funnel(a, b, by, is_left: bool, is_wrapped: bool):
 
 
 def extract_bits(a, start, length, bits: int, word: type):
+    """A field that may reach past the top; `word` says whether its sign is spread."""
     start, length = ((x & u32(255)).astype(int) for x in (start, length))
-    up = np.clip(bits - start - length, 0, bits - 1).astype(U[bits])
-    down = np.clip(bits - length, 0, bits - 1).astype(word)
-    return np.where(length == 0, word(0), (a.view(U[bits]) << up).view(word) >> down)
+    up = bits - np.minimum(start + length, bits)
+    down = np.minimum(up + start, bits - 1)
+    value = (a.view(U[bits]) << up.astype(U[bits])).view(word) >> down.astype(word)
+    is_empty = (length == 0) | ((start >= bits) & (np.dtype(word).kind == "u"))
+    return np.where(is_empty, word(0), value)
 
 
 def insert_bits(a, b, start, length, bits: int):
