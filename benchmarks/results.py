@@ -109,6 +109,8 @@ def page(rows: Rows) -> str:
         sections += timed_sections(own, device)
     kernels = tables.kernels_table(rows["kernels"])
     sections.append(section("What the compiler made of the GPU kernels", kernels))
+    traffic = tables.traffic_table(rows["kernels"])
+    sections.append(section("Memory traffic of the GPU kernels, counted on a CPU", traffic))
     exact = _figure("round_trip", rows["precision"]), tables.precision_table(rows["precision"])
     sections.append(section("Exact mode", *exact))
     sections.append(section("Training on digits", tables.digits_table(rows["precision"])))

@@ -10,6 +10,8 @@ from .record import Row
 
 DTYPES_OF_OPS = {"fp32": "fp32", "bf16": "bf16", "fp32+bf16": "fp32, bf16 sources"}
 MODES_OF_OPS = {"inverse": " (inverse)"}
+# Traffic up to so many times the least is as good as the least.
+SPARE = 1.2
 CASE = ("op", "mode", "dtype", "layout", "shape", "threads")
 Providers = dict[str, Row]
 
@@ -157,14 +159,47 @@ def kernels_table(rows: Sequence[Row], only: str = "") -> str:
             taken, budget = md.number(row, "instructions_per_element"), md.number(row, "budget")
             text = f"{taken} ({budget}); {row['registers']}" if row else ""
             cells.append(f"**{text}**" if row and taken > budget else text)
-        name = kernel.strip("_").removesuffix("_kernel").replace("_kernel+", " with ")
-        lines.append((f"`{name}`", layout, *cells))
+        lines.append((f"`{_kernel(kernel)}`", layout, *cells))
     spilling = sum(int(row["spill_bytes"]) > 0 for row in rows)
     header = ("sm_90: instructions per element of x (budget); registers", "layout",
               *(DTYPES_OF_OPS[dtype] for dtype in dtypes))  # fmt: skip
     note = f"{spilling or 'none'} of {len(rows)} compiled kernels spills registers"
     triton = "".join(dict.fromkeys(f"Triton {row['triton']}" for row in rows))
     return md.with_conditions(header, lines, rows, triton, note)
+
+
+def traffic_table(rows: Sequence[Row]) -> str:
+    """What the accesses of the largest fusions and maps cost beside the least; bold above it."""
+    chosen = [r for r in rows if r.get("sectors_per_request") and r["scales"] in ("2+4+8", "56x56")]
+    chosen = [r for r in chosen if "combine" not in r["kernel"] and "totals" not in r["kernel"]]
+    lines = []
+    for row in chosen:
+
+        def cell(name: str, least: str, row=row) -> str:
+            value, fewest = (md.number(row, column) for column in (name, least))
+            text = f"{value:.3g} ({fewest:.3g})"
+            return f"**{text}**" if value > SPARE * fewest else text
+
+        l1 = md.number(row, "l1_over_dram")
+        lines.append((f"`{_kernel(row['kernel'])}`", row["layout"], DTYPES_OF_OPS[row["dtype"]],
+                      cell("sectors_per_request", "fewest_sectors"), row["l2_bytes"],
+                      cell("dram_bytes", "compulsory_bytes"), f"**{l1}**" if l1 > 1 else str(l1),
+                      cell("shared_wavefronts", "fewest_shared_wavefronts")))  # fmt: skip
+    header = (
+        "kernel",
+        "layout",
+        "dtype",
+        "sectors per request",
+        "L1–L2 bytes per element",
+        "DRAM bytes per element",
+        "L1 time over DRAM time",
+        "shared wavefronts per element",
+    )
+    return md.with_conditions(header, lines, chosen, "the least in parentheses")  # fmt: skip
+
+
+def _kernel(name: str) -> str:
+    return name.strip("_").removesuffix("_kernel").replace("_kernel+", " with ")
 
 
 # Training steps

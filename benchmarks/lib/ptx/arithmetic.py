@@ -126,7 +126,7 @@ def insert_bits(a, b, start, length, bits: int):
 
 def _approximate(base: str, is_flushed: bool) -> Callable:
     """Special functions, more exactly than a GPU: no result may depend on their last bits."""
-    functions = {"sqrt": np.sqrt, "rcp": lambda x: 1 / x, "ex2": np.exp2, "lg2": np.log2}
+    functions = {"sqrt": np.sqrt, "ex2": np.exp2}
 
     def approximate(x):
         value = x.astype(f64)
@@ -182,7 +182,7 @@ def meaning(parts: list[str]) -> Meaning:
     is_float = kind in F.values()
     plain = kind if is_float else U[bits]
     found = None
-    if "sat" in parts or ("ftz" in parts and base not in ("ex2", "lg2", "rcp", "sqrt")):
+    if "sat" in parts or ("ftz" in parts and base != "ex2"):
         pass  # none of our kernels needs them
     elif base in ("add", "sub"):
         found = {"add": np.add, "sub": np.subtract}[base], [plain] * 2
@@ -199,9 +199,7 @@ def meaning(parts: list[str]) -> Meaning:
         found = names[is_float and "NaN" not in parts], [kind] * 2
     elif base in ("neg", "abs"):
         found = {"neg": np.negative, "abs": np.abs}[base], [kind if is_float else S[bits]]
-    elif base == "copysign":
-        found = lambda a, b: np.copysign(b, a), [kind] * 2
-    elif base in ("sqrt", "rcp", "ex2", "lg2"):
+    elif base in ("sqrt", "ex2"):
         found = _approximate(base, "ftz" in parts), [kind]
     elif base in _LOGIC:
         found = _LOGIC[base], [plain] * 2
