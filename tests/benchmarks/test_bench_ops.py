@@ -16,7 +16,7 @@ def bench(monkeypatch, tmp_path):
     """Runs some ops on one small case without a compiler."""
     case = workloads.Case("small", (2, 4, 16, 16), "fp32", "nchw", 1)
     monkeypatch.setattr(workloads, "quick_cases", lambda threads: [case])
-    monkeypatch.setattr(bench_ops.timing, "host_ms", lambda call, device: 0.5)
+    monkeypatch.setattr(bench_ops.clocks.CpuClock, "host_ms", lambda *_, **__: 0.5)
     path = tmp_path / "rows.csv"
     options = ["--device", "cpu", "--quick", "--output", str(path)]
 
