@@ -83,14 +83,14 @@ def providers(op: Op, case: Case, inputs: Inputs) -> Calls:
 
 
 def race(op: Op, case: Case, inputs: Inputs, first: FirstCalls) -> Calls:
-    """The providers that are right, ours before all; none if ours is not."""
+    """Calls of the providers that are right; none if ours is wrong."""
     compare = functools.partial(compared, op, inputs)
     given = inputs.with_x(inputs.x.clone()) if op.in_place else inputs
     first.run("ours", lambda: nan_filled(lambda: op.ours(given)), compare)
     if first.notes:
         return {}
     calls = providers(op, case, inputs)
-    for name in COMPILERS.keys() & calls.keys():
+    for name in filter(calls.__contains__, COMPILERS):
         calls["copy"]()  # what an op in place adds to
         first.run(name, calls[name], compare)
     return {name: call for name, call in calls.items() if name not in first.notes}
@@ -154,7 +154,7 @@ def bench_host(run: argparse.Namespace) -> list[Row]:
     rows = []
     for (name, provider), call in calls.items():
         call()
-        cost = run.clock.host_ms(call, repeats=300)
+        cost = run.clock.host_ms(call, repeats=300, samples_wanted=5)
         rows.append(_row(case, name, provider, "host") | {"ms_p50": f"{cost:.6g}"})
     return rows
 

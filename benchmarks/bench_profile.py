@@ -25,7 +25,9 @@ from .lib.step import Step, step_of
 
 PROVIDERS = ("reversible", "stored")
 OUTSIDE = "Python and engine"
-SPIN_CYCLES = 100_000  # of a GPU, about 60 µs: longer than a launch, so that launches do not show
+SPIN_CYCLES = (
+    500_000  # of a GPU, about 0.3 ms: longer than an op's Python, so that it does not show
+)
 OURS = {  # by the starts of names
     "depthwise": "convolution, depthwise",
     "pointwise": "convolution, 1×1",

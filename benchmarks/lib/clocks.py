@@ -19,7 +19,7 @@ SHORTEST_CPU_SAMPLE_MS = 2.0  # below it the clock and the scheduler show
 FLUSH_BYTES = 2**28  # several times the L2 of any GPU so far
 CALIBRATION_CYCLES = 10_000_000  # several ms
 SPIN_MARGIN_MS, MOST_SPIN_MS = 0.05, 500.0
-TRIES = 4  # of hiding the launches behind spins of twice the length each
+TRIES = 3  # of hiding the launches behind spins of twice the length each
 WARM_UPS = 3
 
 Call = Callable[[], object]
@@ -52,10 +52,10 @@ class CpuClock:
         self.synchronize()
         return self.now() - start
 
-    def host_ms(self, call: Call, repeats: int = 1) -> float:
-        """Time until `call` returns to Python, the device's work not awaited; median of three."""
+    def host_ms(self, call: Call, repeats: int = 1, samples_wanted: int = 3) -> float:
+        """Time until `call` returns to Python, the device's work not awaited; a median."""
         samples = []
-        for _ in range(3):
+        for _ in range(samples_wanted):
             self.synchronize()
             start = self.now()
             for _ in range(repeats):
@@ -88,16 +88,16 @@ class NotCaptured(RuntimeError):
 
 def capture(call: Call, cuda=torch.cuda, pool=None):
     """The CUDA graph of a call; `pool` is that of another graph, with which it shares memory."""
+    home, side, graph = cuda.current_stream(), cuda.Stream(), cuda.CUDAGraph()
     try:
-        side = cuda.Stream()
-        side.wait_stream(cuda.current_stream())
-        with cuda.stream(side):
-            for _ in range(WARM_UPS):
+        with cuda.stream(home):  # torch.cuda.graph leaves its own where a capture fails
+            side.wait_stream(home)
+            with cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    call()
+            home.wait_stream(side)
+            with cuda.graph(graph, pool=pool):
                 call()
-        cuda.current_stream().wait_stream(side)
-        graph = cuda.CUDAGraph()
-        with cuda.graph(graph, pool=pool):
-            call()
         graph.replay()
         cuda.synchronize()
     except Exception as error:
@@ -164,8 +164,7 @@ class CudaSampler:
         self.host_ms = launch_ms = clock.host_ms(call)
         if clock.captures:
             with contextlib.suppress(NotCaptured, torch.OutOfMemoryError):
-                self.graph = capture(call, clock.cuda)
-                self.launch, self.timed = self.graph.replay, "graph"
+                self.launch, self.timed = capture(call, clock.cuda).replay, "graph"
                 launch_ms = clock.host_ms(self.launch)
         self.spin_ms = min(2 * launch_ms + SPIN_MARGIN_MS, MOST_SPIN_MS)
         self.estimate_ms = self.sample_ms()

@@ -47,9 +47,10 @@ class Nvml:
         self.is_found = status == 0
 
     def _read(self, function: str, value, *arguments: int) -> int | None:
-        if not self.is_found:
+        read = getattr(self.library, function, None)
+        if not self.is_found or read is None:
             return None
-        status = getattr(self.library, function)(self.handle, *arguments, ctypes.byref(value))
+        status = read(self.handle, *arguments, ctypes.byref(value))
         return value.value if status == 0 else None
 
     def sm_mhz(self) -> int | None:

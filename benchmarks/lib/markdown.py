@@ -1,5 +1,6 @@
 """Markdown of rows: aligned tables, numbers, and the conditions that a table was measured under."""
 
+import statistics
 from collections.abc import Iterable, Sequence
 
 from .record import Row
@@ -19,6 +20,7 @@ MODES = {
     "compiler recomputes": "the compiler recomputes",
     "stored+max-autotune": "stored, compiled and tuned",
 }
+BOUNDS = ("ms_low", "ms_high")
 CLOCKS = ("sm_mhz_before", "sm_mhz_after")
 NUMBERS_OF_NO_DEVICE = {
     "counted": "counted on fake tensors, so it holds for every machine",
@@ -69,16 +71,20 @@ def conditions(rows: Sequence[Row], *more: str) -> str:
 
 def _timed(rows: Sequence[Row]) -> list[str]:
     """How sure the medians are, and what the GPU's clock was, as far as the rows say it."""
-    sides = [abs(number(row, bound) / number(row, "ms_p50") - 1)
-             for row in rows for bound in ("ms_low", "ms_high") if row.get(bound)]  # fmt: skip
+    parts = []
+    wide = sorted(
+        100 * max(abs(number(row, bound) / number(row, "ms_p50") - 1) for bound in BOUNDS)
+        for row in rows if row.get("ms_low")
+    )  # fmt: skip
+    if wide:
+        middle = statistics.median(wide)
+        parts.append(f"95 % intervals of medians: ±{middle:.1f} %, ±{wide[-1]:.1f} % at most")
     clocks = [number(row, name) for row in rows for name in CLOCKS if row.get(name)]
+    if clocks:
+        parts.append(f"SM clock {min(clocks):.0f} to {max(clocks):.0f} MHz")
     held = dict.fromkeys(row["throttle"] for row in rows if row.get("throttle"))
     held.pop("none", None)
-    return [
-        *([f"95 % intervals of the medians: within {100 * max(sides):.1f} %"] if sides else []),
-        *([f"SM clock {min(clocks):.0f} to {max(clocks):.0f} MHz"] if clocks else []),
-        *([f"clock held down by {', '.join(held)}"] if held else []),
-    ]
+    return [*parts, f"clock held down by {', '.join(held)}"] if held else parts
 
 
 def with_conditions(

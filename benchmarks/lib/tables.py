@@ -220,6 +220,8 @@ def step_table(rows: Sequence[Row]) -> str:
                 cells.append(f"{time} ({ratio})" if ratio else time)
             sizes = (md.cell(md.number(row, column), 1) for column in ("held_mib", "peak_mib"))
             name = md.network(case[0]) if row is next(iter(found.values())) else ""
+            if name and sum(op == case[0] for op, *_ in every) > 1:
+                name += f" at {md.shape(row)}"
             lines.append((name, md.mode(provider), *cells, *sizes))
     times = [f"step ms (× ours stored): {device}" for device in devices]
     header = ("network", "activations", *times, "held MiB", "peak MiB")

@@ -47,6 +47,7 @@ class FakeCuda:
         self.host = self.free_at = 0.0
         self.queue, self.name = queue, name
         self.ends, self.captured, self.flushes = [], None, 0
+        self.current = Stream()
 
     def launch(self, host, device):
         """A kernel: time of the host to launch it, time of the device to run it."""
@@ -80,18 +81,26 @@ class FakeCuda:
     def Stream(self):  # noqa: N802
         return Stream()
 
-    current_stream = Stream
+    def current_stream(self):
+        return self.current
 
+    @contextlib.contextmanager
     def stream(self, stream):
-        return contextlib.nullcontext()
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
 
     @contextlib.contextmanager
     def graph(self, graph, pool=None):
-        self.captured = graph
+        """Like PyTorch's, it stays on its stream where a capture fails."""
+        before, self.current, self.captured = self.current, Stream(), graph
         try:
             yield
         finally:
             self.captured = None
+        self.current = before
 
     def get_device_name(self):
         return self.name

@@ -43,12 +43,13 @@ def test_a_call_that_cannot_be_captured_is_queued_behind_a_spin():
             raise RuntimeError("draws random numbers")
         work()
 
+    home = cuda.current_stream()
     sampler = clock_of(cuda).sampler(call)
     assert sampler.timed == "spin"
     assert sampler.sample_ms() == pytest.approx(KERNELS * DEVICE_MS)
     with pytest.raises(clocks.NotCaptured, match="not captured: RuntimeError: draws random"):
         clocks.capture(call, cuda)
-    assert cuda.captured is None
+    assert cuda.captured is None and cuda.current_stream() is home
 
 
 def test_a_sample_that_the_host_delayed_is_taken_again():
