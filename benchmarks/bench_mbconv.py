@@ -148,7 +148,8 @@ def stage_calls(stage: Stage, modes: dict[str, str]) -> Calls:
         "ours": lambda: ours_backward(stage, ours_forward(stage)),
         "torch": lambda: gradients(modules, stage),
     }
-    torch._dynamo.reset()
+    if modes:
+        torch._dynamo.reset()
     for name, mode in modes.items():
         compiled = torch.compile(modules, fullgraph=True, dynamic=False, mode=mode)
         calls[name] = functools.partial(gradients, compiled, stage)
@@ -267,7 +268,8 @@ def block_calls(block: MBConv, x: Tensor) -> Calls:
     """Forward and all gradients of a block, fused and by its modules."""
     modules = copy.deepcopy(block)
     modules.project.register_forward_hook(lambda *_: None)  # which the fused path would not call
-    grad = torch.randn_like(modules(x))
+    y = modules(x)
+    grad = torch.randn(y.shape).to(y)  # drawn on the CPU: a failed capture spoils the GPU's draws
 
     def step(block: MBConv) -> tuple[Tensor, ...]:
         return torch.autograd.grad(block(x), [x, *block.parameters()], grad)
@@ -348,7 +350,7 @@ def blocks(run: argparse.Namespace) -> Iterator[list[Row]]:
             seen.add((shape, text))
             for layout, memory_format in LAYOUTS.items():
                 block = block.to(run.device, memory_format=memory_format)
-                x = torch.randn(shape, device=run.device).to(memory_format=memory_format)
+                x = torch.randn(shape).to(run.device, memory_format=memory_format)
                 calls = block_calls(block, x.requires_grad_())
                 row = record.row_of("MBConv", "ours", "fwd+bwd", "fp32", shape, layout)
                 row |= {"kernel": text, "network": name}

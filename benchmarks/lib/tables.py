@@ -266,9 +266,9 @@ def losses_table(rows: Sequence[Row]) -> str:
             if ours is None or ms(rival) >= ms(ours):
                 continue
             times = md.ratio(ms(ours), ms(rival))
-            memory = md.ratio(md.number(rival, "peak_mib"), md.number(ours, "peak_mib"))
+            memory = md.cell(md.ratio(md.number(rival, "peak_mib"), md.number(ours, "peak_mib")), 1)
             lines.append((md.network(ours["op"]), md.shape(ours), md.mode(provider),
-                          f"{times:.2f}×", f"{memory:.1f}×"))  # fmt: skip
+                          f"{times:.2f}×", memory and f"{memory}×"))  # fmt: skip
     header = ("network", "shape", "faster than reversible", "our time over its",
               "its peak memory over ours")  # fmt: skip
     return md.with_conditions(header, lines, steps)

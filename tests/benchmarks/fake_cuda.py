@@ -29,6 +29,7 @@ class Graph:
         self.cuda, self.ms = cuda, 0.0
 
     def replay(self):
+        self.cuda.replays += 1
         self.cuda.launch(host=0.01, device=self.ms)
 
     def pool(self):
@@ -47,7 +48,7 @@ class FakeCuda:
         self.host = self.free_at = 0.0
         self.queue, self.name = queue, name
         self.ends, self.captured, self.flushes = [], None, 0
-        self.current = Stream()
+        self.current, self.replays = Stream(), 0
 
     def launch(self, host, device):
         """A kernel: time of the host to launch it, time of the device to run it."""

@@ -1,6 +1,7 @@
 """Times on a GPU are of the device, whatever the host takes; seen on a fake GPU."""
 
 import pytest
+import torch
 from fake_cuda import CYCLES_PER_MS, FakeCuda
 
 from benchmarks.lib import clocks, gpu, timing
@@ -30,6 +31,7 @@ def test_the_host_does_not_show(captures, timed):
     assert found.p20 == found.p80 == pytest.approx(KERNELS * DEVICE_MS)
     row = found.columns()
     assert row["timed"] == timed and row["samples"] == "20"
+    assert cuda.replays > 20 if captures else cuda.replays == 0
     assert float(row["host_ms"]) == pytest.approx(KERNELS * HOST_MS)
     assert found.loop_ms == pytest.approx(KERNELS * HOST_MS)  # a loop waits for the host
 
@@ -95,8 +97,12 @@ def test_the_spin_is_measured_and_the_cache_emptied_before_each_sample():
 
 
 def test_a_case_begins_with_a_rest_and_ends_with_the_state_of_the_gpu():
-    log, mhz = [], iter([1980, 1755])
-    device = gpu.Gpu(lambda: next(mhz), lambda: ["power cap"] if log[2:] else [], log.append)
+    log = []
+    device = gpu.Gpu(
+        lambda: 1755 if "call" in log else 1980,
+        lambda: ["power cap"] if "call" in log else [],
+        log.append,
+    )
     cuda = FakeCuda()
 
     def call():
@@ -123,3 +129,20 @@ def test_short_calls_of_a_cpu_are_repeated_until_they_can_be_read():
     assert sampler.repeats == 200 and sampler.sample_ms() == pytest.approx(0.01)
     row = timing.measure_interleaved({"call": call}, clock, seconds=0.01, rounds=(2, 5))
     assert {"host_ms", "timed", "sm_mhz_after"}.isdisjoint(row["call"].columns())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_real_gpu_is_captured_spun_and_usable_after_a_capture_that_failed():
+    x, home = torch.zeros(2**20, device="cuda"), torch.cuda.current_stream()
+
+    def waits():
+        x.add_(1)
+        x[0].item()
+
+    queued = clocks.clock_for("cuda", captures=False).sampler(lambda: x.add_(1))
+    assert queued.timed == "spin" and queued.sample_ms() > 0
+    clock = clocks.clock_for("cuda")
+    for call, timed in ((waits, "launch"), (lambda: x.add_(1), "graph")):
+        sampler = clock.sampler(call)
+        assert sampler.timed == timed and sampler.sample_ms() > 0
+        assert torch.cuda.current_stream() == home
