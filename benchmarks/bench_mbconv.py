@@ -156,12 +156,11 @@ def stage_calls(stage: Stage, modes: dict[str, str]) -> Calls:
     return calls
 
 
-def compared(stage: Stage, results, slack: float) -> tuple[str, float]:
+def compared(exact, eager, results, slack: float) -> tuple[str, float]:
     """What is wrong, or "", and the largest relative error against float64.
 
     Allowed is `slack` times this: twice eager's error, plus one eps.
     """
-    exact, eager = gradients(modules, stage.to(torch.float64)), gradients(modules, stage)
     largest = 0.0
     for k, (truth, usual, result) in enumerate(zip(exact, eager, results, strict=True)):
         scale = truth.norm()
@@ -311,11 +310,13 @@ def stage_rows(row: Row, stage: Stage, run: argparse.Namespace) -> list[Row]:
     """Of ours, unless it is wrong, and of the rivals that are not."""
     modes = compilers_of(run.device) if run.compile else {}
     calls, first = stage_calls(stage, modes), FirstCalls(run.clock, run.device)
+    expected = gradients(modules, stage.to(torch.float64)), gradients(modules, stage)
     for name in ("ours", *modes):
-        first.run(name, calls[name], functools.partial(compared, stage))
+        first.run(name, calls[name], functools.partial(compared, *expected))
         if "ours" in first.notes:
             calls.clear()
             break
+    del expected
     calls = {name: call for name, call in calls.items() if name not in first.notes}
     rows = [row | {"provider": name, "note": note} for name, note in first.notes.items()]
     return rows + timed(row, calls, stage.u, stage.bytes_moved, run, first)

@@ -163,9 +163,10 @@ class CudaSampler:
         self.clock, self.launch, self.timed = clock, call, "spin"
         self.host_ms = launch_ms = clock.host_ms(call)
         if clock.captures:
-            with contextlib.suppress(NotCaptured, torch.OutOfMemoryError):
+            with contextlib.suppress(Exception):  # NotCaptured, or no memory for the graph
                 self.launch, self.timed = capture(call, clock.cuda).replay, "graph"
-                launch_ms = clock.host_ms(self.launch)
+        if self.timed == "graph":
+            launch_ms = clock.host_ms(self.launch)
         self.spin_ms = min(2 * launch_ms + SPIN_MARGIN_MS, MOST_SPIN_MS)
         self.estimate_ms = self.sample_ms()
         self.cost_ms = self.estimate_ms + self.spin_ms + SPIN_MARGIN_MS
