@@ -28,12 +28,14 @@ typed. The line below each table states its conditions. Losses stand beside wins
 
 - A *step* is forward, backward and update by SGD with momentum. Before timing, the gradients of
   all modes are compared with those of stored activations.
-- Times are medians, taken in turns in one run; the 95 % intervals of medians are between two order
-  statistics (binomial). On a GPU they are of the device alone: a CUDA graph is replayed, or all
-  launches are queued while the device spins, behind an emptied L2; between cases the GPU rests.
-  *Host ms* is Python's time until the call returns, and *images/s* are those of a loop, whose pace
-  the slower of device and host sets. Each row of the CSV has its number of samples, interval, host
-  time, SM clock, error against float64 and seconds of compiling.
+- Times are medians, taken in turns in one run. The 95 % interval of a median lies between two of
+  its samples (order statistics, binomial), if samples are independent. On a GPU times are of the
+  device alone: a CUDA graph is replayed, or all launches are queued while the device spins, behind
+  an emptied L2. A call that cannot be queued as a whole has `launch` in the CSV's column `timed`:
+  there the device may have waited for the host. Between cases the GPU rests. *Host ms* is Python's
+  time until the call returns; *images/s* are those of a loop, whose pace the slower of device and
+  host sets. Rows of the CSV also have, where they were measured, the number of samples, the SM
+  clock, the error against float64, and the seconds of compiling.
 - *× best rival*: the time of the fastest rival that computes the same and was timed in the same
   run, divided by ours; above 1 ours is faster. *Of peak* is the share of the datasheet's bandwidth.
 - *Memory* is on top of parameters, gradients and momentum. *Held* stays between forward and
