@@ -23,6 +23,7 @@ REASONS = (  # bits of nvmlDeviceGetCurrentClocksThrottleReasons, from the lowes
     IDLE, "application clocks", "power cap", "hardware slowdown", "sync boost", "heat",
     "heat (hardware)", "power brake", "display clocks",
 )  # fmt: skip
+# What a rest ends.
 PASSING = {"power cap", "hardware slowdown", "heat", "heat (hardware)", "power brake"}
 REST_S, MOST_RESTS = 0.1, 30
 
