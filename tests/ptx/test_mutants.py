@@ -7,10 +7,7 @@ from mutants import mutant
 
 from benchmarks.lib.ptx import Fault, emulated_gpu
 from revbifpn_kernels.ops.norm_act import tiles
-from revbifpn_kernels.ops.norm_act.statistics import (
-    _batch_statistics_cuda,
-    batch_statistics_reference,
-)
+from revbifpn_kernels.ops.norm_act.gradient import norm_act_grad_cuda, norm_act_sums_cuda
 from revbifpn_kernels.ops.resample.add import _resample_add_cuda, resample_add_reference
 from revbifpn_kernels.ops.resample.adjoint import _resample_adjoint_cuda, resample_adjoint_reference
 from revbifpn_kernels.ops.resample.undo import _resample_undo_cuda, resample_undo_reference
@@ -57,13 +54,22 @@ def undo(dtype):
     )
 
 
-def statistics(dtype):
+def norm_grad(dtype):
     """A program walks through several images and tiles."""
-    x = torch.randn(6, 9, 16, 31).to(dtype) + 1
+    x, grad = (torch.randn(5, 11, 23, 29).to(dtype) for _ in range(2))
+    channels, planes = torch.rand(4, 11) + 0.5, torch.rand(2, 5, 11)
+    given = grad, x, *channels
+    with emulated_gpu():
+        sums = norm_act_sums_cuda(*given, "silu", True)
+    given = *given, *planes, sums
     return (
-        lambda: _batch_statistics_cuda(x, 1e-3, None, None, None, 0.1),
-        lambda each: assert_as_accurate(each, batch_statistics_reference, x, eps=1e-3),
+        lambda: norm_act_grad_cuda(*given, "silu", True),
+        lambda each: assert_as_accurate(each, norm_act_grad_cpu, *given),
     )
+
+
+def norm_act_grad_cpu(*given):
+    return torch.ops.revbifpn.norm_act_grad(*given, "silu", True)
 
 
 def is_noticed(run, check, expected, edit) -> bool:
@@ -93,7 +99,7 @@ def few_programs(monkeypatch):
 
 
 @pytest.mark.usefixtures("few_programs")
-@pytest.mark.parametrize("op", [add, adjoint, undo, statistics])
+@pytest.mark.parametrize("op", [add, adjoint, undo, norm_grad])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mutants_are_noticed(op, dtype):
     run, check = op(dtype)

@@ -288,7 +288,7 @@ class Machine:
     def _shuffle(self, instruction: Instruction) -> Run:
         mode, operands = instruction.parts[2], instruction.operands
         target, *valid = operands[: len(operands) - 4]
-        read, other, clamp = (self.reader(each, u32) for each in operands[-4:-1])
+        read, other, clamp, members = (self.reader(each, u32) for each in operands[-4:])
 
         def shuffle(mask: Mask) -> None:
             lane = (self.lanes % WARP).astype(np.int64)
@@ -303,8 +303,10 @@ class Machine:
             }[mode]()
             is_valid = source >= limit if mode == "up" else source <= limit
             at = self.lanes - lane + np.where(is_valid, source, lane)
-            if mask is not None and not mask[at[mask]].all():
-                raise Fault("shfl.sync reads a lane that does not take part")
+            named = members() >> lane.astype(u32) & u32(1) == 1
+            active = named if mask is None else mask
+            if not (named[active].all() and active[at[active]].all()):
+                raise Fault("shfl.sync of lanes that do not all take part")
             self.put(target, np.broadcast_to(read(), (self.count,))[at], mask)
             for predicate in valid:
                 self.put(predicate, is_valid, mask)

@@ -41,7 +41,9 @@ def product(
         k = first + tl.arange(0, TERMS)
         left = load_matrix(left_ptr, i, k, left_row, left_term, rows, terms)
         right = load_matrix(right_ptr, k, j, right_term, right_column, terms, columns)
-        sums = tl.dot(left, right, sums, input_precision="ieee")
+        # Added up apart, errors grow with TERMS and not with all terms. Triton would turn a plain +
+        # into the first term of the product again.
+        sums = tl.fma(tl.dot(left, right, input_precision="ieee"), 1.0, sums)
     return sums
 
 
