@@ -50,14 +50,20 @@ class Launch:
 
     def compile(self, target: "triton.backends.compiler.GPUTarget", operands: dict[str, Any]):
         """Compile the kernel for `target` as Triton's launcher would for these operands."""
+        source, options = self.source(target, operands)
+        return triton.compile(source, target=target, options=options)
+
+    def source(
+        self, target: "triton.backends.compiler.GPUTarget", operands: dict[str, Any]
+    ) -> tuple[ASTSource, dict[str, Any]]:
+        """What `compile` compiles, specialised for these operands, and the compiler's options."""
         backend = make_backend(target)
         bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
         given = {**operands, **self.args, **self.constants, **self.options(target.warp_size)}
         options, signature, constants, attributes = self.kernel._pack_args(
             backend, given, *bind(**given)
         )
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=target, options=options.__dict__)
+        return ASTSource(self.kernel, signature, constants, attributes), options.__dict__
 
 
 def run_all(planned: Iterable[tuple[Launch, dict[str, Any]]], device: torch.device) -> None:
