@@ -1,0 +1,91 @@
+"""Every command of benchmarks/gpu.sh has options that exist; its limits sum to nine minutes."""
+
+import argparse
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.lib.record import ROOT
+
+SCRIPT = ROOT / "benchmarks" / "gpu.sh"
+TEXT = SCRIPT.read_text()
+MODULE = "python3 -m "
+# name, seconds expected, seconds allowed, command
+STEPS = re.findall(r"^step ([\w-]+) (\d+) (\d+) (.*)$", TEXT, re.MULTILINE)
+# Also those inside the script's functions.
+COMMANDS = [" ".join(line.split()) for line in re.findall(r"^.*?(python3 -m .*)$", TEXT, re.M)]
+
+
+class Parsed(Exception):
+    """The command line was understood."""
+
+
+def variables() -> dict[str, str]:
+    """Those that commands use, with a GPU; what only the machine knows is a name."""
+    return dict(re.findall(r'^(\w+)="(.*)"$', TEXT, re.MULTILINE)) | {"ROWS": "rows", "OUT": "out"}
+
+
+def arguments_of(command: str) -> tuple[str, list[str]]:
+    """A module and its arguments."""
+    known = variables()
+    text = re.sub(r"\$(\w+)", lambda found: known.get(found[1], found[1]), command)
+    module, *arguments = shlex.split(text.removeprefix(MODULE))
+    return module, arguments
+
+
+def test_the_script_is_bash():
+    subprocess.run(["bash", "-n", SCRIPT], check=True)
+
+
+def test_the_limits_sum_to_less_than_nine_minutes():
+    assert len(STEPS) == len(re.findall(r"^step ", TEXT, re.MULTILINE)) >= 12
+    assert sum(int(allowed) for _, _, allowed, _ in STEPS) < 9 * 60
+    assert all(int(expected) < int(allowed) for _, expected, allowed, _ in STEPS)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "benchmarks." in c])
+def test_options_of_benchmarks(command, monkeypatch, capsys):
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(parser, *arguments):
+        parse(parser, *arguments)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    module, arguments = arguments_of(command)
+    try:
+        importlib.import_module(module).main(arguments)
+    except Parsed:
+        return
+    except SystemExit:
+        pytest.fail(capsys.readouterr().err)
+    pytest.fail(f"{module} does not parse its options")
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "pytest" in c])
+def test_options_of_pytest(command):
+    """With `--markers` pytest reads its options and stops; the marks that are chosen are known."""
+    _, arguments = arguments_of(command)
+    paths = [argument for argument in arguments if argument.split("/")[0] == "tests"]
+    assert paths and all((ROOT / path).exists() for path in paths)
+    known = run("-m", "pytest", *arguments, "--markers")
+    chosen = arguments[arguments.index("-m") + 1]
+    for mark in set(re.findall(r"\w+", chosen)) - {"and", "not", "or"}:
+        assert f"@pytest.mark.{mark}:" in known
+
+
+def test_options_of_the_build():
+    (command,) = (command for *_, command in STEPS if "setup.py" in command)
+    run(*shlex.split(command)[1:], "--help")
+
+
+def run(*arguments: str) -> str:
+    finished = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
