@@ -56,7 +56,7 @@ MAPS = {"56x56": (64, 320, 56, 56), "57x57": (64, 48, 57, 57)}
 # Images per batch in bench_profile, and in bench_memory.
 FEW_IMAGES = 4
 # Processes that share the kernels of a step.
-SHARES = 4
+SHARES = 2
 SCALED = "+scales"
 OPS = ("resample_add", "resample_adjoint", "resample_undo")
 SCALED_OPS = ("resample_add" + SCALED, "resample_undo" + SCALED)
@@ -239,7 +239,7 @@ def step_cases(is_quick: bool) -> list[StepCase]:
     many = [(name, batch, "bf16") for name, (batch, _) in ON_GPU.items()]
     steps = [StepCase(*network, layout) for network in many for layout in LAYOUTS]
     few = itertools.product(("revbifpn_s0", "revbifpn_s6"), (FEW_IMAGES,), AUTOCAST)
-    return steps + [StepCase(*network) for network in few]
+    return [*(StepCase(*network) for network in few), *steps]
 
 
 def compile_step_ahead(case: StepCase, share: int, target: str) -> None:
@@ -256,8 +256,9 @@ def compile_step_ahead(case: StepCase, share: int, target: str) -> None:
 
 def compile_all_ahead(options: argparse.Namespace) -> None:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        # The longest first.
-        steps = itertools.product(step_cases(options.quick), range(SHARES), options.targets)
+        # The largest networks first, which take longest.
+        cases = reversed(step_cases(options.quick))
+        steps = itertools.product(cases, range(SHARES), options.targets)
         waiting = [pool.submit(compile_step_ahead, *job) for job in steps]
         ops = itertools.product(OPS, () if options.quick else cuda_cases(1), options.targets)
         waiting += [pool.submit(compile_ahead, *job) for job in ops]

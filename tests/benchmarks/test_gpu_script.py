@@ -13,7 +13,6 @@ from benchmarks.lib.record import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 TEXT = SCRIPT.read_text()
-MODULE = "python3 -m "
 # name, seconds expected, seconds allowed, command
 STEPS = re.findall(r"^step ([\w-]+) (\d+) (\d+) (.*)$", TEXT, re.MULTILINE)
 # Also those inside the script's functions.
@@ -24,17 +23,10 @@ class Parsed(Exception):
     """The command line was understood."""
 
 
-def variables() -> dict[str, str]:
-    """Those that commands use, with a GPU; what only the machine knows is a name."""
-    return dict(re.findall(r'^(\w+)="(.*)"$', TEXT, re.MULTILINE)) | {"ROWS": "rows", "OUT": "out"}
-
-
-def arguments_of(command: str) -> tuple[str, list[str]]:
-    """A module and its arguments."""
-    known = variables()
-    text = re.sub(r"\$(\w+)", lambda found: known.get(found[1], found[1]), command)
-    module, *arguments = shlex.split(text.removeprefix(MODULE))
-    return module, arguments
+def words_of(command: str) -> list[str]:
+    """With the script's variables as on a GPU; of those that only the machine knows the names."""
+    values = dict(re.findall(r'^(\w+)="(.*)"$', TEXT, re.MULTILINE))
+    return shlex.split(re.sub(r"\$(\w+)", lambda v: values.get(v[1], v[1]), command))
 
 
 def test_the_script_is_bash():
@@ -56,7 +48,7 @@ def test_options_of_benchmarks(command, monkeypatch, capsys):
         raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
-    module, arguments = arguments_of(command)
+    _, _, module, *arguments = words_of(command)
     try:
         importlib.import_module(module).main(arguments)
     except Parsed:
@@ -69,7 +61,7 @@ def test_options_of_benchmarks(command, monkeypatch, capsys):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "pytest" in c])
 def test_options_of_pytest(command):
     """With `--markers` pytest reads its options and stops; the marks that are chosen are known."""
-    _, arguments = arguments_of(command)
+    _, _, _, *arguments = words_of(command)
     paths = [argument for argument in arguments if argument.split("/")[0] == "tests"]
     assert paths and all((ROOT / path).exists() for path in paths)
     known = run("-m", "pytest", *arguments, "--markers")
@@ -80,7 +72,7 @@ def test_options_of_pytest(command):
 
 def test_options_of_the_build():
     (command,) = (command for *_, command in STEPS if "setup.py" in command)
-    run(*shlex.split(command)[1:], "--help")
+    run(*words_of(command)[1:], "--help")
 
 
 def run(*arguments: str) -> str:
