@@ -16,11 +16,13 @@ export OUT ROWS PYTHONUNBUFFERED=1 PYTHONPATH=$PWD
 # In a rehearsal the CPU takes the GPU's place.
 DEVICE="cuda"
 QUICK=""
+CASES="--shapes 32x320x88x88,64x192x80x80,512x48x56x56"
 COLLECT=""
 HELP=""
 if [ -n "${GPU_REHEARSAL:-}" ]; then
     DEVICE="cpu"
     QUICK="--quick"
+    CASES="--quick"
     COLLECT="--collect-only"
     HELP="--help"
 fi
@@ -76,21 +78,21 @@ NETWORKS="revbifpn_s0 revbifpn_s6 efficientnet_b0 efficientnet_b7 hrnet_w48"
 #   build     14 files at 20 s, on 8 cores or more
 #   ahead     1000 kernels at 0.42 s and 60 networks on fake tensors at 6 s, on 16 cores or more
 #   tests     430 tests, 30 s of compiling on 12 processes, 20 s of imports and collection
-#   ops       120 times 0.3 s, 16 compiled rivals at 2 s
+#   ops       90 times 0.6 s; without compiled rivals, which take minutes
 #   steps     25 s of timing, 30 networks made and warmed at 2 s
 #   memory    5 networks, 7 ways, 2 dtypes at 1.5 s
 #   the last  20 s of compiling what was not compiled ahead
 step versions 5 10 bash -c versions
-step build 40 70 python3 setup.py --quiet build_ext --inplace $HELP
+step build 35 60 python3 setup.py --quiet build_ext --inplace $HELP
 step ahead 50 70 python3 -m benchmarks.kernels --ahead $QUICK --targets sm_90
 step tests 80 100 python3 -m pytest -v -n 12 --tb=short -p no:cacheprovider $COLLECT tests -m "gpu and not slow"
-step ops 70 80 python3 -m benchmarks.bench_ops --device $DEVICE $QUICK --output "$ROWS"
-step steps 85 95 python3 -m benchmarks.bench_step --device $DEVICE $QUICK --seconds 25 --compile --output "$ROWS"
+step ops 60 75 python3 -m benchmarks.bench_ops --device $DEVICE $CASES --output "$ROWS"
+step steps 75 90 python3 -m benchmarks.bench_step --device $DEVICE $QUICK --seconds 25 --compile --output "$ROWS"
 step memory 20 30 python3 -m benchmarks.bench_memory --device $DEVICE $QUICK --parts real --models $NETWORKS --output "$ROWS"
 step profile 10 15 python3 -m benchmarks.bench_profile --device $DEVICE $QUICK --repeats 3 --output "$ROWS"
-step mbconv 20 25 python3 -m benchmarks.bench_mbconv --device $DEVICE --quick --parts stages --seconds 0.2 --no-compile --output "$ROWS"
-step memcheck 15 18 bash -c 'sanitize memcheck "(resample or norm_act) and triton and odd and fp32"'
-step racecheck 10 12 bash -c 'sanitize racecheck "(resample_add or norm_act) and triton and odd and fp32"'
+step mbconv 16 20 python3 -m benchmarks.bench_mbconv --device $DEVICE --quick --parts stages --seconds 0.2 --no-compile --output "$ROWS"
+step memcheck 20 25 bash -c 'sanitize memcheck "(resample or norm_act) and triton and odd and fp32"'
+step racecheck 14 18 bash -c 'sanitize racecheck "(resample_add or norm_act) and triton and odd and fp32"'
 step report 8 12 bash -c report
 
 if [ ${#failed[@]} -gt 0 ]; then

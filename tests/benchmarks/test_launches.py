@@ -57,5 +57,6 @@ def test_every_kernel_of_a_step(layout, mode):
     assert 4 <= kernels["_norm_act_grad_kernel"] <= 40
 
 
+@pytest.mark.slow
 def test_no_kernel_is_skipped():
     assert launches("nchw", "stored") == launches("nchw", "stored", "every")
