@@ -3,11 +3,13 @@
 stages: what follows a convolution, which is batch norm, Hardswish and, gated, squeeze-excite
 (ops/norm_act, ops/squeeze_excite). convolutions: on CPUs, our ops (ops/conv) at convolutions of
 RevBiFPN-S0. blocks: forward and backward of every MBConv of RevBiFPN-S0 to S6, fused beside its
-modules one by one. Results are compared first. GB/s count the maps that must move.
+modules one by one. Results are compared first. Times on a GPU are of the device alone
+(lib/clocks.py). GB/s count the maps that must move.
 """
 
 import argparse
 import copy
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +25,8 @@ from revbifpn_kernels.mbconv import BatchNorm2d
 from revbifpn_kernels.ops.conv.depthwise import depthwise_input_grad, depthwise_weight_grad
 from revbifpn_kernels.ops.conv.pointwise_conv import pointwise_conv, pointwise_conv_backward
 
-from .lib import record, tables, timing
+from .lib import clocks, record, tables, timing
+from .lib.first_calls import FirstCalls, compilers_of
 from .lib.record import Row
 from .lib.workloads import LAYOUTS
 
@@ -59,6 +62,7 @@ POINTWISE = (  # channels, side, channels of the result
     (320, 7, 160),
 )
 BATCH = 4
+ROUNDS = (timing.FEWEST, 60)
 NETWORKS = {f"revbifpn_s{scale}": 4 if scale < 3 else 1 for scale in range(7)}  # with their batches
 _ops = torch.ops.revbifpn
 Calls = dict[str, Callable[[], object]]  # by provider
@@ -138,32 +142,35 @@ def gradients(function: Callable, stage: Stage) -> tuple[Tensor, ...]:
     return torch.autograd.grad(function(*leaves), leaves, stage.grad)
 
 
-def stage_calls(stage: Stage, with_compiler: bool) -> Calls:
-    """Forward and backward, by provider."""
+def stage_calls(stage: Stage, modes: dict[str, str]) -> Calls:
+    """Forward and backward, by provider; `modes` are those of the compiler."""
     calls = {
         "ours": lambda: ours_backward(stage, ours_forward(stage)),
         "torch": lambda: gradients(modules, stage),
     }
-    if with_compiler:
+    if modes:
         torch._dynamo.reset()
-        compiled = torch.compile(modules, fullgraph=True, dynamic=False)
-        gradients(compiled, stage)  # compiles both
-        calls["compile"] = lambda: gradients(compiled, stage)
+    for name, mode in modes.items():
+        compiled = torch.compile(modules, fullgraph=True, dynamic=False, mode=mode)
+        calls[name] = functools.partial(gradients, compiled, stage)
     return calls
 
 
-def stage_fault(stage: Stage) -> str:
-    """What is wrong with our gradients, or "": twice eager's error, plus one eps, is allowed."""
-    exact = gradients(modules, stage.to(torch.float64))
-    eager, ours = gradients(modules, stage), ours_backward(stage, ours_forward(stage))
-    for k, (truth, usual, result) in enumerate(zip(exact, eager, ours, strict=True)):
+def compared(exact, eager, results, slack: float) -> tuple[str, float]:
+    """What is wrong, or "", and the largest relative error against float64.
+
+    Allowed is `slack` times this: twice eager's error, plus one eps.
+    """
+    largest = 0.0
+    for k, (truth, usual, result) in enumerate(zip(exact, eager, results, strict=True)):
         scale = truth.norm()
         eps = torch.finfo(result.dtype).eps
-        allowed = 2 * ((usual.double() - truth).norm() / scale).item() + eps
+        allowed = slack * (2 * ((usual.double() - truth).norm() / scale).item() + eps)
         error = ((result.double() - truth).norm() / scale).item()
         if not error <= allowed:
-            return f"gradient {k} is off by {error:.1e}, allowed {allowed:.1e}"
-    return ""
+            return f"gradient {k} is off by {error:.1e}, allowed {allowed:.1e}", error
+        largest = max(largest, error)
+    return "", largest
 
 
 def channels_last_maps(channels: int, side: int, dtype: torch.dtype) -> Tensor:
@@ -260,7 +267,8 @@ def block_calls(block: MBConv, x: Tensor) -> Calls:
     """Forward and all gradients of a block, fused and by its modules."""
     modules = copy.deepcopy(block)
     modules.project.register_forward_hook(lambda *_: None)  # which the fused path would not call
-    grad = torch.randn_like(modules(x))
+    y = modules(x)
+    grad = torch.randn(y.shape).to(y)  # drawn on the CPU: a failed capture spoils the GPU's draws
 
     def step(block: MBConv) -> tuple[Tensor, ...]:
         return torch.autograd.grad(block(x), [x, *block.parameters()], grad)
@@ -268,17 +276,24 @@ def block_calls(block: MBConv, x: Tensor) -> Calls:
     return {"ours": lambda: step(block), "torch": lambda: step(modules)}
 
 
-def timed(row: Row, calls: Calls, maps: Tensor, bytes_moved: int, run) -> list[Row]:
+def timed(
+    row: Row, calls: Calls, maps: Tensor, bytes_moved: int, run, first: FirstCalls
+) -> list[Row]:
     """A row per provider; its speed beside that of a copy of the maps in the same turns."""
+    if not calls:
+        return []
     buffer = torch.empty_like(maps)
     calls = calls | {"copy": lambda: buffer.copy_(maps)}
-    times = timing.measure_interleaved(calls, run.clock, seconds=run.seconds, rounds=(5, 60))
+    times = timing.measure_interleaved(calls, run.clock, seconds=run.seconds, rounds=ROUNDS)
     copied = 2 * maps.nbytes / times.pop("copy").p50
     rows = []
     for provider, found in times.items():
         rate = bytes_moved / found.p50
         speed = {"gbps": f"{rate / 1e6:.4g}", "share_of_copy": f"{rate / copied:.3g}"}
-        rows.append(row | {"provider": provider} | found.columns() | speed)
+        if run.clock.peak_gbps:
+            speed["share_of_peak"] = f"{rate / 1e6 / run.clock.peak_gbps:.3g}"
+        columns = found.columns(first.seconds.get(provider)) | first.columns(provider)
+        rows.append(row | {"provider": provider} | columns | speed)
     return rows
 
 
@@ -288,10 +303,23 @@ def stages(run: argparse.Namespace) -> Iterator[list[Row]]:
         stage = Stage.make(shape, DTYPES[dtype], layout, gated, run.device)
         op = "norm_act, squeeze_excite" if gated else "norm_act"
         row = record.row_of(op, "ours", "fwd+bwd", dtype, shape, layout)
-        if fault := stage_fault(stage):
-            yield [row | {"note": f"WRONG: {fault}"}]
-        else:
-            yield timed(row, stage_calls(stage, run.compile), stage.u, stage.bytes_moved, run)
+        yield stage_rows(row, stage, run)
+
+
+def stage_rows(row: Row, stage: Stage, run: argparse.Namespace) -> list[Row]:
+    """Of ours, unless it is wrong, and of the rivals that are not."""
+    modes = compilers_of(run.device) if run.compile else {}
+    calls, first = stage_calls(stage, modes), FirstCalls(run.clock, run.device)
+    expected = gradients(modules, stage.to(torch.float64)), gradients(modules, stage)
+    for name in ("ours", *modes):
+        first.run(name, calls[name], functools.partial(compared, *expected))
+        if "ours" in first.notes:
+            calls.clear()
+            break
+    del expected
+    calls = {name: call for name, call in calls.items() if name not in first.notes}
+    rows = [row | {"provider": name, "note": note} for name, note in first.notes.items()]
+    return rows + timed(row, calls, stage.u, stage.bytes_moved, run, first)
 
 
 def convolutions(run: argparse.Namespace) -> Iterator[list[Row]]:
@@ -311,7 +339,7 @@ def convolutions(run: argparse.Namespace) -> Iterator[list[Row]]:
             if fault := fault_of(calls):
                 yield [row | {"note": f"WRONG: {fault}"}]
             else:
-                yield timed(row, calls, x, bytes_moved, run)
+                yield timed(row, calls, x, bytes_moved, run, FirstCalls(run.clock, run.device))
 
 
 def blocks(run: argparse.Namespace) -> Iterator[list[Row]]:
@@ -323,17 +351,20 @@ def blocks(run: argparse.Namespace) -> Iterator[list[Row]]:
             seen.add((shape, text))
             for layout, memory_format in LAYOUTS.items():
                 block = block.to(run.device, memory_format=memory_format)
-                x = torch.randn(shape, device=run.device).to(memory_format=memory_format)
+                x = torch.randn(shape).to(run.device, memory_format=memory_format)
                 calls = block_calls(block, x.requires_grad_())
                 row = record.row_of("MBConv", "ours", "fwd+bwd", "fp32", shape, layout)
                 row |= {"kernel": text, "network": name}
+                first_s = run.clock.wall_s(calls["ours"])
                 if fault := fault_of(calls):
                     yield [row | {"note": f"WRONG: {fault}"}]
                 else:
                     times = timing.measure_interleaved(
-                        calls, run.clock, seconds=run.seconds, rounds=(5, 60)
+                        calls, run.clock, seconds=run.seconds, rounds=ROUNDS
                     )
-                    yield [row | {"provider": p} | found.columns() for p, found in times.items()]
+                    firsts = {"ours": first_s} if run.device == "cuda" else {}
+                    yield [row | {"provider": p} | found.columns(firsts.get(p))
+                           for p, found in times.items()]  # fmt: skip
 
 
 # With the share of the seconds that each case gets.
@@ -346,7 +377,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=1.5, help="per stage")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     run = record.parse(parser, arguments)
-    run.clock = timing.clock_for(run.device)
+    run.clock = clocks.clock_for(run.device)
     rows = record.recorder(run, "mbconv")
     for part in run.parts:
         cases, share = PARTS[part]

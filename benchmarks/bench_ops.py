@@ -1,41 +1,37 @@
 """Times the resample ops beside a plain copy, PyTorch eager and torch.compile.
 
 Every op is first compared with PyTorch in float64; a wrong one gets no time, and makes the exit
-status 1. Times are interleaved medians. GB/s count only the bytes that must move.
+status 1. Times are interleaved medians, on a GPU of the device alone (lib/clocks.py). GB/s count
+only the bytes that must move.
 """
 
 import argparse
+import functools
 import gc
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .lib import memory, record, tables, timing, workloads
+from .lib import clocks, memory, record, tables, timing, workloads
+from .lib.first_calls import COMPILERS, FirstCalls, compilers_of
 from .lib.record import Row
 from .lib.workloads import OPS, Case, Inputs, Op, Shape, empty_op
 
 HOST_SHAPES = {"cpu": (1, 8, 8, 8), "cuda": (1, 48, 56, 56)}
+Calls = dict[str, Callable[[], Sequence[Tensor]]]
 
 
-def gate(op: Op, inputs: Inputs) -> str:
-    """What is wrong with ours, or "": it may err twice what PyTorch errs, plus one rounding."""
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what `empty` returns with NaN
+def nan_filled(call: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+    """The results of a call for which `empty` returns NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        produced = op.ours(inputs.with_x(inputs.x.clone()) if op.in_place else inputs)
-    except Exception as error:
-        if memory.is_out_of_memory(error):
-            raise
-        return f"raised {type(error).__name__}: {error}"
+        return call()
     finally:
         torch.use_deterministic_algorithms(False)
-    for name, result in zip(op.outputs, produced, strict=True):
-        if not math.isfinite(result.sum(dtype=torch.float32)):
-            return f"{name} holds values that are not finite"
-    return _excess_error(op, inputs, produced)
 
 
 def ends(tensor: Tensor) -> Tensor:
@@ -43,60 +39,76 @@ def ends(tensor: Tensor) -> Tensor:
     return tensor[:: max(len(tensor) - 1, 1)]
 
 
-def _excess_error(op: Op, inputs: Inputs, produced: tuple[Tensor, ...]) -> str:
-    """Compare the first and the last image; each plane is computed alone."""
+def compared(op: Op, inputs: Inputs, produced, slack: float) -> tuple[str, float]:
+    """What is wrong, or "", and the largest error against float64.
+
+    Allowed is `slack` times this: twice PyTorch's error, plus one rounding. The first and the last
+    image are compared, as each plane is computed alone.
+    """
+    for name, result in zip(op.outputs, produced, strict=True):
+        if not math.isfinite(result.sum(dtype=torch.float32)):
+            return f"{name} holds values that are not finite", math.nan
+    largest = 0.0
     few = inputs.map(ends)
     exact = op.eager(few.map(lambda tensor: tensor.to(torch.float64, copy=True)))
     working = op.eager(few.map(lambda tensor: tensor.to(inputs.x.dtype, copy=True)))
     for name, result, usual, truth in zip(op.outputs, produced, working, exact, strict=True):
         rounded = usual.to(result.dtype).double()
         rounding = torch.finfo(result.dtype).eps * truth.abs().max()
-        allowed = (2 * (rounded - truth).abs().max() + rounding).item()
+        allowed = slack * (2 * (rounded - truth).abs().max() + rounding).item()
         error = (ends(result).double() - truth).abs().max().item()
         if not error <= allowed:
-            return f"{name} is off by {error:.2e}, allowed {allowed:.2e}"
-    return ""
+            return f"{name} is off by {error:.2e}, allowed {allowed:.2e}", error
+        largest = max(largest, error)
+    return "", largest
 
 
-def providers(op: Op, case: Case, inputs: Inputs) -> dict[str, Callable[[], object]]:
+def providers(op: Op, case: Case, inputs: Inputs) -> Calls:
     """Whoever is timed in turns, by name; the copies are what memory allows."""
     x, buffer = inputs.x, torch.empty_like(inputs.x)
-    calls: dict[str, Callable[[], object]] = {"copy": lambda: buffer.copy_(x)}
+    calls: Calls = {"copy": lambda: buffer.copy_(x)}
     if op.allocates_stream:
         calls["clone"] = x.clone
     if op.in_place:
         inputs = inputs.with_x(buffer)  # every turn's copy undoes what was added to it
     calls["ours"] = lambda: op.ours(inputs)
     if op.mode != "inverse":
-        if "bwd" in op.mode:
-            inputs.graph  # noqa: B018  (built here, so that neither time nor memory counts it)
         calls["torch"] = lambda: op.eager(inputs)
     if case.compiles and op.compiled is not None:
         torch._dynamo.reset()
-        compiled = torch.compile(op.compiled, fullgraph=True, dynamic=False)
-        calls["compile"] = lambda: compiled(inputs.x, inputs.grad, inputs.sources)
+        for name, mode in compilers_of(x.device.type).items():
+            compiled = torch.compile(op.compiled, fullgraph=True, dynamic=False, mode=mode)
+            calls[name] = functools.partial(compiled, inputs.x, inputs.grad, inputs.sources)
     return calls
 
 
-def _first_calls(
-    calls: dict[str, Callable[[], object]], device: str
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Run each call once, so that compiling is over; peak memory, and notes of what failed."""
-    peaks: dict[str, float] = {}
-    notes: dict[str, str] = {}
+def race(op: Op, case: Case, inputs: Inputs, first: FirstCalls) -> Calls:
+    """Calls of the providers that are right; none if ours is wrong."""
+    compare = functools.partial(compared, op, inputs)
+    given = inputs.with_x(inputs.x.clone()) if op.in_place else inputs
+    first.run("ours", lambda: nan_filled(lambda: op.ours(given)), compare)
+    if first.notes:
+        return {}
+    calls = providers(op, case, inputs)
+    for name in filter(calls.__contains__, COMPILERS):
+        calls["copy"]()  # what an op in place adds to
+        first.run(name, calls[name], compare)
+    return {name: call for name, call in calls.items() if name not in first.notes}
+
+
+def peaks_of(calls: Calls, first: FirstCalls, device: str) -> dict[str, float]:
+    """The peak memory in MiB of each call; takes out whose memory is not enough."""
+    peaks = {}
     for name in list(calls):
         try:
-            if name == "compile":
-                calls[name]()
             peaks[name] = memory.peak_mib(calls[name], device)
         except Exception as error:
-            known = memory.is_out_of_memory(error)
-            if not known and name != "compile":
+            if not memory.is_out_of_memory(error):
                 raise
-            notes[name] = "out of memory" if known else f"did not compile: {type(error).__name__}"
+            first.notes[name] = "out of memory"
             del calls[name]
             gc.collect()
-    return peaks, notes
+    return peaks
 
 
 def _row(case: Case, op: str, provider: str, mode: str, note: str = "") -> Row:
@@ -106,23 +118,25 @@ def _row(case: Case, op: str, provider: str, mode: str, note: str = "") -> Row:
 
 def bench_op(op: Op, case: Case, inputs: Inputs, run: argparse.Namespace) -> list[Row]:
     """Gate, then time one op on one case."""
-    if fault := gate(op, inputs):
-        return [_row(case, op.name, "ours", op.mode, f"WRONG: {fault}")]
-    calls = providers(op, case, inputs)
-    peaks, notes = _first_calls(calls, run.device)
+    first = FirstCalls(run.clock, run.device)
+    calls = race(op, case, inputs, first)
+    peaks = peaks_of(calls, first, run.device)
     times = timing.measure_interleaved(calls, run.clock, seconds=run.seconds, rounds=run.rounds)
     copied = 2 * inputs.x.nbytes
     rates = {
         name: (copied if name in ("copy", "clone") else op.bytes_moved(inputs)) / found.p50 / 1e6
         for name, found in times.items()
     }
-    rows = [_row(case, op.name, name, op.mode, note) for name, note in notes.items()]
+    rows = [_row(case, op.name, name, op.mode, note) for name, note in first.notes.items()]
     for name, found in times.items():
         speed = {"gbps": f"{rates[name]:.6g}"}
         speed |= {f"share_of_{k}": f"{rates[name] / rates[k]:.4g}" for k in ("copy", "clone")
                   if k in rates}  # fmt: skip
+        if run.clock.peak_gbps:
+            speed["share_of_peak"] = f"{rates[name] / run.clock.peak_gbps:.4g}"
         speed["peak_mib"] = f"{peaks[name]:.6g}"
-        rows.append(_row(case, op.name, name, op.mode) | found.columns() | speed)
+        columns = found.columns(first.seconds.get(name)) | first.columns(name)
+        rows.append(_row(case, op.name, name, op.mode) | columns | speed)
     return rows
 
 
@@ -140,7 +154,7 @@ def bench_host(run: argparse.Namespace) -> list[Row]:
     rows = []
     for (name, provider), call in calls.items():
         call()
-        cost = timing.host_ms(call, run.device)
+        cost = run.clock.host_ms(call, repeats=300, samples_wanted=5)
         rows.append(_row(case, name, provider, "host") | {"ms_p50": f"{cost:.6g}"})
     return rows
 
@@ -184,10 +198,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--shapes", type=_shapes, metavar="NxCxHxW,...", help="instead of ours")
     run = record.parse(parser, arguments)
     run.threads = torch.get_num_threads()
-    run.clock = timing.clock_for(run.device)
+    run.clock = clocks.clock_for(run.device)
     run.seconds, run.rounds = (0.4, (2, 5)) if run.quick else (0.6, (3, 15))
     if run.device == "cuda":
-        run.seconds, run.rounds = (0.1, (3, 20)) if run.quick else (0.3, (5, 100))
+        run.seconds, run.rounds = (0.1, (3, 20)) if run.quick else (0.3, (timing.FEWEST, 100))
     return run
 
 

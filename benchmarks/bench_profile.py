@@ -21,11 +21,13 @@ from torch.utils._pytree import tree_leaves
 from .lib import networks, record, tables
 from .lib.operators import launches
 from .lib.record import DTYPES, Row
-from .lib.step import Step
+from .lib.step import Step, step_of
 
 PROVIDERS = ("reversible", "stored")
 OUTSIDE = "Python and engine"
-SPIN_CYCLES = 100_000  # of a GPU, about 60 µs: longer than a launch, so that launches do not show
+SPIN_CYCLES = (
+    500_000  # of a GPU, about 0.3 ms: longer than an op's Python, so that it does not show
+)
 OURS = {  # by the starts of names
     "depthwise": "convolution, depthwise",
     "pointwise": "convolution, 1×1",
@@ -143,14 +145,14 @@ def bench(name: str, run: argparse.Namespace) -> list[Row]:
     profiles = {}
     for provider, net in networks.providers_of(name, PROVIDERS, run.official).items():
         torch.manual_seed(0)
-        image = torch.randn(run.batch, 3, run.side, run.side, device=run.device)
-        profiles[provider] = Profile(Step(net.to(run.device), image, DTYPES[run.dtype]), run)
+        image = torch.randn(run.batch, 3, run.side, run.side)
+        profiles[provider] = Profile(step_of(net, image, run), run)
     for _ in range(1 if run.quick else run.repeats):
         for profile in profiles.values():
             profile.sample()
     shape, dtype = (run.batch, 3, run.side, run.side), record.dtype_name(run.dtype)
     return [
-        record.row_of(name, provider, "", dtype, shape) | row
+        record.row_of(name, provider, "", dtype, shape, run.layout) | row
         for provider, profile in profiles.items()
         for row in profile.rows()
     ]
@@ -163,6 +165,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--dtype", choices=DTYPES)
+    record.add_layout(parser)
     parser.add_argument("--repeats", type=int, default=5)
     run = record.parse(parser, arguments)
     run.dtype = run.dtype or ("bf16" if run.device == "cuda" else "fp32")

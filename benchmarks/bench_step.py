@@ -1,12 +1,13 @@
 """Training steps of whole networks, ours in every mode beside what a user would pick instead.
 
 Compares gradients first, takes times in turns, counts memory exactly (CPU) or by the allocator
-(GPU). `--official DIR`, a checkout of the authors' repository, which is imported from there and is
-no part of ours, adds their network with the same weights.
+(GPU). On a GPU a network is also timed as one CUDA graph; images per second are those of a loop,
+whose pace the slower of device and host sets. `--official DIR`, a checkout of the authors'
+repository, which is imported from there and is no part of ours, adds their network with the same
+weights.
 """
 
 import argparse
-import functools
 import gc
 import sys
 from collections.abc import Callable, Iterator
@@ -16,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .lib import memory, networks, record, tables, timing
+from .lib import clocks, memory, networks, record, tables, timing
 from .lib.networks import NETWORKS
 from .lib.operators import launches
 from .lib.record import DTYPES, Row
-from .lib.step import Step
+from .lib.step import Step, step_of
 from .lib.timing import Timing
 
 # Network of ours → batch, and the rivals that are timed in its turns.
@@ -46,8 +47,26 @@ class Contender:
     net: nn.Module
     note: str = ""
     step: Step | None = None
+    first_s: float | None = None  # of the first step, if it compiled
+    graphs: dict = field(default_factory=dict)  # CUDA graphs of step and evaluation, by mode
     measured: Row = field(default_factory=dict)  # memory and launches, columns of its row
     times: dict[str, Timing] = field(default_factory=dict)
+
+    @property
+    def has_graph(self) -> bool:
+        return self.provider.endswith(networks.GRAPH)
+
+    def call(self, mode: str) -> Callable[[], object]:
+        """What is timed in a mode, `step` or `eval`."""
+        if self.has_graph:
+            return self.graphs[mode].replay
+        return self.step if mode == "step" else self.step.evaluate
+
+    def capture(self, mode: str, others: list["Contender"]) -> None:
+        """Into the memory of the others' graphs: only one runs at a time."""
+        pool = next((g.pool() for c in others for g in c.graphs.values()), None)
+        call = self.step if mode == "step" else self.step.evaluate
+        self.graphs[mode] = clocks.capture(call, pool=pool)
 
     def attempt(self, call: Callable[[], object]) -> None:
         """Note where memory ran out, or the compiler gave up."""
@@ -57,9 +76,11 @@ class Contender:
             call()
         except Exception as error:
             is_full = memory.is_out_of_memory(error)
-            failure = f"FAILED: {type(error).__name__}: {error}".splitlines()[0]
-            self.note = "out of memory" if is_full else failure[:120]
+            is_known = isinstance(error, clocks.NotCaptured)
+            failure = str(error) if is_known else f"FAILED: {type(error).__name__}: {error}"
+            self.note = "out of memory" if is_full else failure.splitlines()[0][:120]
             self.step = None
+            self.graphs.clear()
         if self.note:
             _release()
 
@@ -76,11 +97,17 @@ def contenders_of(name: str, run, providers, batch: int, official: Path | None) 
     return [Contender(name, key, side, batch, net) for key, net in nets.items()]
 
 
-def prepare(contender: Contender, run: argparse.Namespace) -> None:
+def prepare(contender: Contender, others: list[Contender], run: argparse.Namespace) -> None:
+    """The first step; captures it if that is what is timed, and counts what the graph holds."""
     torch.manual_seed(0)
-    image = torch.randn(contender.batch, 3, contender.side, contender.side).to(run.device)
-    contender.step = Step(contender.net.to(run.device), image, DTYPES[run.dtype])
-    contender.step()
+    image = torch.randn(contender.batch, 3, contender.side, contender.side)
+    contender.step = step_of(contender.net, image, run)
+    first_s = run.clock.wall_s(contender.step)
+    if run.device == "cuda" or contender.provider in networks.COMPILED:
+        contender.first_s = first_s
+    if contender.has_graph:
+        peak = memory.peak_mib(lambda: contender.capture("step", others), run.device)
+        contender.measured = {"peak_mib": f"{peak:.2f}"}
 
 
 def check(contenders: list[Contender], dtype: str) -> None:
@@ -104,23 +131,31 @@ def check(contenders: list[Contender], dtype: str) -> None:
 def bench(contenders: list[Contender], run, seconds: float) -> None:
     """Check, measure memory, time steps and evaluations in turns; findings go to the contenders."""
     for contender in contenders:
-        contender.attempt(lambda c=contender: prepare(c, run))
+        contender.attempt(lambda c=contender: prepare(c, contenders, run))
     check(contenders, run.dtype)
     for contender in contenders:
-        contender.attempt(lambda c=contender: measure(c, run.device))
+        if not contender.has_graph and contender.provider not in networks.TUNED:
+            contender.attempt(lambda c=contender: measure(c, run.device))
+    time_in_turns(contenders, "step", run, 0.8 * seconds)
+    for contender in contenders:
+        contender.attempt(lambda c=contender: prepare_evaluation(c, contenders))
+    time_in_turns(contenders, "eval", run, 0.2 * seconds)
+
+
+def prepare_evaluation(contender: Contender, others: list[Contender]) -> None:
+    contender.step.net.eval()
+    contender.step.evaluate()
+    if contender.has_graph:
+        contender.capture("eval", others)
+
+
+def time_in_turns(contenders: list[Contender], mode: str, run, seconds: float) -> None:
     running = {(c.network, c.provider): c for c in contenders if not c.note}
-    steps = {key: c.step for key, c in running.items()}
-    time_in_turns = functools.partial(timing.measure_interleaved, clock=run.clock)
-    times = time_in_turns(steps, seconds=0.8 * seconds, rounds=(5, 40))
+    calls = {key: c.call(mode) for key, c in running.items()}
+    rounds = (timing.FEWEST, 40)
+    times = timing.measure_interleaved(calls, run.clock, seconds=seconds, rounds=rounds)
     for key, contender in running.items():
-        contender.times = {"step": times[key]}
-        contender.step.net.eval()
-    evaluations = {key: step.evaluate for key, step in steps.items()}
-    for call in evaluations.values():
-        call()
-    times = time_in_turns(evaluations, seconds=0.2 * seconds, rounds=(3, 40))
-    for key, contender in running.items():
-        contender.times["eval"] = times[key]
+        contender.times[mode] = times[key]
 
 
 def measure(contender: Contender, device: str) -> None:
@@ -139,14 +174,15 @@ def rows_of(contender: Contender, run) -> list[Row]:
     """Of steps and evaluations; one with the note of what kept the contender out."""
     shape = contender.batch, 3, contender.side, contender.side
     dtype = record.dtype_name(run.dtype)
-    base = record.row_of(contender.network, contender.provider, "step", dtype, shape)
+    base = record.row_of(contender.network, contender.provider, "step", dtype, shape, run.layout)
     base["note"] = contender.note
-    if contender.note:
+    if not contender.times:
         return [base]
     rows = []
     for mode, found in contender.times.items():
-        rows.append(base | {"mode": mode} | found.columns())
-        rows[-1]["images_per_s"] = f"{contender.batch / found.p50 * 1e3:.2f}"
+        first_s = contender.first_s if mode == "step" else None
+        rows.append(base | {"mode": mode} | found.columns(first_s))
+        rows[-1]["images_per_s"] = f"{contender.batch / found.loop_ms * 1e3:.2f}"
         if mode == "step":
             rows[-1] |= contender.measured
     return rows
@@ -156,22 +192,27 @@ def bench_group(name: str, run, providers, rivals, seconds: float) -> list[Conte
     """A network of ours in all modes in turns with the networks beside it."""
     batch = run.batch or (ON_GPU if run.device == "cuda" else ON_CPU).get(name, (4, ()))[0]
     contenders = contenders_of(name, run, providers, batch, run.official)
+    stored = [key for key in ("stored", "stored" + networks.GRAPH) if key in providers]
     for rival in rivals:
-        contenders += contenders_of(rival, run, ("stored",), batch, None)
+        contenders += contenders_of(rival, run, stored, batch, None)
     bench(contenders, run, seconds)
     return contenders
 
 
 def groups(run: argparse.Namespace) -> Iterator[list[Contender]]:
-    """What ran; the compiler takes minutes, so what it makes comes last."""
+    """What ran; the compiler takes minutes, its tuning more, so what they make comes last."""
     table = ON_GPU if run.device == "cuda" else ON_CPU
-    share = run.seconds / max(len(run.models) + len(run.compile), 1)
+    compiled, tuned = ("reversible", "stored", *networks.COMPILED), ()
+    if run.device == "cuda":
+        compiled += ("reversible+compile" + networks.GRAPH, "stored+compile" + networks.GRAPH)
+        tuned = ("reversible", "stored", *networks.TUNED)
+    later = [(name, kinds) for kinds in (compiled, tuned) if kinds for name in run.compile]
+    share = run.seconds / max(len(run.models) + len(later), 1)
     for name in run.models:
         rivals = table.get(name, (4, ()))[1] if run.rivals is None else run.rivals
         yield bench_group(name, run, run.providers, rivals, share)
     run.official = None
-    for name in run.compile:
-        providers = ("reversible", "stored", *networks.COMPILED)
+    for name, providers in later:
         yield bench_group(name, run, providers, (), share)
 
 
@@ -186,21 +227,29 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--side", type=int, help="default: 224 on a CPU, each network's own on GPU")
     parser.add_argument("--dtype", choices=DTYPES, help="bf16 is autocast")
+    record.add_layout(parser)
     parser.add_argument("--seconds", type=float, help="of timing, in all (default: 80, quick: 10)")
     run = record.parse(parser, arguments)
     is_gpu = run.device == "cuda"
+    if not is_gpu and any(name.endswith(networks.GRAPH) for name in run.providers or ()):
+        parser.error(f"--providers: {networks.GRAPH} needs --device cuda")
     if run.models is None:
         run.models = ["revbifpn_s0"] if run.quick else list(ON_GPU if is_gpu else ON_CPU)
     if run.rivals is None and run.quick:
         run.rivals = []
-    run.providers = run.providers or (("reversible", "stored") if run.quick else networks.EAGER)
+    run.providers = run.providers or default_providers(run)
     if run.compile is None:
         run.compile = ["revbifpn_s0"] if is_gpu and not run.quick else []
     run.side = run.side or (None if is_gpu else 224)
     run.dtype = run.dtype or ("bf16" if is_gpu else "fp32")
     run.seconds = run.seconds or (10 if run.quick else 80)
-    run.clock = timing.clock_for(run.device)
+    run.clock = clocks.clock_for(run.device, captures=False)  # a graph is a provider of its own
     return run
+
+
+def default_providers(run: argparse.Namespace) -> list[str]:
+    graphs = ["reversible+graph", "stored+graph"] if run.device == "cuda" else []
+    return [*(("reversible", "stored") if run.quick else networks.EAGER), *graphs]
 
 
 def main(arguments: list[str]) -> int:

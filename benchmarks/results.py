@@ -26,9 +26,18 @@ TITLE = """# Results
 Written by `python -m benchmarks.results` from the CSV files in `benchmarks/results/`; no number is
 typed. The line below each table states its conditions. Losses stand beside wins.
 
-- A *step* is forward, backward and update by SGD with momentum. Times are medians, taken in turns
-  in one run. Before timing, the gradients of all modes are compared with those of stored
-  activations.
+- A *step* is forward, backward and update by SGD with momentum. Before timing, the gradients of
+  all modes are compared with those of stored activations.
+- Times are medians, taken in turns in one run. The 95 % interval of a median lies between two of
+  its samples (order statistics, binomial), if samples are independent. On a GPU times are of the
+  device alone: a CUDA graph is replayed, or all launches are queued while the device spins, behind
+  an emptied L2. A call that cannot be queued as a whole has `launch` in the CSV's column `timed`:
+  there the device may have waited for the host. Between cases the GPU rests. *Host ms* is Python's
+  time until the call returns; *images/s* are those of a loop, whose pace the slower of device and
+  host sets. Rows of the CSV also have, where they were measured, the number of samples, the SM
+  clock, the error against float64, and the seconds of compiling.
+- *× best rival*: the time of the fastest rival that computes the same and was timed in the same
+  run, divided by ours; above 1 ours is faster. *Of peak* is the share of the datasheet's bandwidth.
 - *Memory* is on top of parameters, gradients and momentum. *Held* stays between forward and
   backward, *peak* is the most at any moment of a step, *transient* the difference. *Per image* is
   the slope between two batch sizes, so that what does not grow with the batch cancels. Counts on

@@ -31,6 +31,7 @@ MODES = {
     "reversible+compile": ("#0b4f8a", "*", "reversible, compiled"),
     "stored+compile": ("#e0a458", "*", "stored, compiled"),
     "compiler recomputes": ("#7a7a7a", "*", "compiler recomputes"),
+    "stored+max-autotune": ("#e0a458", "P", "stored, compiled and tuned"),
 }
 FAMILIES = {  # and mode
     ("efficientnet", "stored"): ("#7a7a7a", "X", "EfficientNet"),
@@ -92,19 +93,28 @@ def memory_macs(memory: Sequence[Row]) -> plt.Figure | None:
     return figure
 
 
+def case_of(step: Row) -> tuple[str, str, str]:
+    return step["op"], step["shape"], step.get("layout", "")
+
+
 def pareto(steps: Sequence[Row]) -> plt.Figure | None:
     """Images per second against the peak of a step: a panel per network of ours."""
     steps = [r for r in of_mode(latest_device(steps), "step") if r.get("ms_p50")]
-    cases = dict.fromkeys((r["op"], r["shape"]) for r in steps if r["provider"] == "reversible")
+    cases = dict.fromkeys(case_of(r) for r in steps if r["provider"] == "reversible")
     if not cases:
         return None
     figure, grid = plt.subplots(1, len(cases), figsize=(4.2 * len(cases), 4.4), squeeze=False)
     for axes, case in zip(grid[0], cases, strict=True):
         for row in steps:
-            if (row["op"], row["shape"]) == case:
-                color, marker, label = MODES[row["provider"]]
+            if case_of(row) == case and row.get("peak_mib"):
+                provider = row["provider"].removesuffix("+graph")
+                color, marker, label = MODES[provider]
+                is_graph = provider != row["provider"]  # drawn hollow
+                style = {"mfc": "none", "mec": color, "mew": 1.5} if is_graph else {
+                    "mec": "black", "mew": 0.5}  # fmt: skip
+                label += ", CUDA graph" if is_graph else ""
                 point = number(row, "images_per_s"), number(row, "peak_mib")
-                axes.plot(*point, marker, color=color, mec="black", mew=0.5, ms=11, label=label)
+                axes.plot(*point, marker, color=color, ms=11, label=label, **style)
         batch = case[1].split("x")[0]
         axes.set_title(f"{network(case[0])}, {batch} images of {side_of({'shape': case[1]})} px",
                        fontsize=11)  # fmt: skip

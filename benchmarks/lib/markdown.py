@@ -1,5 +1,6 @@
 """Markdown of rows: aligned tables, numbers, and the conditions that a table was measured under."""
 
+import statistics
 from collections.abc import Iterable, Sequence
 
 from .record import Row
@@ -17,7 +18,10 @@ MODES = {
     "reversible+compile": "reversible, compiled transforms",
     "stored+compile": "stored, compiled",
     "compiler recomputes": "the compiler recomputes",
+    "stored+max-autotune": "stored, compiled and tuned",
 }
+BOUNDS = ("ms_low", "ms_high")
+CLOCKS = ("sm_mhz_before", "sm_mhz_after")
 NUMBERS_OF_NO_DEVICE = {
     "counted": "counted on fake tensors, so it holds for every machine",
     "compiled": "read from the machine code, no GPU needed",
@@ -57,12 +61,30 @@ def conditions(rows: Sequence[Row], *more: str) -> str:
         *(f"{n} thread" + "s" * (n != "1") for n in single("threads")),
         *(f"torch {version}" for version in values("torch")),
         *(f"CUDA {version}" for version in values("cuda")),
-        *shape, *dtype, *more,
+        *shape, *dtype, *more, *_timed(rows),
         "commit " + ", ".join(values("commit")),
         ", ".join(values("date")),
         ", ".join(f"`{command}`" for command in values("command")),
     ]  # fmt: skip
     return f"*{'; '.join(part for part in parts if part)}.*\n"
+
+
+def _timed(rows: Sequence[Row]) -> list[str]:
+    """How sure the medians are, and what the GPU's clock was, as far as the rows say it."""
+    parts = []
+    wide = sorted(
+        100 * max(abs(number(row, bound) / number(row, "ms_p50") - 1) for bound in BOUNDS)
+        for row in rows if row.get("ms_low")
+    )  # fmt: skip
+    if wide:
+        middle = statistics.median(wide)
+        parts.append(f"95 % intervals of medians: ±{middle:.1f} %, ±{wide[-1]:.1f} % at most")
+    clocks = [number(row, name) for row in rows for name in CLOCKS if row.get(name)]
+    if clocks:
+        parts.append(f"SM clock {min(clocks):.0f} to {max(clocks):.0f} MHz")
+    held = dict.fromkeys(row["throttle"] for row in rows if row.get("throttle"))
+    held.pop("none", None)
+    return [*parts, f"clock held down by {', '.join(held)}"] if held else parts
 
 
 def with_conditions(
@@ -71,6 +93,15 @@ def with_conditions(
     """The table of these lines, then the conditions of these rows; "" without lines."""
     text = table(header, lines)
     return f"{text}\n{conditions(rows, *more)}" if text else ""
+
+
+def without_empty(
+    header: Sequence[str], lines: Sequence[Sequence[object]], optional: Sequence[str]
+) -> tuple[list[str], list[list[object]]]:
+    """Header and lines without those of the optional columns that hold nothing."""
+    kept = [k for k, name in enumerate(header)
+            if name not in optional or any(line[k] for line in lines)]  # fmt: skip
+    return [header[k] for k in kept], [[line[k] for k in kept] for line in lines]
 
 
 def number(row: Row | None, column: str) -> float | None:
@@ -98,7 +129,14 @@ def network(name: str) -> str:
 
 
 def mode(provider: str) -> str:
-    return MODES.get(provider, provider)
+    name = provider.removesuffix("+graph")
+    return MODES.get(name, name) + (", CUDA graph" if name != provider else "")
+
+
+def shape(row: Row) -> str:
+    """With the layout, unless it is PyTorch's own."""
+    sides = row["shape"].replace("x", "×")
+    return f"{sides} channels_last" if row.get("layout") == "channels_last" else sides
 
 
 def side_of(row: Row) -> int:

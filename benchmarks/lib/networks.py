@@ -80,8 +80,8 @@ def _reversible_compiled(net: RevBiFPN) -> nn.Module:
     return _reversible(net)
 
 
-def _stored_compiled(net: nn.Module) -> nn.Module:
-    net.compile()
+def _stored_compiled(net: nn.Module, **options) -> nn.Module:
+    net.compile(**options)
     return net
 
 
@@ -110,8 +110,16 @@ COMPILED = {
     "stored+compile": _stored_compiled,
     "compiler recomputes": _CompilerRecomputes,
 }
-PROVIDERS = EAGER | COMPILED
-ANY_NETWORK = ("stored", "stored+compile", "compiler recomputes")  # the others are ours
+# With CUDA graphs of the compiler's own.
+TUNED = {"stored+max-autotune": functools.partial(_stored_compiled, mode="max-autotune")}
+# On GPUs: the whole step is one CUDA graph.
+GRAPH = "+graph"
+GRAPHS = {
+    name + GRAPH: (EAGER | COMPILED)[name]
+    for name in ("reversible", "stored", "reversible+compile", "stored+compile")
+}
+PROVIDERS = EAGER | COMPILED | TUNED | GRAPHS
+OURS = ("reversible", "exact", "checkpoint", "reversible+compile")  # rather than of any network
 
 
 def fake_network(name: str, provider: str = "stored", **changes) -> nn.Module:
@@ -126,7 +134,7 @@ def providers_of(
     """The network in each of the ways to train it that fit it, all with the same weights."""
     base = NETWORKS[name].make()
     is_ours = isinstance(base, RevBiFPN)
-    wanted = [key for key in providers if is_ours or key in ANY_NETWORK]
+    wanted = [key for key in providers if is_ours or key.removesuffix(GRAPH) not in OURS]
     nets = {key: PROVIDERS[key](copy.deepcopy(base)) for key in wanted}
     if is_ours and official is not None:
         weights = {key: t.detach().clone() for key, t in to_official(base).items()}

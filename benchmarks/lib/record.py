@@ -151,6 +151,11 @@ def parser(module: str, description: str, *, on_gpu: bool = True) -> argparse.Ar
     return parser
 
 
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layout", choices=("nchw", "channels_last"),
+                        help="default: nchw on a CPU, channels_last on a GPU")  # fmt: skip
+
+
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
     """Parse, refuse what cannot be done here, and note the command for the rows."""
     run = parser.parse_args(arguments)
@@ -161,6 +166,8 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
     official = getattr(run, "official", None)
     if official is not None and not any(official.glob("revbifpn*")):
         parser.error(f"--official: {official} is no checkout of the authors' repository")
+    if getattr(run, "layout", "") is None:
+        run.layout = "channels_last" if run.device == "cuda" else "nchw"
     run.command = shlex.join([*parser.prog.split(), *_public(arguments)])
     return run
 

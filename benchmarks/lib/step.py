@@ -1,8 +1,13 @@
 """A training step, and an evaluation, of any network."""
 
+import argparse
+
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from .record import DTYPES
+from .workloads import LAYOUTS
 
 
 class Step:
@@ -32,3 +37,9 @@ class Step:
         device = self.image.device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
             return self.net(self.image)
+
+
+def step_of(net: nn.Module, image: Tensor, run: argparse.Namespace) -> Step:
+    """Of a network on the device, in the layout and in the dtype that were asked for."""
+    layout = {"memory_format": LAYOUTS[run.layout]}
+    return Step(net.to(run.device, **layout), image.to(run.device, **layout), DTYPES[run.dtype])

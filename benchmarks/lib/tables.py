@@ -6,10 +6,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from . import markdown as md
+from .first_calls import COMPILERS
 from .record import Row
 
 DTYPES_OF_OPS = {"fp32": "fp32", "bf16": "bf16", "fp32+bf16": "fp32, bf16 sources"}
 MODES_OF_OPS = {"inverse": " (inverse)"}
+NORM_RIVALS = {"": "best rival", "torch": "eager", "compile": "compiled", "max-autotune": "tuned"}
+RUN = ("commit", "date", "command")
 CASE = ("op", "mode", "dtype", "layout", "shape", "threads")
 Providers = dict[str, Row]
 
@@ -35,6 +38,17 @@ def times_faster(rival: Row | None, ours: Row) -> str:
     return rival.get("note", "") if known is None else f"{known:.1f}"
 
 
+def is_rival(provider: str) -> bool:
+    return not provider.startswith(("ours", "copy", "clone", "reversible", "exact"))
+
+
+def best_rival(found: Providers, ours: Row) -> Row | None:
+    """The fastest rival that was timed in the run of ours; who was wrong has no time."""
+    rivals = [row for provider, row in found.items() if is_rival(provider) and ms(row)
+              and all(row.get(name) == ours.get(name) for name in RUN)]  # fmt: skip
+    return min(rivals, key=ms, default=None)
+
+
 # Ops
 
 
@@ -51,22 +65,25 @@ def ops_table(rows: Sequence[Row], only: str = "") -> str:
         name = f"`{op}`{MODES_OF_OPS.get(kind, '')}"
         where = (name, DTYPES_OF_OPS[dtype], layout, *(() if only else (shape, threads)))
         if ms(ours) is None:
-            lines.append((*where, ours["note"], *[""] * 5))
+            lines.append((*where, ours["note"], *[""] * 8))
             continue
-        shares = (md.percent(md.number(ours, f"share_of_{copy}")) for copy in ("copy", "clone"))
-        rivals = [times_faster(found.get(name), ours) for name in ("torch", "compile")]
+        shares = (md.percent(md.number(ours, f"share_of_{of}")) for of in ("copy", "clone", "peak"))
+        rivals = [times_faster(found.get(name), ours) for name in ("torch", *COMPILERS)]
         peaks = [md.cell(md.number(found.get(name), "peak_mib"), 0) for name in ("ours", "torch")]
         lines.append(
             (
                 *where,
+                times_faster(best_rival(found, ours), ours),
                 md.cell(md.number(ours, "gbps"), 1),
                 *shares,
                 *rivals,
                 " / ".join(filter(None, peaks)),
             )
         )
-    header = ("op", "dtype", "layout", *(() if only else ("shape", "threads")), "GB/s", "of copy",
-              "of clone", "× eager", "× compile", "peak MiB, ours / eager")  # fmt: skip
+    header = ("op", "dtype", "layout", *(() if only else ("shape", "threads")), "× best rival",
+              "GB/s", "of copy", "of clone", "of peak", "× eager", "× compile", "× max-autotune",
+              "peak MiB, ours / eager")  # fmt: skip
+    header, lines = md.without_empty(header, lines, ("of peak", "× max-autotune"))
     order = list(dict.fromkeys(line[0] for line in lines))
     lines.sort(key=lambda line: order.index(line[0]))
     return md.with_conditions(header, lines, used, "sources at 1/2, 1/4 and 1/8 of the side")
@@ -89,18 +106,26 @@ def norms_table(rows: Sequence[Row]) -> str:
     columns = list(dict.fromkeys((dtype, layout) for _, dtype, layout, _ in cases))
     lines = []
     for op in dict.fromkeys(op for op, *_ in cases):
-        for provider, name in (("torch", "eager"), ("compile", "compiled")):
-            cells = []
-            for column in columns:
-                found = [cases.get((op, *column, shape), {}) for shape in shapes]
-                texts = [f.get("ours", {}).get("note") or times_faster(f.get(provider), f["ours"])
-                         if "ours" in f else "" for f in found]  # fmt: skip
-                cells.append(" / ".join(texts))
+        for provider, name in NORM_RIVALS.items():
+            cells = [
+                " / ".join(_norm_cell(cases.get((op, *column, shape), {}), provider)
+                           for shape in shapes)
+                for column in columns
+            ]  # fmt: skip
             if any(text.strip(" /") for text in cells):
                 ops = " and ".join(f"`{part}`" for part in op.split(", "))
                 lines.append((f"{ops}: × {name}", *cells))
     header = (" / ".join(shapes).replace("x", "×"), *(", ".join(column) for column in columns))
     return md.with_conditions(header, lines, rows)
+
+
+def _norm_cell(found: Providers, provider: str) -> str:
+    """How many times our time a rival takes; "" names the best one."""
+    if "ours" not in found:
+        return ""
+    ours = found["ours"]
+    rival = found.get(provider) if provider else best_rival(found, ours)
+    return ours.get("note") or times_faster(rival, ours)
 
 
 def convolutions_table(rows: Sequence[Row]) -> str:
@@ -175,7 +200,7 @@ def step_table(rows: Sequence[Row]) -> str:
 
     The time over that of our stored activations stands in parentheses.
     """
-    devices = {name: by_case(md.of_mode(own, "step"), "op", "shape")
+    devices = {name: by_case(md.of_mode(own, "step"), "op", "shape", "layout")
                for name, own in md.by_device(rows).items()}  # fmt: skip
     lines, used, first = [], [], ""
     every = {case: found for cases in reversed(devices.values()) for case, found in cases.items()}
@@ -195,6 +220,8 @@ def step_table(rows: Sequence[Row]) -> str:
                 cells.append(f"{time} ({ratio})" if ratio else time)
             sizes = (md.cell(md.number(row, column), 1) for column in ("held_mib", "peak_mib"))
             name = md.network(case[0]) if row is next(iter(found.values())) else ""
+            if name and sum(op == case[0] for op, *_ in every) > 1:
+                name += f" at {md.shape(row)}"
             lines.append((name, md.mode(provider), *cells, *sizes))
     times = [f"step ms (× ours stored): {device}" for device in devices]
     header = ("network", "activations", *times, "held MiB", "peak MiB")
@@ -203,41 +230,45 @@ def step_table(rows: Sequence[Row]) -> str:
 
 def all_steps_table(rows: Sequence[Row]) -> str:
     """All that was measured of a step."""
-    found = md.by(rows, "op", "shape", "dtype", "provider", "mode")
-    lines = []
-    for *case, kind in found:
-        row = found[(*case, kind)]
-        if kind != "step":
-            continue
-        op, shape, dtype, provider = case
-        names = (md.network(op), shape.replace("x", "×"), md.DTYPE_NAMES[dtype], md.mode(provider))
-        if ms(row) is None:
-            lines.append((*names, row["note"], *[""] * 5))
-            continue
-        times = [ms(row), ms(found.get((*case, "eval")))]
-        held, peak = md.number(row, "held_mib"), md.number(row, "peak_mib")
-        sizes = (md.cell(held, 1), md.cell(peak - held, 1))
-        cells = [md.cell(time, 0) for time in times]
-        speed = md.cell(md.number(row, "images_per_s"), 1)
-        lines.append((*names, *cells, speed, *sizes, row["operators"]))
+    columns = ("op", "shape", "layout", "dtype")
+    evaluations = md.by(md.of_mode(rows, "eval"), *columns, "provider")
+    steps, lines = md.of_mode(rows, "step"), []
+    for case, found in by_case(steps, *columns).items():
+        for provider, row in found.items():
+            names = (md.network(row["op"]), md.shape(row), md.DTYPE_NAMES[row["dtype"]],
+                     md.mode(provider))  # fmt: skip
+            if ms(row) is None:
+                lines.append((*names, row["note"], *[""] * 7))
+                continue
+            held, peak = md.number(row, "held_mib"), md.number(row, "peak_mib")
+            transient = None if held is None else peak - held
+            best = None if is_rival(provider) else best_rival(found, row)
+            lines.append((
+                *names, md.cell(ms(row), 0), md.cell(md.ratio(ms(best), ms(row))),
+                md.cell(ms(evaluations.get((*case, provider))), 0),
+                md.cell(md.number(row, "host_ms"), 0), md.cell(md.number(row, "images_per_s"), 1),
+                md.cell(held, 1), md.cell(transient, 1), row.get("operators", ""),
+            ))  # fmt: skip
     header = (
-        "network,shape,dtype,mode,step ms,eval ms,images/s,held MiB,transient,launches"
+        "network,shape,dtype,mode,step ms,× best rival,eval ms,host ms,images/s,held MiB,"
+        "transient,launches"
     ).split(",")
-    return md.with_conditions(header, lines, md.of_mode(rows, "step"))
+    return md.with_conditions(*md.without_empty(header, lines, ("host ms",)), steps)
 
 
 def losses_table(rows: Sequence[Row]) -> str:
     """Where ours is slower than an alternative that was timed in the same turns."""
     steps, lines = [r for r in md.of_mode(rows, "step") if ms(r)], []
-    for key, found in by_case(steps, "op", "shape", "dtype").items():
-        ours = found.get("reversible")
+    for found in by_case(steps, "op", "shape", "layout", "dtype").values():
         for provider, rival in found.items():
+            # A CUDA graph is compared with a CUDA graph.
+            ours = found.get("reversible+graph" if provider.endswith("+graph") else "reversible")
             if ours is None or ms(rival) >= ms(ours):
                 continue
             times = md.ratio(ms(ours), ms(rival))
-            memory = md.ratio(md.number(rival, "peak_mib"), md.number(ours, "peak_mib"))
-            lines.append((md.network(key[0]), key[1].replace("x", "×"), md.mode(provider),
-                          f"{times:.2f}×", f"{memory:.1f}×"))  # fmt: skip
+            memory = md.cell(md.ratio(md.number(rival, "peak_mib"), md.number(ours, "peak_mib")), 1)
+            lines.append((md.network(ours["op"]), md.shape(ours), md.mode(provider),
+                          f"{times:.2f}×", memory and f"{memory}×"))  # fmt: skip
     header = ("network", "shape", "faster than reversible", "our time over its",
               "its peak memory over ours")  # fmt: skip
     return md.with_conditions(header, lines, steps)

@@ -1,73 +1,69 @@
-"""Measures time: interleaved samples of warm calls, and the host's share of a call."""
+"""Measures time: samples of warm calls in turns, their quantiles, the interval of the median."""
 
+import math
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-import torch
+from .clocks import Call, CpuClock
 
-SHORTEST_CPU_SAMPLE_MS = 2.0  # below it the clock and the scheduler show
 SLOW_MS = 200.0
-FLUSH_BYTES = 2**28  # several times the L2 of any GPU so far
+CONFIDENCE = 0.95
+FEWEST = 6  # samples that give an interval of this confidence
 
-Call = Callable[[], object]
+
+def median_interval(samples: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % confidence interval of the median: the k-th smallest and the k-th largest sample.
+
+    Each sample is below the median with probability 1/2, so k is the largest number for which
+    P(Binomial(n, 1/2) < k) is at most 2.5 %. It holds for any distribution, if samples are
+    independent. None of fewer than six.
+    """
+    n, k, tail = len(samples), 0, 0.0
+    while (tail := tail + math.comb(n, k) / 2**n) <= (1 - CONFIDENCE) / 2:
+        k += 1
+    ordered = sorted(samples)
+    return (ordered[k - 1], ordered[n - k]) if k else None
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Quantiles of one provider's times, in ms per call."""
+    """Quantiles of one provider's times, in ms per call; `more` are other columns of its row."""
 
     p20: float
     p50: float
     p80: float
+    samples: int
+    interval: tuple[float, float] | None  # of the median
+    more: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, samples: Sequence[float]) -> "Timing":
-        if len(samples) == 1:
-            return cls(samples[0], samples[0], samples[0])
-        fifths = statistics.quantiles(samples, n=5, method="inclusive")
-        return cls(fifths[0], statistics.median(samples), fifths[3])
+    def of(cls, samples: Sequence[float], more: Mapping[str, str] | None = None) -> "Timing":
+        fifths = [samples[0]] * 4
+        if len(samples) > 1:
+            fifths = statistics.quantiles(samples, n=5, method="inclusive")
+        median, interval = statistics.median(samples), median_interval(samples)
+        return cls(fifths[0], median, fifths[3], len(samples), interval, more or {})
 
-    def columns(self) -> dict[str, str]:
-        """As columns of a row."""
-        return {f"ms_{name}": f"{getattr(self, name):.6g}" for name in ("p20", "p50", "p80")}
+    def columns(self, first_s: float | None = None) -> dict[str, str]:
+        """As columns of a row; `first_s` are the seconds of a first call, which compiled."""
+        low, high = self.interval or (None, None)
+        times = {"p20": self.p20, "p50": self.p50, "p80": self.p80, "low": low, "high": high}
+        row = {f"ms_{name}": f"{ms:.6g}" for name, ms in times.items() if ms is not None}
+        row["samples"] = str(self.samples)
+        if first_s is not None:
+            row["compile_s"] = f"{max(first_s - self.p50 / 1e3, 0.0):.3g}"
+        return row | self.more
 
-
-class CpuClock:
-    """Wall time; short calls are repeated until a sample is long enough to be read."""
-
-    def sample_ms(self, call: Call, estimate_ms: float) -> float:
-        repeats = max(1, round(SHORTEST_CPU_SAMPLE_MS / max(estimate_ms, 1e-3)))
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        return (time.perf_counter() - start) * 1e3 / repeats
-
-
-class CudaClock:
-    """CUDA events around one call, behind a write that empties the L2 and hides the launch."""
-
-    def __init__(self) -> None:
-        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-
-    def sample_ms(self, call: Call, estimate_ms: float) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.zero_()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-
-def clock_for(device: str) -> CpuClock | CudaClock:
-    return CudaClock() if device == "cuda" else CpuClock()
+    @property
+    def loop_ms(self) -> float:
+        """Per call in a loop, which the slower of device and host sets the pace of."""
+        return max(self.p50, float(self.more.get("host_ms", 0)))
 
 
 def measure_interleaved(
     calls: Mapping[object, Call],
-    clock: CpuClock | CudaClock,
+    clock: CpuClock,
     *,
     seconds: float,
     rounds: tuple[int, int],
@@ -77,37 +73,25 @@ def measure_interleaved(
     `seconds` are wanted in all, `rounds` are the fewest and most samples of a call; slow calls
     exceed the seconds to reach the fewest rounds.
     """
-    estimates = {
-        name: max(clock.sample_ms(call, SHORTEST_CPU_SAMPLE_MS), 1e-3)
-        for name, call in calls.items()
+    with clock.case() as conditions:
+        samplers = {name: clock.sampler(call) for name, call in calls.items()}
+        share_ms = seconds * 1e3 / max(len(calls), 1)
+        counts = {
+            name: min(max(int(share_ms / sampler.cost_ms), rounds[0]), rounds[1])
+            for name, sampler in samplers.items()
+        }
+        most = max(counts.values(), default=0)
+        samples: dict[object, list[float]] = {name: [] for name in calls}
+        for name, sampler in samplers.items():
+            if sampler.estimate_ms >= SLOW_MS:  # long enough to be a sample already
+                samples[name].append(sampler.estimate_ms)
+                counts[name] -= 1
+        for turn in range(most):
+            for name, sampler in samplers.items():
+                # A call with fewer samples is spread over all turns.
+                if (turn + 1) * counts[name] // most > turn * counts[name] // most:
+                    samples[name].append(sampler.sample_ms())
+    return {
+        name: Timing.of(times, samplers[name].columns | conditions)
+        for name, times in samples.items()
     }
-    share_ms = seconds * 1e3 / max(len(calls), 1)
-    counts = {
-        name: min(max(int(share_ms / max(estimate, SHORTEST_CPU_SAMPLE_MS)), rounds[0]), rounds[1])
-        for name, estimate in estimates.items()
-    }
-    most = max(counts.values(), default=0)
-    samples: dict[object, list[float]] = {name: [] for name in calls}
-    for name, estimate in estimates.items():
-        if estimate >= SLOW_MS:  # long enough to be a sample already
-            samples[name].append(estimate)
-            counts[name] -= 1
-    for turn in range(most):
-        for name, call in calls.items():
-            # A call with fewer samples is spread over all turns.
-            if (turn + 1) * counts[name] // most > turn * counts[name] // most:
-                samples[name].append(clock.sample_ms(call, estimates[name]))
-    return {name: Timing.of(times) for name, times in samples.items()}
-
-
-def host_ms(call: Call, device: str, *, repeats: int = 300) -> float:
-    """Time until `call` returns to Python, the device's work not awaited; median of five."""
-    samples = []
-    for _ in range(5):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        samples.append((time.perf_counter() - start) * 1e3 / repeats)
-    return statistics.median(samples)

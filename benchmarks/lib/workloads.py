@@ -73,13 +73,6 @@ class Inputs:
     def with_x(self, x: Tensor) -> "Inputs":
         return Inputs(x, self.grad, self.sources)
 
-    @functools.cached_property
-    def graph(self) -> tuple[list[Tensor], Tensor]:
-        """Eager's forward with gradients wanted, so that its backward can be timed alone."""
-        leaves = [source.detach().requires_grad_() for source in self.sources]
-        with torch.enable_grad():
-            return leaves, _resampled(self.x, leaves)
-
 
 def _resampled(x: Tensor, sources: list[Tensor], sign: int = 1) -> Tensor:
     for source in sources:
@@ -94,18 +87,18 @@ def _eager_add_(inputs: Inputs) -> Outputs:
     return (inputs.x,)
 
 
-def _eager_adjoint(inputs: Inputs) -> Outputs:
-    leaves, y = inputs.graph
-    return torch.autograd.grad(y, leaves, inputs.grad, retain_graph=True)
-
-
 def _upsample_backward(grad: Tensor, sources: list[Tensor]) -> Outputs:
-    """What autograd runs; the compiler takes no autograd graph from outside."""
+    """What autograd runs; neither compiler nor CUDA graph takes an autograd graph from outside."""
     size = grad.shape[2:]
     return tuple(
         torch.ops.aten.upsample_bilinear2d_backward(grad.to(s.dtype), size, s.shape, False)
         for s in sources
     )
+
+
+def _eager_undo(inputs: Inputs) -> Outputs:
+    x = _resampled(inputs.x, inputs.sources, -1)
+    return (x, *_upsample_backward(inputs.grad, inputs.sources))
 
 
 def _ours_adjoint(inputs: Inputs) -> Outputs:
@@ -163,12 +156,12 @@ INVERSE = Op(  # the rivals' inverse is their forward with another sign
     lambda inputs: (_resampled(inputs.x, inputs.sources, -1),),
 )  # fmt: skip
 ADJOINT = Op(
-    "resample_adjoint", "bwd", _GRADS, 1, 1, _ours_adjoint, _eager_adjoint,
+    "resample_adjoint", "bwd", _GRADS, 1, 1, _ours_adjoint,
+    lambda inputs: _upsample_backward(inputs.grad, inputs.sources),
     lambda x, grad, sources: _upsample_backward(grad, sources),
 )  # fmt: skip
 UNDO = Op(
-    "resample_undo", "inverse+bwd", ("x", *_GRADS), 3, 2, _ours_undo,
-    lambda inputs: (_resampled(inputs.x, inputs.sources, -1), *_eager_adjoint(inputs)),
+    "resample_undo", "inverse+bwd", ("x", *_GRADS), 3, 2, _ours_undo, _eager_undo,
     lambda x, grad, sources: (_resampled(x, sources, -1), *_upsample_backward(grad, sources)),
 )  # fmt: skip
 OPS = (ADD, ADD_, INVERSE, ADJOINT, UNDO)

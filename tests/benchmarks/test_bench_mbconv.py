@@ -31,6 +31,8 @@ def test_rows(bench):
     assert {row["provider"] for row in rows} == {"ours", "torch"}
     assert all(float(row["ms_p50"]) > 0 for row in rows)
     assert all(float(row["share_of_copy"]) > 0 for row in rows if row["op"] != "MBConv")
+    errors = [float(row["error"]) for row in rows if row["error"]]
+    assert len(errors) == 4 and max(errors[:2]) < 1e-5  # of our stages; the first two in float32
 
 
 def test_a_wrong_stage_gets_no_time(monkeypatch, bench):

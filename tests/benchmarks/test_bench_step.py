@@ -124,3 +124,108 @@ def test_running_out_of_memory_is_a_row(bench, monkeypatch):
     assert status == 0
     assert (full["mode"], full["note"], full["ms_p50"]) == ("step", "out of memory", "")
     assert any(row["provider"] == "stored" and row["ms_p50"] for row in rows)
+
+
+class FakeGraph:
+    """Runs what it captured."""
+
+    def __init__(self, call):
+        self.call, self.replays = call, 0
+
+    def replay(self):
+        self.replays += 1
+        self.call()
+
+    def pool(self):
+        return self
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that a run captures, with the pool of each."""
+    made = []
+
+    def capture(call, pool=None):
+        made.append((FakeGraph(call), pool))
+        made[-1][0].replay()
+        return made[-1][0]
+
+    monkeypatch.setattr(bench_step.clocks, "capture", capture)
+    return made
+
+
+def contenders_of(small, *providers):
+    options = ["--device", "cpu", "--models", small, "--batch", "2", "--side", "64"]
+    run = bench_step.parse(options)
+    found = bench_step.bench_group(small, run, providers, (), 0.0)
+    return found, [row for contender in found for row in bench_step.rows_of(contender, run)]
+
+
+def test_a_whole_step_as_a_cuda_graph(small, graphs):
+    _, rows = contenders_of(small, "stored", "reversible+graph", "stored+graph")
+    found = {(row["provider"], row["mode"]): row for row in rows}
+    for provider in ("reversible+graph", "stored+graph"):
+        assert float(found[provider, "step"]["peak_mib"]) > 0
+        assert float(found[provider, "eval"]["ms_p50"]) > 0
+        assert "held_mib" not in found[provider, "step"] and not found[provider, "step"]["note"]
+    pools = [pool for _, pool in graphs]
+    assert pools[0] is None and all(pool is graphs[0][0] for pool in pools[1:])
+    assert all(graph.replays > 6 for graph, _ in graphs)  # and nothing else was timed
+
+
+def test_a_graph_with_wrong_gradients_gets_no_time(small, graphs, monkeypatch):
+    right = FakeGraph.replay
+
+    def replay(graph):
+        right(graph)
+        for p in graph.call.net.parameters():
+            p.grad *= 1.1
+
+    monkeypatch.setattr(FakeGraph, "replay", replay)
+    _, rows = contenders_of(small, "stored", "stored+graph")
+    (wrong,) = (row for row in rows if row["provider"] == "stored+graph")
+    assert wrong["note"].startswith("WRONG: gradients differ") and "ms_p50" not in wrong
+
+
+def test_a_step_that_is_not_captured_is_a_row(small, monkeypatch):
+    def capture(call, pool=None):
+        raise bench_step.clocks.NotCaptured("not captured: RuntimeError: draws")
+
+    monkeypatch.setattr(bench_step.clocks, "capture", capture)
+    _, rows = contenders_of(small, "stored", "stored+graph")
+    (row,) = (row for row in rows if row["provider"] == "stored+graph")
+    assert row["note"] == "not captured: RuntimeError: draws" and "ms_p50" not in row
+    assert [r["mode"] for r in rows if r["provider"] == "stored"] == ["step", "eval"]
+
+
+def test_a_graph_needs_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        bench_step.parse(["--device", "cpu", "--providers", "stored+graph"])
+    assert "+graph needs --device cuda" in capsys.readouterr().err
+
+
+def test_on_a_gpu_graphs_channels_last_and_the_tuned_compiler_are_the_default(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench_step.clocks, "clock_for", lambda device, captures: captures)
+    run = bench_step.parse(["--device", "cuda"])
+    assert {"reversible+graph", "stored+graph"} <= set(run.providers)
+    assert run.layout == "channels_last" and run.clock is False
+    assert bench_step.parse(["--device", "cpu"]).layout == "nchw"
+    asked = []
+    monkeypatch.setattr(bench_step, "bench_group", lambda *given: asked.append(given))
+    list(bench_step.groups(run))
+    assert {"stored+compile+graph", "reversible+compile+graph"} <= set(asked[-2][2])
+    assert "stored+max-autotune" in asked[-1][2]
+
+
+def test_the_layout_is_that_of_image_and_weights(bench):
+    run = bench_step.parse(["--device", "cpu", "--layout", "channels_last"])
+    step = bench_step.step_of(nn.Conv2d(3, 8, 3), torch.randn(2, 3, 64, 64), run)
+    for tensor in (step.image, step.net.weight):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+    assert bench("stored")[1][0]["layout"] == "nchw"
+
+
+def test_rivals_of_a_graph_are_graphs_too(small):
+    rivals = networks.providers_of("efficientnet_b0", ("stored+graph", "reversible+graph"))
+    assert list(rivals) == ["stored+graph"]
