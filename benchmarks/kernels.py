@@ -233,13 +233,14 @@ class StepCase:
 
 
 def step_cases(is_quick: bool) -> list[StepCase]:
-    """Those of bench_step in both layouts; the few images of bench_memory and bench_profile."""
+    """Those of bench_step in both layouts; few images, for bench_memory and bench_profile."""
     if is_quick:
         return [StepCase("revbifpn_s0", FEW_IMAGES, "bf16")]
     many = [(name, batch, "bf16") for name, (batch, _) in ON_GPU.items()]
     steps = [StepCase(*network, layout) for network in many for layout in LAYOUTS]
     few = itertools.product(("revbifpn_s0", "revbifpn_s6"), (FEW_IMAGES,), AUTOCAST)
-    return [*(StepCase(*network) for network in few), *steps]
+    profiled = StepCase("revbifpn_s0", FEW_IMAGES, "bf16", "channels_last")
+    return [profiled, *(StepCase(*network) for network in few), *steps]
 
 
 def compile_step_ahead(case: StepCase, share: int, target: str) -> None:
