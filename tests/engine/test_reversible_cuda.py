@@ -5,8 +5,19 @@ import gc
 
 import pytest
 import torch
-from chains import KINDS, LATTICE, MAKES, mbconv, plain, silos, stored, streams, transform
-from steps import gradients_of, loss_of, relative_error
+from chains import (
+    KINDS,
+    LATTICE,
+    MAKES,
+    exact_pair,
+    mbconv,
+    plain,
+    silos,
+    stored,
+    streams,
+    transform,
+)
+from steps import assert_same_bits, gradients_of, loss_of, relative_error
 from tiny import tiny
 
 from benchmarks.lib.memory import held_and_peak
@@ -85,6 +96,15 @@ def test_exact_mode_restores_every_bit(kind, make, is_autocast):
     with torch.no_grad():
         for x, restored in zip(xs, net.inverse(*net(*xs)), strict=True):
             assert torch.equal(x, restored)
+
+
+@over_kinds
+@pytest.mark.parametrize("make", [plain, mbconv])
+def test_exact_mode_has_the_bits_of_stored_activations(kind, make):
+    """Of foreign batch norms it has not: where activations are stored, cuDNN computes them."""
+    chain, twin = (net.cuda() for net in exact_pair(kind, 2, make))
+    xs = [x.cuda() for x in streams(kind, side=32)]
+    assert_same_bits(gradients_of(chain, xs), gradients_of(twin, xs))
 
 
 @over_kinds
