@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +25,13 @@ from revbifpn_kernels.ops.resample.add import plan_resample_add
 from revbifpn_kernels.ops.resample.adjoint import plan_resample_adjoint
 from revbifpn_kernels.ops.resample.undo import plan_resample_undo
 
+from .bench_step import ON_GPU
 from .lib import record, tables
 from .lib.assembly import Listing, inspect_cuda, inspect_hip
+from .lib.launches import launches_of_step
+from .lib.networks import NETWORKS
 from .lib.ptx import count_traffic
+from .lib.record import DTYPES as AUTOCAST
 from .lib.record import Row
 from .lib.workloads import DTYPES, LAYOUTS, LEVELS, cuda_cases
 from .lib.workloads import Case as OpCase
@@ -57,6 +61,10 @@ FUSIONS = {
 }
 # Maps inside MBConvs: rows aligned to 16 bytes, and not.
 MAPS = {"56x56": (64, 320, 56, 56), "57x57": (64, 48, 57, 57)}
+# Images per batch in bench_profile, and in bench_memory.
+FEW_IMAGES = 4
+# Processes that share the kernels of a step.
+SHARES = 2
 SCALED = "+scales"
 OPS = ("resample_add", "resample_adjoint", "resample_undo")
 SCALED_OPS = ("resample_add" + SCALED, "resample_undo" + SCALED)
@@ -246,6 +254,51 @@ def compile_ahead(op: str, case: OpCase, target: str) -> None:
         launch.compile(TARGETS[target], operands)
 
 
+@dataclass(frozen=True)
+class StepCase:
+    """A network's training steps on a GPU."""
+
+    network: str
+    batch: int
+    dtype: str
+    layout: str = "nchw"
+
+
+def step_cases(is_quick: bool) -> list[StepCase]:
+    """Those of bench_step in both layouts; few images, for bench_memory and bench_profile."""
+    if is_quick:
+        return [StepCase("revbifpn_s0", FEW_IMAGES, "bf16")]
+    many = [(name, batch, "bf16") for name, (batch, _) in ON_GPU.items()]
+    steps = [StepCase(*network, layout) for network in many for layout in LAYOUTS]
+    few = itertools.product(("revbifpn_s0", "revbifpn_s6"), (FEW_IMAGES,), AUTOCAST)
+    profiled = StepCase("revbifpn_s0", FEW_IMAGES, "bf16", "channels_last")
+    return [profiled, *(StepCase(*network) for network in few), *steps]
+
+
+def compile_step_ahead(case: StepCase, share: int, target: str) -> None:
+    """One of `SHARES` of the kernels of a step, in every mode."""
+    arguments = case.network, case.batch, NETWORKS[case.network].side, AUTOCAST[case.dtype]
+    kernels = {}
+    for mode in ({"reversible": True}, {"reversible": False}, {"is_exact": True}):
+        for launch, operands in launches_of_step(*arguments, layout=case.layout, **mode):
+            source, _ = launch.source(TARGETS[target], operands)
+            kernels[source.hash(), launch.threads] = launch, operands
+    for launch, operands in itertools.islice(kernels.values(), share, None, SHARES):
+        launch.compile(TARGETS[target], operands)
+
+
+def compile_all_ahead(options: argparse.Namespace) -> None:
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        # The largest networks first, which take longest.
+        cases = reversed(step_cases(options.quick))
+        steps = itertools.product(cases, range(SHARES), options.targets)
+        waiting = [pool.submit(compile_step_ahead, *job) for job in steps]
+        ops = itertools.product(OPS, () if options.quick else cuda_cases(1), options.targets)
+        waiting += [pool.submit(compile_ahead, *job) for job in ops]
+        for done in tqdm(as_completed(waiting), total=len(waiting), unit="job"):
+            done.result()
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = record.parser("kernels", __doc__, on_gpu=False)
     choices = {
@@ -259,7 +312,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name, values in choices.items():
         parser.add_argument(f"--{name}", nargs="+", choices=values, default=defaults[name])
     parser.add_argument("--ahead", action="store_true",
-                        help="only compile what bench_ops runs on a GPU, on all cores")  # fmt: skip
+                        help="only compile what benchmarks run on a GPU, on all cores")  # fmt: skip
     options = record.parse(parser, arguments)
     if options.quick:
         options.dtypes, options.layouts = ("fp32",), ("nchw",)
@@ -268,13 +321,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
+    if options.ahead:
+        compile_all_ahead(options)
+        return 0
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        if options.ahead:
-            jobs = itertools.product(OPS, cuda_cases(1), options.targets)
-            waiting = [pool.submit(compile_ahead, *job) for job in jobs]
-            for done in tqdm(waiting, unit="kernel"):
-                done.result()
-            return 0
         chosen = list(cases(options))
         results = tqdm(pool.map(measure, chosen), total=len(chosen), unit="op", disable=None)
         found: dict[tuple[str, ...], Row] = {}

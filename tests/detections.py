@@ -18,7 +18,7 @@ MODEL = [
 FEW = [
     *MODEL,
     *("--image-size=64", "--batch-size=4", "--epochs=2"),
-    *("--warmup-steps=1", "--no-progress", "--draw=2", "--threads=1"),
+    *("--warmup-steps=1", "--no-progress", "--draw=2", "--device=cpu", "--threads=1"),
 ]
 # 2 steps per epoch of scenes with digits.
 TINY = [*FEW, "--train-images=8", "--val-images=2"]

@@ -25,6 +25,11 @@ def as_dtype(values, dtype: torch.dtype):
     return tree_map(turn, values)
 
 
+def on_cpu(values):
+    """`values` with every tensor on the CPU, where references are taken whatever is judged."""
+    return tree_map_only(Tensor, Tensor.cpu, values)
+
+
 def _largest(values: Tensor) -> float:
     return values.abs().max().item() if values.numel() else 0.0
 
@@ -64,8 +69,11 @@ def assert_as_accurate(ours, reference: Callable, *inputs, **options) -> None:
 
     Largest errors are compared, output by output: ours may be twice the reference's plus one
     rounding step of the output's dtype at the output's largest magnitude. Shapes and dtypes must
-    agree.
+    agree, and ours must lie on the inputs' device.
     """
+    devices = {leaf.device for leaf in tree_leaves((ours, inputs)) if isinstance(leaf, Tensor)}
+    assert len(devices) == 1, f"inputs and results lie on {devices}"
+    ours, inputs, options = on_cpu((ours, inputs, options))
     exact = reference(*as_dtype(inputs, torch.float64), **as_dtype(options, torch.float64))
     plain = reference(*inputs, **options)
     allowances = _allowances(reference, inputs, options, plain, exact)

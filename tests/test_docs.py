@@ -33,6 +33,13 @@ def snippets(page: Path) -> Iterator[tuple[str, bool]]:
         yield "\n" * lines_before + found[2], bool(found[1])
 
 
+def pages_with_python() -> Iterator[pytest.param]:
+    for page in PAGES:
+        needs = [needs_gpu for _, needs_gpu in snippets(page)]
+        if needs and page.name not in RUN_ELSEWHERE:
+            yield pytest.param(page, id=page.stem, marks=[pytest.mark.gpu] * any(needs))
+
+
 def prose(page: Path) -> str:
     """A page without its Python."""
     return SNIPPET.sub("", page.read_text())
@@ -50,7 +57,7 @@ def code_spans(page: Path) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("page", [p for p in PAGES if list(snippets(p))], ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", list(pages_with_python()))
 def test_python_runs(page, tmp_path, monkeypatch):
     """The snippets of a page run in their order, in one namespace, in an empty folder."""
     for package in PACKAGES.get(page.name, ()):
@@ -59,7 +66,7 @@ def test_python_runs(page, tmp_path, monkeypatch):
     namespace = {"__name__": page.stem}
     for code, needs_gpu in snippets(page):
         program = compile(code, str(page), "exec")
-        if page.name not in RUN_ELSEWHERE and (not needs_gpu or torch.cuda.is_available()):
+        if not needs_gpu or torch.cuda.is_available():
             exec(program, namespace)
 
 

@@ -27,7 +27,8 @@ MODEL = ["--model=revbifpn_s0", *(f"--set={name}={value}" for name, value in NUM
 TINY = [
     *MODEL,
     *("--image-size=32", "--batch-size=32", "--epochs=2", "--warmup-epochs=0.5"),
-    *("--augment=none", "--workers=0", "--no-progress", "--no-tensorboard", "--threads=1"),
+    *("--device=cpu", "--threads=1", "--workers=0"),
+    *("--augment=none", "--no-progress", "--no-tensorboard"),
 ]
 STEPS = 8
 # Of a folder with few images: 4 steps per epoch of two classes of 20.

@@ -25,6 +25,7 @@ def _no_nan_fill(_nan_fill):
     torch.utils.deterministic.fill_uninitialized_memory = False
     yield
     torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.cuda.empty_cache()  # of gigabytes, which other workers may need
 
 
 def available_gib():

@@ -8,7 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from trainings import FEW, ROOT, TIMEOUT, TINY, checkpoint, rows, terminate, train, write_images
+from trainings import (
+    FEW,
+    ROOT,
+    TIMEOUT,
+    TINY,
+    after_step,
+    checkpoint,
+    rows,
+    terminate,
+    write_images,
+)
 
 from revbifpn_kernels.recipes.classify import evaluate
 from revbifpn_kernels.recipes.run import session
@@ -115,8 +125,13 @@ def test_processes_that_see_other_checkpoints_do_not_train():
 
 
 @pytest.mark.parametrize("name", ["adamw", "momentum", "lamb", "adan", "adafactor"])
-def test_optimizers_that_go_on(name, tmp_path):
-    train(tmp_path, f"--opt={name}", "--epochs=0")
+def test_optimizers_that_go_on(name, tmp_path, monkeypatch):
+    options = [*TINY, f"--opt={name}", "--epochs=1", f"--out={tmp_path}", "--resume=auto"]
+    with monkeypatch.context() as patch:
+        after_step(patch, 2, terminate)
+        assert main(options) == 128 + signal.SIGTERM
+    assert checkpoint(tmp_path)["optimizer"]["state"]
+    assert main(options) == 0 and checkpoint(tmp_path)["step"] == 4
 
 
 @pytest.mark.parametrize("name", ["lookahead_sgd", "madgrad", "adafactorbv", "adahessian"])
