@@ -15,7 +15,6 @@ LANES_TO_FILL = 132 * 512
 # Most cells that a lane walks down, one below the other: it computes its position once.
 MAX_CHAIN = 16
 VECTOR_BYTES = 16
-WIDEST_ROW = int(__import__("os").environ.get("WR", "16"))
 # Lanes per program. Counted by hand, too.
 BLOCK = 128
 INT32_MAX = 2**31 - 1
@@ -49,7 +48,8 @@ def cut_into_cells(maps: Sequence[Geometry], *resampled: Sequence[Geometry]) -> 
     if not all(_has_layout(t, channels_last) and _has_short_rows(t) for t in tensors):
         return None
     sides = sorted(FAST_FACTORS, reverse=True)
-    widest = 8 if channels_last else WIDEST_ROW // maps[0].itemsize
+    # In nchw a row of a cell is one vector: lanes then access memory without gaps between them.
+    widest = sides[0] if channels_last else VECTOR_BYTES // maps[0].itemsize
     width = next(side for side in sides if side <= widest and W % side == 0)
     smallest = max(factors)
     height = next(

@@ -97,24 +97,14 @@ def join_columns(columns):
 
 
 @triton.jit
-def load_values(ptr, mask):
-    """In float32; zeros where `mask`, which may be None, is false."""
-    if mask is None:
-        return tl.load(ptr).to(tl.float32)
-    else:
-        return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_columns(ptr, stride_w, COUNT: tl.constexpr, CHANNELS_LAST: tl.constexpr, mask=None):
-    """COUNT neighbours in a row from each lane's pointer on, as `load_values`."""
+def load_columns(ptr, stride_w, COUNT: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """COUNT neighbours in a row from each lane's pointer on, in float32."""
     columns = ()
     if COUNT == 1 or CHANNELS_LAST:
         for j in tl.static_range(COUNT):
-            columns = columns + (load_values(ptr + j * stride_w, mask),)
+            columns = columns + (tl.load(ptr + j * stride_w).to(tl.float32),)
     elif COUNT > 1:
-        tile_mask = None if mask is None else mask[:, None]
-        tile = load_values(ptr[:, None] + tl.arange(0, COUNT)[None, :], tile_mask)
+        tile = tl.load(ptr[:, None] + tl.arange(0, COUNT)[None, :]).to(tl.float32)
         columns = split_columns(tile, COUNT)
     return columns
 
@@ -259,18 +249,19 @@ def expand_row(
 ):  # fmt: skip
     """The row of source pixels at `ptr`, scaled, interpolated along the width: CELL_W values."""
     pixels = load_with_halo(ptr, stride_w, cell, scaling, FACTOR, CELL_W, CHANNELS_LAST)
-    if is_half(FACTOR, CELL_W):
-        weights = half_weights(cell, FACTOR)
-    else:
-        weights = border_weights(side_borders(cell)[0], FACTOR)
+    at_left, _ = side_borders(cell)
+    weights = half_weights(cell, FACTOR) if is_half(FACTOR, CELL_W) else ()
+    # The weights at the border; a select per value takes fewer registers than weights per lane.
+    clamped = tl.fma(pixels[1], 1.0, pixels[0] * 0.0)
     expanded = ()
     for j in tl.static_range(CELL_W):
-        # The weights of the first FACTOR // 2 columns depend on the lane.
-        if j < FACTOR // 2:
+        if is_half(FACTOR, CELL_W):
             value = tl.fma(pixels[1], weights[j][1], pixels[0] * weights[j][0])
         else:
             left = pixels[first_tap(j, FACTOR)]
             right = pixels[first_tap(j, FACTOR) + 1]
             value = tl.fma(right, second_weight(j, FACTOR), left * (1.0 - second_weight(j, FACTOR)))
+            if first_tap(j, FACTOR) == 0:
+                value = tl.where(at_left, clamped, value)
         expanded = expanded + (value,)
     return expanded
