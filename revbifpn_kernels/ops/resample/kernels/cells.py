@@ -14,7 +14,7 @@ same bits for the same element, which the lattice relies on.
 import triton
 import triton.language as tl
 
-from .lanes import is_left_half, lanes_beside, side_borders, take_lanes
+from .lanes import GROUP, is_left_half, lanes_beside, side_borders, take_lanes
 
 
 @triton.constexpr_function
@@ -217,7 +217,8 @@ def add_other_tap(pixel, cell):
     is_left = is_left_half(cell)
     at_left, at_right = side_borders(cell)
     place, before, after = lanes_beside(cell)
-    before = tl.where(at_left, tl.where(cells_w == 2, place, place + 2), before)
+    second = tl.where(cells_w == 2, place, tl.minimum(place + 2, GROUP - 1))
+    before = tl.where(at_left, second, before)
     after = tl.where(at_right, place, after)
     other = take_lanes(pixel, tl.where(is_left, before, after))
     return tl.where(is_left, other, pixel), tl.where(is_left, pixel, other)
