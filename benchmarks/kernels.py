@@ -160,7 +160,7 @@ def compulsory_bytes(case: Case) -> float:
 
 
 def instructions_per_element(launch: Launch, listing: Listing, elements: int) -> float | None:
-    """Those a lane issues for each element of x that it owns; None where the compiler unrolled."""
+    """Those that all lanes issue, over the elements of x; None where the compiler unrolled."""
     constants, args = launch.constants, launch.args
     if "PIXELS" in constants:
         if constants["UNIT"] == 1:
@@ -168,11 +168,11 @@ def instructions_per_element(launch: Launch, listing: Listing, elements: int) ->
         # As many tiles as a chunk has; the last chunk of a plane may have fewer.
         executed = listing.executed_nested(args["images"], args["chunk"])
         return executed * launch.threads * launch.grid[0] / elements
-    if launch.threads:
-        return listing.executed([]) * launch.threads * launch.grid[0] / elements
-    trips = loop_trips(launch)
-    cell = constants.get("CELL_H", 1) * constants.get("CELL_W", 1) * args.get("chain", 1)
-    return None if trips is None else listing.executed(trips) / cell
+    trips = [] if launch.threads else loop_trips(launch)
+    if trips is None:
+        return None
+    threads = launch.threads or constants["BLOCK"]
+    return listing.executed(trips) * threads * launch.grid[0] / elements
 
 
 def loop_trips(launch: Launch) -> list[int] | None:

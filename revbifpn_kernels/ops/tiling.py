@@ -14,8 +14,6 @@ MAX_FAST_SOURCES = 4
 LANES_TO_FILL = 132 * 512
 # Most cells that a lane walks down, one below the other: it computes its position once.
 MAX_CHAIN = 16
-# From this many outputs per cell on, chaining cells costs `add` more registers than it saves.
-LARGE_CELL = 64
 VECTOR_BYTES = 16
 # Lanes per program. Counted by hand, too.
 BLOCK = 128
@@ -35,13 +33,11 @@ class Cells(NamedTuple):
     channels_last: bool
 
 
-def cut_into_cells(
-    maps: Sequence[Geometry], *resampled: Sequence[Geometry], chain_large_cells: bool
-) -> Cells | None:
+def cut_into_cells(maps: Sequence[Geometry], *resampled: Sequence[Geometry]) -> Cells | None:
     """Cells for (N, C, H, W) maps and lists of smaller ones, or None off the fast path.
 
-    The lists (sources, their gradients) have the same sizes, entry by entry. Small cells are
-    chained, large ones only if `chain_large_cells`, as far as enough lanes remain.
+    The lists (sources, their gradients) have the same sizes, entry by entry. Cells are chained as
+    far as enough lanes remain.
     """
     N, C, H, W = maps[0].shape
     factors = tuple(_factor(source.shape[2:], (H, W)) for source in resampled[0])
@@ -51,9 +47,11 @@ def cut_into_cells(
     tensors = [*maps, *itertools.chain(*resampled)]
     if not all(_has_layout(t, channels_last) and _has_short_rows(t) for t in tensors):
         return None
+    sides = sorted(FAST_FACTORS, reverse=True)
+    # In nchw a row of a cell is one vector: lanes then access memory without gaps between them.
+    widest = sides[0] if channels_last else VECTOR_BYTES // maps[0].itemsize
+    width = next(side for side in sides if side <= widest and W % side == 0)
     smallest = max(factors)
-    sides = [side for side in reversed(FAST_FACTORS) if side >= smallest]
-    width = next(side for side in sides if W % side == 0)
     height = next(
         side
         for side in sides
@@ -61,10 +59,9 @@ def cut_into_cells(
     )
     rows, columns = H // height, W // width
     cells = N * C * rows * columns
-    longest = MAX_CHAIN if chain_large_cells or height * width < LARGE_CELL else 1
     chain = next(
         length
-        for length in range(min(longest, rows), 0, -1)
+        for length in range(min(MAX_CHAIN, rows), 0, -1)
         if rows % length == 0 and (length == 1 or cells >= 2 * LANES_TO_FILL * length)
     )
     lanes = cells // chain

@@ -96,15 +96,31 @@ def test_a_constant_gradient_is_shared_out_whole(backend, mode):
         assert result.sum().item() == grad.numel()
 
 
+def spiked(grad, places, sizes, mode):
+    """`grad` with spikes that are not finite, and the weight of the spikes in every result."""
+    spikes = torch.zeros(grad.shape)
+    for place, spike in zip(places, (torch.nan, torch.inf), strict=True):
+        grad[place], spikes[place] = spike, 1.0
+    return grad, resample_adjoint_reference(spikes, sizes, mode=mode)
+
+
 @over_modes
 @over_backends_in_depth
 def test_nan_and_inf_reach_what_they_have_weight_in(backend, mode):
     grad = random_maps((1, 1, 8, 12), device=backend.device)
-    grad[0, 0, 3, 4], grad[0, 0, 6, 9] = torch.nan, torch.inf
+    grad, weights = spiked(grad, [(0, 0, 3, 4), (0, 0, 6, 9)], SIZES, mode)
     results = backend.adjoint(grad, SIZES, 1.0, mode, torch.float32)
-    spikes = torch.zeros(grad.shape)
-    for y, x in ((3, 4), (6, 9)):
-        spikes[0, 0, y, x] = 1.0
-    weights = resample_adjoint_reference(spikes, SIZES, mode=mode)
+    for result, weight in zip(results, weights, strict=True):
+        assert torch.equal(~result.isfinite().cpu(), weight != 0)
+
+
+@pytest.mark.parametrize("places", [[(0, 0, 3, 15), (1, 1, 0, 0)], [(0, 1, 0, 0), (1, 0, 7, 15)]])
+@over_backends
+def test_nan_and_inf_do_not_cross_the_ends_of_rows(backend, places):
+    """Where lanes exchange sums, the lane beside may hold another row or plane."""
+    sizes = [(4, 8), (2, 4), (1, 2)]
+    grad = random_maps((2, 2, 8, 16), device=backend.device)
+    grad, weights = spiked(grad, places, sizes, "bilinear")
+    results = backend.adjoint(grad, sizes, 1.0, "bilinear", torch.float32)
     for result, weight in zip(results, weights, strict=True):
         assert torch.equal(~result.isfinite().cpu(), weight != 0)

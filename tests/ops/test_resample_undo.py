@@ -112,7 +112,7 @@ def small_gpu(monkeypatch):
 @pytest.mark.parametrize("layout", ["contiguous", pytest.param("channels-last", marks=EMULATED)])
 def test_chains_of_cells_triton(small_gpu, layout):
     backend = BACKENDS["triton"]
-    case = Case((1, 2, 24, 12), ((12, 6), (24, 12), (6, 3)), layout, layout)
+    case = Case((1, 2, 24, 16), ((12, 8), (24, 16), (6, 4), (3, 2)), layout, layout)
     y, sources = case.tensors("fp32-mixed", backend.device)
     grad = random_like(y)
     arguments = sources, [], [], 0.7, "bilinear", None

@@ -23,7 +23,8 @@ from ..tiling import cut_into_cells
 from .gradients import save_for_gradients, source_gradients
 from .in_place import check_autograd_allows, check_memory
 from .kernels.add import add_cells, add_resampled, add_update
-from .kernels.cells import cell_below, load_scaling, locate_cells
+from .kernels.cells import load_scaling
+from .kernels.lanes import locate_cells
 from .kernels.taps import element_pointer, locate_elements
 from .plan import CELL_COUNTS, ELEMENT_COUNTS, plan_cells, plan_elements
 from .reference import resample_reference, scaled_sources_reference
@@ -53,18 +54,17 @@ def _resample_add_cells_kernel(
     Y_UNIT: tl.constexpr, X_UNIT: tl.constexpr, SOURCE_UNITS: tl.constexpr,
     FACTORS: tl.constexpr, MODE: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr,
     CHAINED: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_LATTICE: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    mask, cell = locate_cells(lanes, C, cells_h, cells_w, chain, BLOCK, CHANNELS_LAST)
+    mask, cell = locate_cells(lanes, C, cells_h, cells_w, chain, BLOCK, CHANNELS_LAST, OVERLAP)
     plane = cell[0] * C + cell[1]
     scaling = load_scaling(scale_ptrs, shift_ptrs, plane, len(FACTORS), HAS_SCALES)
     # With one cell per lane, a constant bound removes the loop and its registers.
-    for step in range(chain if CHAINED else 1):
-        add_cells(
-            y_ptr, y_strides, Y_UNIT, x_ptr, x_strides, X_UNIT,
-            source_ptrs, source_strides, SOURCE_UNITS, scaling, alpha, lattice, mask,
-            cell_below(cell, step), FACTORS, MODE, CELL_H, CELL_W, HAS_LATTICE, CHANNELS_LAST,
-        )  # fmt: skip
+    add_cells(
+        y_ptr, y_strides, Y_UNIT, x_ptr, x_strides, X_UNIT,
+        source_ptrs, source_strides, SOURCE_UNITS, scaling, alpha, lattice, mask, cell,
+        chain if CHAINED else 1, FACTORS, MODE, CELL_H, CELL_W, HAS_LATTICE, CHANNELS_LAST,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=ELEMENT_COUNTS)
@@ -103,7 +103,7 @@ def _plan(
     Cached: planning took 81 µs per call, a look-up 11 (2 busy Xeon cores, 2026-11-23).
     """
     maps, flags = {"x": x, "y": y}, {"HAS_SCALES": has_scales, "HAS_LATTICE": has_lattice}
-    cells = cut_into_cells([x, y], sources, chain_large_cells=False)
+    cells = cut_into_cells([x, y], sources)
     if cells is None:
         elements = math.prod(x.shape)
         args = {"elements": elements}

@@ -18,7 +18,7 @@ from ..layout import Geometry, empty_maps
 from ..library import library
 from ..tiling import cut_into_cells
 from .kernels.adjoint import adjoint_cells, gather_outputs
-from .kernels.cells import locate_cells
+from .kernels.lanes import locate_cells
 from .kernels.taps import element_pointer, locate_elements
 from .plan import CELL_COUNTS, ELEMENT_COUNTS, plan_cells, plan_elements
 from .reference import resample_reference
@@ -44,9 +44,9 @@ def _resample_adjoint_cells_kernel(
     lanes, C, cells_h, cells_w, chain,
     GRAD_UNIT: tl.constexpr, RESULT_UNITS: tl.constexpr,
     FACTORS: tl.constexpr, MODE: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    mask, cell = locate_cells(lanes, C, cells_h, cells_w, chain, BLOCK, CHANNELS_LAST)
+    mask, cell = locate_cells(lanes, C, cells_h, cells_w, chain, BLOCK, CHANNELS_LAST, OVERLAP)
     adjoint_cells(
         grad_ptr, grad_strides, GRAD_UNIT, result_ptrs, result_strides, RESULT_UNITS, alpha,
         mask, cell, chain, FACTORS, MODE, CELL_H, CELL_W, CHANNELS_LAST, BLOCK,
@@ -92,7 +92,7 @@ def _supports(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]
 
 @functools.lru_cache(maxsize=4096)
 def _plan(grad: Geometry, results: tuple[Geometry, ...], mode: str) -> Launch:
-    cells = cut_into_cells([grad], results, chain_large_cells=True)
+    cells = cut_into_cells([grad], results)
     if cells is not None:
         kernel, maps = _resample_adjoint_cells_kernel, {"grad": grad}
         return plan_cells(kernel, cells, maps, {"result": results}, mode)

@@ -14,6 +14,7 @@ import triton.language as tl
 from ..launch import Launch
 from ..layout import Geometry
 from ..tiling import BLOCK, INT32_MAX, Cells, strides_in_units
+from .kernels.lanes import GROUP
 
 # Arguments that vary with the batch: not specialised on, so a new batch size does not recompile.
 CELL_COUNTS = ("lanes", "C", "cells_h", "cells_w", "chain")
@@ -43,15 +44,19 @@ def plan_cells(
         "cells_w": cells.columns,
         "chain": cells.chain,
     }
+    # Lanes that hold neighbouring cells exchange what lies on both sides of a cell's end.
+    overlap = not cells.channels_last and mode == "bilinear" and max(cells.factors) > 1
+    owned = GROUP.value - 2 if overlap else GROUP.value
     cut = {
         "FACTORS": cells.factors,
         "MODE": mode,
         "CELL_H": cells.height,
         "CELL_W": cells.width,
         "CHANNELS_LAST": cells.channels_last,
+        "OVERLAP": overlap,
         "BLOCK": BLOCK,
     }
-    grid = (triton.cdiv(cells.lanes, BLOCK),)
+    grid = (triton.cdiv(cells.lanes, BLOCK // GROUP.value * owned),)
     return Launch(kernel, grid, {**args, **counts}, {**units, **constants, **cut})
 
 

@@ -23,7 +23,8 @@ from .adjoint import fuse_gradients, plan_resample_adjoint, resample_adjoint_ref
 from .gradients import save_for_gradients, source_gradients
 from .kernels.add import add_cells
 from .kernels.adjoint import adjoint_cells
-from .kernels.cells import cell_below, load_scaling, locate_cells
+from .kernels.cells import load_scaling
+from .kernels.lanes import locate_cells
 from .plan import CELL_COUNTS, plan_cells
 
 
@@ -47,17 +48,16 @@ def _resample_undo_cells_kernel(
     SOURCE_UNITS: tl.constexpr, RESULT_UNITS: tl.constexpr,
     FACTORS: tl.constexpr, MODE: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr,
     HAS_SCALES: tl.constexpr, HAS_LATTICE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    mask, cell = locate_cells(lanes, C, cells_h, cells_w, chain, BLOCK, CHANNELS_LAST)
+    mask, cell = locate_cells(lanes, C, cells_h, cells_w, chain, BLOCK, CHANNELS_LAST, OVERLAP)
     plane = cell[0] * C + cell[1]
     scaling = load_scaling(scale_ptrs, shift_ptrs, plane, len(FACTORS), HAS_SCALES)
-    for step in range(chain):
-        add_cells(
-            x_ptr, x_strides, X_UNIT, y_ptr, y_strides, Y_UNIT,
-            source_ptrs, source_strides, SOURCE_UNITS, scaling, -alpha, lattice, mask,
-            cell_below(cell, step), FACTORS, MODE, CELL_H, CELL_W, HAS_LATTICE, CHANNELS_LAST,
-        )  # fmt: skip
+    add_cells(
+        x_ptr, x_strides, X_UNIT, y_ptr, y_strides, Y_UNIT,
+        source_ptrs, source_strides, SOURCE_UNITS, scaling, -alpha, lattice, mask, cell, chain,
+        FACTORS, MODE, CELL_H, CELL_W, HAS_LATTICE, CHANNELS_LAST,
+    )  # fmt: skip
     adjoint_cells(
         grad_ptr, grad_strides, GRAD_UNIT, result_ptrs, result_strides, RESULT_UNITS, alpha,
         mask, cell, chain, FACTORS, MODE, CELL_H, CELL_W, CHANNELS_LAST, BLOCK,
@@ -76,7 +76,7 @@ def _plan(
     has_lattice: bool,
 ) -> Launch | None:
     """The fused launch, or None off the fast path."""
-    cells = cut_into_cells([x, y, grad], sources, results, chain_large_cells=True)
+    cells = cut_into_cells([x, y, grad], sources, results)
     if cells is None:
         return None
     maps, resampled = {"x": x, "y": y, "grad": grad}, {"source": sources, "result": results}

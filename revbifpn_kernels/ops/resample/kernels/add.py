@@ -8,7 +8,6 @@ import triton.language as tl
 
 from .cells import (
     border_weights,
-    cell_borders,
     cell_pointer,
     expand_row,
     first_tap,
@@ -16,6 +15,7 @@ from .cells import (
     is_bilinear,
     join_columns,
     load_columns,
+    pixels_along,
     scale_columns,
     scale_value,
     second_weight,
@@ -72,45 +72,69 @@ def open_source(
     ptr, strides, UNIT: tl.constexpr, scaling, cell, FACTOR: tl.constexpr, MODE: tl.constexpr,
     CELL_H: tl.constexpr, CELL_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """(pointer, strides, borders, scaling) for reading a source, and its first rows."""
-    at_top, at_bottom, at_left, at_right = cell_borders(cell)
-    ptr = cell_pointer(ptr, strides, UNIT, cell, CELL_H // FACTOR, CELL_W // FACTOR)
+    """(pointer, strides, cell, scaling) for reading a source, and the rows around the first one."""
+    _, _, row, _, cells_h, _ = cell
+    ptr = cell_pointer(ptr, strides, UNIT, cell, FACTOR, CELL_H, CELL_W)
     stride_h = strides[2] * UNIT
-    above, below = halo_offsets(at_top, at_bottom, CELL_H // FACTOR)
-    before, after = halo_offsets(at_left, at_right, CELL_W // FACTOR)
-    sides = (before, after, border_weights(at_left, FACTOR))
     rows = ()
     if is_bilinear(FACTOR, MODE):
+        above, _ = halo_offsets(row == 0, row == cells_h - 1, CELL_H // FACTOR)
         halo_ptr = ptr + above * stride_h
-        halo = expand_row(halo_ptr, strides[3], sides, scaling, FACTOR, CELL_W, CHANNELS_LAST)
-        first = expand_row(ptr, strides[3], sides, scaling, FACTOR, CELL_W, CHANNELS_LAST)
+        halo = expand_row(halo_ptr, strides[3], cell, scaling, FACTOR, CELL_W, CHANNELS_LAST)
+        first = expand_row(ptr, strides[3], cell, scaling, FACTOR, CELL_W, CHANNELS_LAST)
         rows = (halo, first)
-    border = border_weights(at_top, FACTOR)
-    return (ptr, stride_h, strides[3], below, sides, border, scaling), rows
+    return (ptr, stride_h, strides[3], cell, scaling), rows
+
+
+@triton.jit
+def read_pixels(
+    source, step, r: tl.constexpr, FACTOR: tl.constexpr, CELL_H: tl.constexpr,
+    CELL_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """Source row r of a step's cell, scaled, as it is."""
+    ptr, stride_h, stride_w, _, scaling = source
+    ptr += (step * (CELL_H // FACTOR) + r) * stride_h
+    pixels = load_columns(ptr, stride_w, pixels_along(FACTOR, CELL_W), CHANNELS_LAST)
+    return scale_columns(pixels, scaling)
+
+
+@triton.jit
+def read_row(
+    source, step, at_bottom, r: tl.constexpr, FACTOR: tl.constexpr, CELL_H: tl.constexpr,
+    CELL_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """Source row r of a step's cell, expanded; the one below the map's last row is that row."""
+    ptr, stride_h, stride_w, cell, scaling = source
+    if r == CELL_H // FACTOR:
+        offset = step * r + tl.where(at_bottom, r - 1, r)
+    else:
+        offset = step * (CELL_H // FACTOR) + r
+    return expand_row(
+        ptr + offset * stride_h, stride_w, cell, scaling, FACTOR, CELL_W, CHANNELS_LAST
+    )
 
 
 @triton.jit
 def add_row(
-    sums, source, rows, i: tl.constexpr, FACTOR: tl.constexpr, MODE: tl.constexpr,
+    sums, source, rows, step, ends, i: tl.constexpr, FACTOR: tl.constexpr, MODE: tl.constexpr,
     CELL_H: tl.constexpr, CELL_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """sums + row i of the resampled source, and the source rows that the next row needs."""
-    ptr, stride_h, stride_w, below, sides, border, scaling = source
+    at_top, at_bottom = ends
     if not is_bilinear(FACTOR, MODE):
+        pixels = rows
         if i % FACTOR == 0:
-            row_ptr = ptr + (i // FACTOR) * stride_h
-            rows = load_columns(row_ptr, stride_w, CELL_W // FACTOR, CHANNELS_LAST)
-            rows = scale_columns(rows, scaling)
-        return add_nearest_row(sums, rows, FACTOR, CELL_W), rows
+            pixels = read_pixels(source, step, i // FACTOR, FACTOR, CELL_H, CELL_W, CHANNELS_LAST)
+        # Not carried to the next cell.
+        rows = pixels if i < CELL_H - 1 else ()
+        return add_nearest_row(sums, pixels, FACTOR, CELL_W), rows
     elif first_tap(i, FACTOR) == 0:
-        return add_bilinear_row(sums, rows[0], rows[1], border[i][0], border[i][1]), rows
+        first, second = border_weights(at_top, FACTOR)[i]
+        return add_bilinear_row(sums, rows[0], rows[1], first, second), rows
     else:
         if first_tap(i, FACTOR) != first_tap(i - 1, FACTOR):
-            if first_tap(i, FACTOR) == CELL_H // FACTOR:
-                row_ptr = ptr + below * stride_h
-            else:
-                row_ptr = ptr + first_tap(i, FACTOR) * stride_h
-            next_row = expand_row(row_ptr, stride_w, sides, scaling, FACTOR, CELL_W, CHANNELS_LAST)
+            r: tl.constexpr = first_tap(i, FACTOR)
+            next_row = read_row(source, step, at_bottom, r, FACTOR, CELL_H, CELL_W, CHANNELS_LAST)
             rows = (rows[1], next_row)
         first, second = 1.0 - second_weight(i, FACTOR), second_weight(i, FACTOR)
         return add_bilinear_row(sums, rows[0], rows[1], first, second), rows
@@ -124,12 +148,12 @@ def write_row(
     """One row of each lane's cell: y = x + α·sums."""
     if CHANNELS_LAST:
         for j in tl.static_range(len(sums)):
-            x = tl.load(x_ptr + j * x_stride_w)
+            x = tl.load(x_ptr + j * x_stride_w, mask=mask)
             y = add_update(x, sums[j], alpha, lattice, HAS_LATTICE)
             tl.store(y_ptr + j * y_stride_w, y.to(y_ptr.dtype.element_ty), mask=mask)
     else:
         columns = tl.arange(0, len(sums))[None, :]
-        x = tl.load(x_ptr[:, None] + columns)
+        x = tl.load(x_ptr[:, None] + columns, mask=mask[:, None])
         y = add_update(x, join_columns(sums), alpha, lattice, HAS_LATTICE)
         tl.store(y_ptr[:, None] + columns, y.to(y_ptr.dtype.element_ty), mask=mask[:, None])
 
@@ -138,12 +162,18 @@ def write_row(
 def add_cells(
     y_ptr, y_strides, Y_UNIT: tl.constexpr, x_ptr, x_strides, X_UNIT: tl.constexpr,
     source_ptrs, source_strides, SOURCE_UNITS: tl.constexpr, scaling, alpha, lattice, mask, cell,
-    FACTORS: tl.constexpr, MODE: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr,
+    chain, FACTORS: tl.constexpr, MODE: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr,
     HAS_LATTICE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """y = x + α·Σ_k R_k(s_k) on one cell per lane, row by row; each source row is expanded once."""
-    x_ptr = cell_pointer(x_ptr, x_strides, X_UNIT, cell, CELL_H, CELL_W)
-    y_ptr = cell_pointer(y_ptr, y_strides, Y_UNIT, cell, CELL_H, CELL_W)
+    """y = x + α·Σ_k R_k(s_k) on each lane's chain of cells, row by row.
+
+    A lane carries the two expanded rows of each source that its output row lies between, so it
+    expands each source row once.
+    """
+    _, _, row, _, cells_h, _ = cell
+    x_ptr = cell_pointer(x_ptr, x_strides, X_UNIT, cell, 1, CELL_H, CELL_W)
+    y_ptr = cell_pointer(y_ptr, y_strides, Y_UNIT, cell, 1, CELL_H, CELL_W)
+    x_stride_h, y_stride_h = x_strides[2] * X_UNIT, y_strides[2] * Y_UNIT
     sources = ()
     rows = ()
     for k in tl.static_range(len(FACTORS)):
@@ -153,20 +183,23 @@ def add_cells(
         )  # fmt: skip
         sources = sources + (source,)
         rows = rows + (first_rows,)
-    for i in tl.static_range(CELL_H):
-        sums = ()
-        next_rows = ()
-        for k in tl.static_range(len(FACTORS)):
-            sums, carried = add_row(
-                sums, sources[k], rows[k], i, FACTORS[k], MODE, CELL_H, CELL_W, CHANNELS_LAST
-            )
-            next_rows = next_rows + (carried,)
-        rows = next_rows
-        write_row(
-            y_ptr + i * (y_strides[2] * Y_UNIT), y_strides[3],
-            x_ptr + i * (x_strides[2] * X_UNIT), x_strides[3],
-            sums, alpha, lattice, mask, HAS_LATTICE, CHANNELS_LAST,
-        )  # fmt: skip
+    for step in range(chain):
+        ends = (row + step == 0, row + step == cells_h - 1)
+        for i in tl.static_range(CELL_H):
+            sums = ()
+            next_rows = ()
+            for k in tl.static_range(len(FACTORS)):
+                sums, carried = add_row(
+                    sums, sources[k], rows[k], step, ends, i, FACTORS[k], MODE, CELL_H, CELL_W,
+                    CHANNELS_LAST,
+                )  # fmt: skip
+                next_rows = next_rows + (carried,)
+            rows = next_rows
+            write_row(
+                y_ptr + (step * CELL_H + i) * y_stride_h, y_strides[3],
+                x_ptr + (step * CELL_H + i) * x_stride_h, x_strides[3],
+                sums, alpha, lattice, mask, HAS_LATTICE, CHANNELS_LAST,
+            )  # fmt: skip
 
 
 @triton.jit

@@ -10,14 +10,15 @@ import triton
 import triton.language as tl
 
 from .cells import (
-    cell_borders,
     cell_pointer,
     first_tap,
     is_bilinear,
+    is_half,
     load_columns,
     second_weight,
     store_columns,
 )
+from .lanes import is_left_half, lanes_beside, side_borders, take_lanes
 from .taps import bilinear_gradient_weight, element_pointer, first_output, nearest_gradient_weight
 
 
@@ -40,98 +41,139 @@ def window_length(factor, bilinear):
 
 
 @triton.constexpr_function
-def is_leading(i, factor):
-    """Whether output i lies between a cell's start and the centre of its first source pixel."""
-    return 0 <= i < factor // 2
-
-
-@triton.constexpr_function
-def is_trailing(i, factor, cell_end):
-    """Whether output i lies between the centre of a cell's last source pixel and the cell's end."""
-    return cell_end - factor // 2 <= i < cell_end
-
-
-@triton.constexpr_function
 def is_last_of_tap(i, factor):
     """Whether the output after i lies between the next two source pixels."""
     return first_tap(i, factor) != first_tap(i + 1, factor)
 
 
-@triton.jit
-def end_weights(at_start, at_end, FACTOR: tl.constexpr):
-    """Weights of a cell's leading outputs in its first source pixel, of the trailing in its last.
-
-    At a border they are 1, because the coordinate is clamped there.
-    """
-    leading = ()
-    trailing = ()
-    for j in tl.static_range(FACTOR // 2):
-        leading = leading + (tl.where(at_start, 1.0, second_weight(j, FACTOR)),)
-        last = 1.0 - second_weight(j + FACTOR // 2, FACTOR)
-        trailing = trailing + (tl.where(at_end, 1.0, last),)
-    return leading, trailing
-
-
-@triton.jit
-def column_weight(
-    weights, j: tl.constexpr, r: tl.constexpr, FACTOR: tl.constexpr, CELL_W: tl.constexpr
-):
+@triton.constexpr_function
+def column_weight(j, r, factor):
     """Weight of output j of a row in the gradient of source pixel r, both counted in the cell."""
-    if r == 0 and is_leading(j, FACTOR):
-        return weights[0][j]
-    elif r == CELL_W // FACTOR - 1 and is_trailing(j, FACTOR, CELL_W):
-        return weights[1][j - CELL_W + FACTOR // 2]
-    elif first_tap(j, FACTOR) == r:
-        return second_weight(j, FACTOR)
-    else:
-        return 1.0 - second_weight(j, FACTOR)
+    return second_weight(j, factor) if first_tap(j, factor) == r else 1 - second_weight(j, factor)
 
 
 @triton.jit
-def load_window(
-    ptr, stride_w, in_map, at_left, at_right, HALO: tl.constexpr, CELL_W: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+def mirrored(at_start, at_end, stride):
+    """(offset, stride) of what is read before and after an edge of a cell, going away from it.
+
+    At the map's border the outputs inside are read instead, mirrored: a clamped coordinate gives
+    the border's pixel the weight of both.
+    """
+    before = tl.where(at_start, 0, -stride), tl.where(at_start, stride, -stride)
+    after = tl.where(at_end, -stride, 0), tl.where(at_end, -stride, stride)
+    return before, after
+
+
+@triton.jit
+def load_window(ptr, stride_w, cell, HALO: tl.constexpr, CELL_W: tl.constexpr):
+    """CELL_W columns and HALO more on both sides, in channels_last; mirrored at the borders."""
+    at_left, at_right = side_borders(cell)
+    columns = ()
+    for j in tl.static_range(CELL_W):
+        columns = columns + (tl.load(ptr + j * stride_w),)
+    window = ()
+    for j in tl.static_range(-HALO, CELL_W + HALO):
+        if j < 0:
+            value = tl.load(ptr + j * stride_w, mask=~at_left, other=columns[-1 - j])
+        elif j >= CELL_W:
+            inside = columns[2 * CELL_W - 1 - j]
+            value = tl.load(ptr + j * stride_w, mask=~at_right, other=inside)
+        else:
+            value = columns[j]
+        window = window + (value.to(tl.float32),)
+    return window
+
+
+@triton.jit
+def gather_pixel(
+    row, r: tl.constexpr, HALO: tl.constexpr, FACTOR: tl.constexpr, BILINEAR: tl.constexpr,
+    CELL_W: tl.constexpr,
 ):  # fmt: skip
-    """CELL_W columns and HALO more on both sides, in float32; zeros outside the map."""
-    columns = load_columns(ptr, stride_w, CELL_W, CHANNELS_LAST, in_map)
-    if HALO > 0:
-        before, after = ptr - HALO * stride_w, ptr + CELL_W * stride_w
-        left = load_columns(before, stride_w, HALO, CHANNELS_LAST, in_map & ~at_left)
-        right = load_columns(after, stride_w, HALO, CHANNELS_LAST, in_map & ~at_right)
-        columns = left + columns + right
-    return columns
+    """The adjoint along the width for source pixel r of a cell.
+
+    A weighted sum over what `row` has of the outputs that reach the pixel: `row` holds the cell's
+    CELL_W columns and HALO more on both sides.
+    """
+    start: tl.constexpr = tl.constexpr(max(window_start(r, FACTOR, BILINEAR), -HALO))
+    end: tl.constexpr = tl.constexpr(
+        min(window_start(r, FACTOR, BILINEAR) + window_length(FACTOR, BILINEAR), CELL_W + HALO)
+    )
+    total = row[HALO + start]
+    if BILINEAR:
+        total *= column_weight(start, r, FACTOR)
+    for j in tl.static_range(start + 1, end):
+        if BILINEAR:
+            total = tl.fma(row[HALO + j], column_weight(j, r, FACTOR), total)
+        else:
+            total += row[HALO + j]
+    return total
 
 
 @triton.jit
 def gather_columns(
-    window, weights, HALO: tl.constexpr, FACTOR: tl.constexpr, BILINEAR: tl.constexpr,
-    CELL_W: tl.constexpr,
-):  # fmt: skip
-    """The adjoint along the width: CELL_W // FACTOR sums over a row's window."""
-    sums = ()
+    row, HALO: tl.constexpr, FACTOR: tl.constexpr, BILINEAR: tl.constexpr, CELL_W: tl.constexpr
+):
+    """`gather_pixel` for all CELL_W // FACTOR source pixels of a cell."""
+    pixels = ()
     for r in tl.static_range(CELL_W // FACTOR):
-        total = window[HALO + window_start(r, FACTOR, BILINEAR)]
-        if BILINEAR:
-            total *= column_weight(weights, window_start(r, FACTOR, True), r, FACTOR, CELL_W)
-        for t in tl.static_range(1, window_length(FACTOR, BILINEAR)):
-            value = window[HALO + window_start(r, FACTOR, BILINEAR) + t]
-            if BILINEAR:
-                weight = column_weight(
-                    weights, window_start(r, FACTOR, True) + t, r, FACTOR, CELL_W
-                )
-                total = tl.fma(value, weight, total)
-            else:
-                total += value
-        sums = sums + (total,)
-    return sums
+        pixels = pixels + (gather_pixel(row, r, HALO, FACTOR, BILINEAR, CELL_W),)
+    return pixels
+
+
+@triton.jit
+def gather_beside(row, cell, FACTOR: tl.constexpr, BILINEAR: tl.constexpr, CELL_W: tl.constexpr):
+    """The adjoint along the width where lanes hold neighbouring cells and no halo.
+
+    What a cell's outputs give to the pixels before and after it goes to the lanes beside; at the
+    map's borders it stays.
+    """
+    pixels = gather_columns(row, 0, FACTOR, BILINEAR, CELL_W)
+    if BILINEAR:
+        at_left, at_right = side_borders(cell)
+        _, before, after = lanes_beside(cell)
+        to_left = gather_pixel(row, -1, 0, FACTOR, True, CELL_W)
+        to_right = gather_pixel(row, CELL_W // FACTOR, 0, FACTOR, True, CELL_W)
+        from_left = tl.where(at_left, to_left, take_lanes(to_right, before))
+        from_right = tl.where(at_right, to_right, take_lanes(to_left, after))
+        if len(pixels) == 1:
+            pixels = (pixels[0] + from_left + from_right,)
+        else:
+            pixels = (pixels[0] + from_left,) + pixels[1:-1] + (pixels[-1] + from_right,)
+    return pixels
+
+
+@triton.jit
+def gather_halves(row, cell, FACTOR: tl.constexpr, BILINEAR: tl.constexpr, CELL_W: tl.constexpr):
+    """As `gather_beside`, where two cells share a source pixel: the sum is the same in both."""
+    is_left = is_left_half(cell)
+    _, before, after = lanes_beside(cell)
+    if BILINEAR:
+        at_left, at_right = side_borders(cell)
+        # The left cell's outputs also reach the pixel before, the right one's the pixel after.
+        own = tl.zeros_like(row[0])
+        outer = own
+        for j in tl.static_range(CELL_W):
+            to_left, to_right = second_weight(j, FACTOR), 1.0 - second_weight(j + CELL_W, FACTOR)
+            own = tl.fma(row[j], tl.where(is_left, to_left, to_right), own)
+            outer = tl.fma(row[j], tl.where(is_left, 1.0 - to_left, 1.0 - to_right), outer)
+        received = take_lanes(outer, tl.where(is_left, before, after))
+        own += tl.where(at_left | at_right, outer, received)
+    else:
+        own = row[0]
+        for j in tl.static_range(1, CELL_W):
+            own += row[j]
+    return (own + take_lanes(own, tl.where(is_left, after, before)),)
 
 
 @triton.jit
 def add_scaled(sums, columns, weight):
-    """sums + weight·columns, column by column."""
+    """sums + weight·columns, column by column; `sums` may be empty."""
     total = ()
     for j in tl.static_range(len(columns)):
-        total = total + (tl.fma(columns[j], weight, sums[j]),)
+        if len(sums) == 0:
+            total = total + (columns[j] * weight,)
+        else:
+            total = total + (tl.fma(columns[j], weight, sums[j]),)
     return total
 
 
@@ -152,64 +194,77 @@ def zero_columns(COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_result_row(ptr, result, r, columns, alpha, mask, CHANNELS_LAST: tl.constexpr):
-    """Store α·columns as row r, counted from the chain's start, if the chain owns it."""
-    _, stride_h, stride_w, rows = result
-    row_ptr = ptr + r * stride_h
-    owned = mask & (r >= 0) & (r < rows)
-    store_columns(row_ptr, scaled(columns, alpha), stride_w, owned, CHANNELS_LAST)
+def store_result_row(
+    sums, result, r, alpha, owned, FACTOR: tl.constexpr, BILINEAR: tl.constexpr,
+    CELL_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """Store α·sums as row r, counted from the chain's start, where `owned`.
+
+    The sums are over rows; in nchw those over columns follow here, once per row of the result.
+    """
+    ptr, stride_h, stride_w, cell = result
+    if is_half(FACTOR, CELL_W):
+        owned &= is_left_half(cell)
+        sums = gather_halves(sums, cell, FACTOR, BILINEAR, CELL_W)
+    elif not CHANNELS_LAST:
+        sums = gather_beside(sums, cell, FACTOR, BILINEAR, CELL_W)
+    store_columns(ptr + r * stride_h, scaled(sums, alpha), stride_w, owned, CHANNELS_LAST)
 
 
 @triton.jit
 def gather_row(
-    carried, result, step, ends, columns, alpha, mask, i: tl.constexpr, FACTOR: tl.constexpr,
-    BILINEAR: tl.constexpr, CELL_H: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    carried, row, result, step, alpha, owned, i: tl.constexpr, FACTOR: tl.constexpr,
+    BILINEAR: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """Add output row i of a step to the sums of the source rows it reaches; store what is complete.
 
     Rows count from the step's cell on, so some are negative. `carried` are the sums of the source
-    rows above and below the output row (bilinear) or of the one it lies in.
+    rows above and below the output row (bilinear) or of the one it lies in. `owned` says whether
+    to store rows of the cell above, and rows of this one.
     """
-    ptr = result[0]
     first_row = step * (CELL_H // FACTOR)
     upper, lower = carried
     if BILINEAR:
-        at_top, at_bottom = ends
-        if is_trailing(i, FACTOR, 0):
-            weight = tl.where(at_bottom, 1.0, 1.0 - second_weight(i, FACTOR))
-            upper = add_scaled(upper, columns, weight)
-        else:
-            upper = add_scaled(upper, columns, 1.0 - second_weight(i, FACTOR))
-        if is_leading(i, FACTOR):
-            weight = tl.where(at_top, 1.0, second_weight(i, FACTOR))
-            lower = add_scaled(lower, columns, weight)
-        else:
-            lower = add_scaled(lower, columns, second_weight(i, FACTOR))
+        upper = add_scaled(upper, row, 1.0 - second_weight(i, FACTOR))
+        lower = add_scaled(lower, row, second_weight(i, FACTOR))
         if is_last_of_tap(i, FACTOR):
-            r = first_row + first_tap(i, FACTOR) - 1
-            store_result_row(ptr, result, r, upper, alpha, mask, CHANNELS_LAST)
-            upper, lower = lower, zero_columns(len(lower), mask.shape[0])
+            r: tl.constexpr = first_tap(i, FACTOR) - 1
+            store_result_row(
+                upper, result, first_row + r, alpha, owned[0] if r < 0 else owned[1],
+                FACTOR, True, CELL_W, CHANNELS_LAST,
+            )  # fmt: skip
+            upper, lower = lower, ()
     else:
-        upper = add_scaled(upper, columns, 1.0)
+        upper = add_scaled(upper, row, 1.0)
         if i % FACTOR == FACTOR - 1:
-            r = first_row + i // FACTOR
-            store_result_row(ptr, result, r, upper, alpha, mask, CHANNELS_LAST)
-            upper = zero_columns(len(upper), mask.shape[0])
+            r: tl.constexpr = i // FACTOR
+            store_result_row(
+                upper, result, first_row + r, alpha, owned[0] if r < 0 else owned[1],
+                FACTOR, False, CELL_W, CHANNELS_LAST,
+            )  # fmt: skip
+            upper = ()
     return upper, lower
 
 
 @triton.jit
 def open_result(
-    ptr, strides, UNIT: tl.constexpr, cell, chain, FACTOR: tl.constexpr, BILINEAR: tl.constexpr,
-    CELL_H: tl.constexpr, CELL_W: tl.constexpr, BLOCK: tl.constexpr,
+    ptr, strides, UNIT: tl.constexpr, cell, HALO: tl.constexpr, FACTOR: tl.constexpr,
+    BILINEAR: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(pointer, strides, rows of the chain) for storing a result, its weights, and zero sums."""
-    ptr = cell_pointer(ptr, strides, UNIT, cell, CELL_H // FACTOR, CELL_W // FACTOR)
-    _, _, at_left, at_right = cell_borders(cell)
-    result = (ptr, strides[2] * UNIT, strides[3], chain * (CELL_H // FACTOR))
-    zeros = zero_columns(CELL_W // FACTOR, BLOCK)
-    carried = (zeros, zeros if BILINEAR else ())
-    return result, end_weights(at_left, at_right, FACTOR), carried
+    """(pointer, strides, cell) for storing a result, and the sums that a step starts with.
+
+    In nchw sums are carried per output column, in channels_last per source pixel.
+    """
+    ptr = cell_pointer(ptr, strides, UNIT, cell, FACTOR, CELL_H, CELL_W)
+    zeros = zero_columns(CELL_W // FACTOR if CHANNELS_LAST else CELL_W, BLOCK)
+    # A source row that the step's first output row is the first to reach has no sums yet.
+    if BILINEAR:
+        carried = (zeros, () if is_last_of_tap(-HALO - 1, FACTOR) else zeros)
+    else:
+        carried = (() if HALO % FACTOR == 0 else zeros, ())
+    return (ptr, strides[2] * UNIT, strides[3], cell), carried
 
 
 @triton.jit
@@ -226,37 +281,41 @@ def adjoint_cells(
     """
     HALO: tl.constexpr = largest_halo(FACTORS, MODE)
     _, _, row, _, cells_h, _ = cell
-    _, _, at_left, at_right = cell_borders(cell)
-    grad_ptr = cell_pointer(grad_ptr, grad_strides, GRAD_UNIT, cell, CELL_H, CELL_W)
+    grad_ptr = cell_pointer(grad_ptr, grad_strides, GRAD_UNIT, cell, 1, CELL_H, CELL_W)
     stride_h, stride_w = grad_strides[2] * GRAD_UNIT, grad_strides[3]
     results = ()
-    weights = ()
     carried = ()
     for k in tl.static_range(len(FACTORS)):
-        result, column_weights, sums = open_result(
-            result_ptrs[k], result_strides[k], RESULT_UNITS[k], cell, chain, FACTORS[k],
-            is_bilinear(FACTORS[k], MODE), CELL_H, CELL_W, BLOCK,
+        result, sums = open_result(
+            result_ptrs[k], result_strides[k], RESULT_UNITS[k], cell, HALO, FACTORS[k],
+            is_bilinear(FACTORS[k], MODE), CELL_H, CELL_W, CHANNELS_LAST, BLOCK,
         )  # fmt: skip
         results = results + (result,)
-        weights = weights + (column_weights,)
         carried = carried + (sums,)
     for step in range(chain + (1 if HALO > 0 else 0)):
-        ends = (row + step == 0, row + step == cells_h)
+        owned = (mask & (step > 0), mask & (step < chain))
+        above, below = mirrored(row + step == 0, row + step == cells_h, stride_h)
         step_ptr = grad_ptr + step * (CELL_H * stride_h)
         for i in tl.static_range(-HALO, CELL_H - HALO):
-            in_map = ~ends[0] if i < 0 else ~ends[1]
-            window = load_window(
-                step_ptr + i * stride_h, stride_w, in_map, at_left, at_right,
-                HALO, CELL_W, CHANNELS_LAST,
-            )  # fmt: skip
+            if i < 0:
+                row_ptr = step_ptr + (above[0] + (-1 - i) * above[1])
+            else:
+                row_ptr = step_ptr + (below[0] + i * below[1])
+            if CHANNELS_LAST:
+                outputs = load_window(row_ptr, stride_w, cell, HALO, CELL_W)
+            else:
+                outputs = load_columns(row_ptr, stride_w, CELL_W, False)
             next_carried = ()
             for k in tl.static_range(len(FACTORS)):
-                columns = gather_columns(
-                    window, weights[k], HALO, FACTORS[k], is_bilinear(FACTORS[k], MODE), CELL_W
-                )
+                columns = outputs
+                if CHANNELS_LAST:
+                    columns = gather_columns(
+                        outputs, HALO, FACTORS[k], is_bilinear(FACTORS[k], MODE),
+                        CELL_W,
+                    )  # fmt: skip
                 sums = gather_row(
-                    carried[k], results[k], step, ends, columns, alpha, mask, i, FACTORS[k],
-                    is_bilinear(FACTORS[k], MODE), CELL_H, CHANNELS_LAST,
+                    carried[k], columns, results[k], step, alpha, owned, i, FACTORS[k],
+                    is_bilinear(FACTORS[k], MODE), CELL_H, CELL_W, CHANNELS_LAST,
                 )  # fmt: skip
                 next_carried = next_carried + (sums,)
             carried = next_carried

@@ -1,10 +1,11 @@
 """Triton building blocks of the fast path: maps cut into cells of CELL_H × CELL_W outputs.
 
-A lane owns `chain` cells of one plane, one below the other. The source values around a cell are
-loaded once and shared by all its outputs. `CHANNELS_LAST` decides what the next lane holds: the
-next cell of the row, whose values then move CELL_W at a time (16 bytes), or the next channel.
-Values of a cell are tuples of [BLOCK] tensors, one per column. All weights of the factors 2, 4 and
-8 are multiples of 1/16, so exact.
+A lane owns `chain` cells of one plane, one below the other, and walks down their rows: it loads and
+interpolates each source row once. `CHANNELS_LAST` decides what the next lane holds: the next cell
+of the row, whose values then move CELL_W at a time (at most 16 bytes), or the next channel. Values
+of a row are tuples of [BLOCK] tensors, one per column. A cell may be half as wide as a source pixel
+is enlarged; two neighbouring cells, the left and the right one, then share that pixel. All weights
+of the factors 2, 4 and 8 are multiples of 1/16, so exact.
 
 The arithmetic is spelled out as `fma` and compiled without contraction: every kernel computes the
 same bits for the same element, which the lattice relies on.
@@ -12,6 +13,8 @@ same bits for the same element, which the lattice relies on.
 
 import triton
 import triton.language as tl
+
+from .lanes import GROUP, is_left_half, lanes_beside, side_borders, take_lanes
 
 
 @triton.constexpr_function
@@ -31,55 +34,33 @@ def is_bilinear(factor, mode):
     return mode == "bilinear" and factor > 1
 
 
-@triton.jit
-def locate_cells(
-    lanes, C, cells_h, cells_w, chain, BLOCK: tl.constexpr, CHANNELS_LAST: tl.constexpr
-):
-    """Which lanes of this program are in range, and the first cell of each lane's chain.
-
-    A cell is the tuple (n, c, row, column, cells_h, cells_w).
-    """
-    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    # Clamped, every load is in bounds: only stores need the mask.
-    rest = tl.minimum(lane, lanes - 1)
-    if CHANNELS_LAST:
-        c = rest % C
-        rest = rest // C
-    col = rest % cells_w
-    rest = rest // cells_w
-    row = rest % (cells_h // chain) * chain
-    n = rest // (cells_h // chain)
-    if not CHANNELS_LAST:
-        c = n % C
-        n = n // C
-    return lane < lanes, (n.to(tl.int64), c.to(tl.int64), row, col, cells_h, cells_w)
+@triton.constexpr_function
+def pixels_along(factor, cell_side):
+    """How many source pixels a cell's side has; 1 where the cell is half a pixel's outputs."""
+    return max(1, cell_side // factor)
 
 
-@triton.jit
-def cell_below(cell, steps):
-    n, c, row, col, cells_h, cells_w = cell
-    return n, c, row + steps, col, cells_h, cells_w
-
-
-@triton.jit
-def cell_borders(cell):
-    """Whether each lane's cell lies at the top, bottom, left and right border of its map."""
-    _, _, row, col, cells_h, cells_w = cell
-    return row == 0, row == cells_h - 1, col == 0, col == cells_w - 1
+@triton.constexpr_function
+def is_half(factor, cell_w):
+    """Whether two neighbouring cells share a source pixel."""
+    return factor == 2 * cell_w
 
 
 @triton.jit
 def cell_pointer(
-    ptr, strides, UNIT: tl.constexpr, cell, CELL_H: tl.constexpr, CELL_W: tl.constexpr
-):
-    """Each lane's first element in a map whose cells are CELL_H × CELL_W.
+    ptr, strides, UNIT: tl.constexpr, cell, FACTOR: tl.constexpr, CELL_H: tl.constexpr,
+    CELL_W: tl.constexpr,
+):  # fmt: skip
+    """Each lane's first element in a map that is FACTOR times smaller than the one cut into cells.
 
     Strides of n, c and h are in UNITs of elements, so the compiler knows what divides them.
     """
     n, c, row, col, _, _ = cell
     plane = (n * strides[0] + c * strides[1]) * UNIT
-    rows = row.to(tl.int64) * CELL_H * strides[2] * UNIT
-    return ptr + plane + rows + col.to(tl.int64) * CELL_W * strides[3]
+    rows = row.to(tl.int64) * (CELL_H // FACTOR) * strides[2] * UNIT
+    if is_half(FACTOR, CELL_W):
+        col = col // 2
+    return ptr + plane + rows + col.to(tl.int64) * pixels_along(FACTOR, CELL_W) * strides[3]
 
 
 @triton.jit
@@ -116,28 +97,14 @@ def join_columns(columns):
 
 
 @triton.jit
-def load_values(ptr, mask):
-    """In float32; zeros where `mask`, which may be None, is false."""
-    if mask is None:
-        return tl.load(ptr).to(tl.float32)
-    else:
-        return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_columns(ptr, stride_w, COUNT: tl.constexpr, CHANNELS_LAST: tl.constexpr, mask=None):
-    """COUNT neighbours in a row from each lane's pointer on, as `load_values`."""
+def load_columns(ptr, stride_w, COUNT: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """COUNT neighbours in a row from each lane's pointer on, in float32."""
     columns = ()
     if COUNT == 1 or CHANNELS_LAST:
         for j in tl.static_range(COUNT):
-            columns = columns + (load_values(ptr + j * stride_w, mask),)
-    elif COUNT * ptr.dtype.element_ty.primitive_bitwidth > 128:
-        # At most 16 bytes per load: a wider tile spreads over two lanes and cannot be split.
-        columns = load_columns(ptr, 1, COUNT // 2, False, mask)
-        columns = columns + load_columns(ptr + COUNT // 2, 1, COUNT // 2, False, mask)
+            columns = columns + (tl.load(ptr + j * stride_w).to(tl.float32),)
     elif COUNT > 1:
-        tile_mask = None if mask is None else mask[:, None]
-        tile = load_values(ptr[:, None] + tl.arange(0, COUNT)[None, :], tile_mask)
+        tile = tl.load(ptr[:, None] + tl.arange(0, COUNT)[None, :]).to(tl.float32)
         columns = split_columns(tile, COUNT)
     return columns
 
@@ -177,6 +144,22 @@ def halo_offsets(at_start, at_end, COUNT: tl.constexpr):
 
 
 @triton.jit
+def half_weights(cell, FACTOR: tl.constexpr):
+    """Weights of the two taps of each output of a cell that is half a source pixel's outputs."""
+    is_left = is_left_half(cell)
+    border = border_weights(side_borders(cell)[0], FACTOR)
+    weights = ()
+    for j in tl.static_range(FACTOR // 2):
+        second = second_weight(j + FACTOR // 2, FACTOR)
+        pair = (
+            tl.where(is_left, border[j][0], 1.0 - second),
+            tl.where(is_left, border[j][1], second),
+        )
+        weights = weights + (pair,)
+    return weights
+
+
+@triton.jit
 def load_scaling(scale_ptrs, shift_ptrs, plane, COUNT: tl.constexpr, HAS_SCALES: tl.constexpr):
     """(scale, shift) of COUNT sources at each lane's plane n·C + c; empty tuples without scales."""
     scaling = ()
@@ -206,24 +189,80 @@ def scale_columns(columns, scaling):
 
 
 @triton.jit
+def add_halo(pixels, cell):
+    """The source pixels of each lane's cell with those before and after it, from the lanes beside.
+
+    As `halo_offsets`: before the first pixel of a row comes the second, after the last itself.
+    """
+    COUNT: tl.constexpr = len(pixels)
+    at_left, at_right = side_borders(cell)
+    place, before, after = lanes_beside(cell)
+    after = tl.where(at_right, place, after)
+    if COUNT == 1:
+        left = take_lanes(pixels[0], tl.where(at_left, after, before))
+        right = take_lanes(pixels[0], after)
+    else:
+        left = tl.where(at_left, pixels[1], take_lanes(pixels[COUNT - 1], before))
+        right = tl.where(at_right, pixels[COUNT - 1], take_lanes(pixels[0], after))
+    return (left,) + pixels + (right,)
+
+
+@triton.jit
+def add_other_tap(pixel, cell):
+    """The two source pixels that each lane's cell reads if it is half a source pixel's outputs.
+
+    At the row's ends as in `add_halo`; there the second pixel is two lanes on.
+    """
+    _, _, _, col, _, cells_w = cell
+    is_left = is_left_half(cell)
+    at_left, at_right = side_borders(cell)
+    place, before, after = lanes_beside(cell)
+    second = tl.where(cells_w == 2, place, tl.minimum(place + 2, GROUP - 1))
+    before = tl.where(at_left, second, before)
+    after = tl.where(at_right, place, after)
+    other = take_lanes(pixel, tl.where(is_left, before, after))
+    return tl.where(is_left, other, pixel), tl.where(is_left, pixel, other)
+
+
+@triton.jit
+def load_with_halo(
+    ptr, stride_w, cell, scaling, FACTOR: tl.constexpr, CELL_W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """The scaled source pixels that a row of each lane's cell reads, from the row at `ptr`."""
+    COUNT: tl.constexpr = pixels_along(FACTOR, CELL_W)
+    pixels = load_columns(ptr, stride_w, COUNT, CHANNELS_LAST)
+    if CHANNELS_LAST:
+        before, after = halo_offsets(*side_borders(cell), COUNT)
+        left = tl.load(ptr + before * stride_w).to(tl.float32)
+        right = tl.load(ptr + after * stride_w).to(tl.float32)
+        return scale_columns((left,) + pixels + (right,), scaling)
+    elif is_half(FACTOR, CELL_W):
+        return add_other_tap(scale_value(pixels[0], scaling), cell)
+    else:
+        return add_halo(scale_columns(pixels, scaling), cell)
+
+
+@triton.jit
 def expand_row(
-    ptr, stride_w, sides, scaling,
+    ptr, stride_w, cell, scaling,
     FACTOR: tl.constexpr, CELL_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """The row of source pixels at `ptr`, scaled, interpolated along the width: CELL_W values."""
-    before, after, border = sides
-    COUNT: tl.constexpr = CELL_W // FACTOR
-    pixels = (tl.load(ptr + before * stride_w).to(tl.float32),)
-    pixels = pixels + load_columns(ptr, stride_w, COUNT, CHANNELS_LAST)
-    pixels = pixels + (tl.load(ptr + after * stride_w).to(tl.float32),)
-    pixels = scale_columns(pixels, scaling)
+    pixels = load_with_halo(ptr, stride_w, cell, scaling, FACTOR, CELL_W, CHANNELS_LAST)
+    at_left, _ = side_borders(cell)
+    weights = half_weights(cell, FACTOR) if is_half(FACTOR, CELL_W) else ()
+    # The weights at the border; a select per value takes fewer registers than weights per lane.
+    clamped = tl.fma(pixels[1], 1.0, pixels[0] * 0.0)
     expanded = ()
     for j in tl.static_range(CELL_W):
-        left = pixels[first_tap(j, FACTOR)]
-        right = pixels[first_tap(j, FACTOR) + 1]
-        if first_tap(j, FACTOR) == 0:
-            value = tl.fma(right, border[j][1], left * border[j][0])
+        if is_half(FACTOR, CELL_W):
+            value = tl.fma(pixels[1], weights[j][1], pixels[0] * weights[j][0])
         else:
+            left = pixels[first_tap(j, FACTOR)]
+            right = pixels[first_tap(j, FACTOR) + 1]
             value = tl.fma(right, second_weight(j, FACTOR), left * (1.0 - second_weight(j, FACTOR)))
+            if first_tap(j, FACTOR) == 0:
+                value = tl.where(at_left, clamped, value)
         expanded = expanded + (value,)
     return expanded
