@@ -3,7 +3,9 @@
 Sums are gathered in a fixed order, without atomics: the same bits on every run.
 
 On cells a lane walks down its chain once and carries the sums of the source rows that it is
-between, so it loads every row of the gradient once, for all sources.
+between, so it loads every row of the gradient once, for all sources. In nchw it sums over rows
+first; once a source row is complete, over columns, and exchanges what reaches past its cell with
+the lanes beside. In channels_last it loads a halo of columns and sums over them first.
 """
 
 import triton
@@ -41,9 +43,12 @@ def window_length(factor, bilinear):
 
 
 @triton.constexpr_function
-def is_last_of_tap(i, factor):
-    """Whether the output after i lies between the next two source pixels."""
-    return first_tap(i, factor) != first_tap(i + 1, factor)
+def completed_row(i, factor, bilinear):
+    """The source row that output row i is the last to reach, both counted in a cell; or None."""
+    if bilinear:
+        tap = first_tap(i, factor)
+        return tap - 1 if first_tap(i + 1, factor) != tap else None
+    return i // factor if i % factor == factor - 1 else None
 
 
 @triton.constexpr_function
@@ -53,11 +58,11 @@ def column_weight(j, r, factor):
 
 
 @triton.jit
-def mirrored(at_start, at_end, stride):
-    """(offset, stride) of what is read before and after an edge of a cell, going away from it.
+def mirrored_rows(at_start, at_end, stride):
+    """(offset, stride) of the rows before and after a cell's edge, each going away from it.
 
-    At the map's border the outputs inside are read instead, mirrored: a clamped coordinate gives
-    the border's pixel the weight of both.
+    At the map's border the outputs inside are read again, mirrored. A coordinate is clamped there,
+    and the weight that clamping adds to the border's pixel is that of the mirrored output.
     """
     before = tl.where(at_start, 0, -stride), tl.where(at_start, stride, -stride)
     after = tl.where(at_end, -stride, 0), tl.where(at_end, -stride, stride)
@@ -223,27 +228,19 @@ def gather_row(
     rows above and below the output row (bilinear) or of the one it lies in. `owned` says whether
     to store rows of the cell above, and rows of this one.
     """
-    first_row = step * (CELL_H // FACTOR)
     upper, lower = carried
     if BILINEAR:
         upper = add_scaled(upper, row, 1.0 - second_weight(i, FACTOR))
         lower = add_scaled(lower, row, second_weight(i, FACTOR))
-        if is_last_of_tap(i, FACTOR):
-            r: tl.constexpr = first_tap(i, FACTOR) - 1
-            store_result_row(
-                upper, result, first_row + r, alpha, owned[0] if r < 0 else owned[1],
-                FACTOR, True, CELL_W, CHANNELS_LAST,
-            )  # fmt: skip
-            upper, lower = lower, ()
     else:
         upper = add_scaled(upper, row, 1.0)
-        if i % FACTOR == FACTOR - 1:
-            r: tl.constexpr = i // FACTOR
-            store_result_row(
-                upper, result, first_row + r, alpha, owned[0] if r < 0 else owned[1],
-                FACTOR, False, CELL_W, CHANNELS_LAST,
-            )  # fmt: skip
-            upper = ()
+    r: tl.constexpr = completed_row(i, FACTOR, BILINEAR)
+    if r is not None:
+        store_result_row(
+            upper, result, step * (CELL_H // FACTOR) + r, alpha, owned[0] if r < 0 else owned[1],
+            FACTOR, BILINEAR, CELL_W, CHANNELS_LAST,
+        )  # fmt: skip
+        upper, lower = lower, ()
     return upper, lower
 
 
@@ -260,10 +257,9 @@ def open_result(
     ptr = cell_pointer(ptr, strides, UNIT, cell, FACTOR, CELL_H, CELL_W)
     zeros = zero_columns(CELL_W // FACTOR if CHANNELS_LAST else CELL_W, BLOCK)
     # A source row that the step's first output row is the first to reach has no sums yet.
-    if BILINEAR:
-        carried = (zeros, () if is_last_of_tap(-HALO - 1, FACTOR) else zeros)
-    else:
-        carried = (() if HALO % FACTOR == 0 else zeros, ())
+    is_new: tl.constexpr = completed_row(-HALO - 1, FACTOR, BILINEAR) is not None
+    last = () if is_new else zeros
+    carried = (zeros, last) if BILINEAR else (last, ())
     return (ptr, strides[2] * UNIT, strides[3], cell), carried
 
 
@@ -294,7 +290,7 @@ def adjoint_cells(
         carried = carried + (sums,)
     for step in range(chain + (1 if HALO > 0 else 0)):
         owned = (mask & (step > 0), mask & (step < chain))
-        above, below = mirrored(row + step == 0, row + step == cells_h, stride_h)
+        above, below = mirrored_rows(row + step == 0, row + step == cells_h, stride_h)
         step_ptr = grad_ptr + step * (CELL_H * stride_h)
         for i in tl.static_range(-HALO, CELL_H - HALO):
             if i < 0:
