@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import triton
+
 from .layout import Geometry
 
 FAST_FACTORS = (1, 2, 4, 8)
@@ -86,19 +88,34 @@ def _has_short_rows(tensor: Geometry) -> bool:
     return 8 * (MAX_CHAIN + 2) * max(tensor.strides[2], tensor.strides[3]) < INT32_MAX
 
 
+def hidden(stride: int) -> int:
+    """An odd number for a stride: Triton compiles a kernel anew for 1 and for multiples of 16.
+
+    Inside tuples, `do_not_specialize` does not prevent that. In kernels, `shown` undoes it.
+    """
+    return 2 * stride + 1
+
+
+@triton.jit
+def shown(hidden_stride):
+    return hidden_stride >> 1
+
+
 def strides_in_units(
-    tensor: Geometry, channels_last: bool
+    tensor: Geometry, channels_last: bool, run: int
 ) -> tuple[int, tuple[int, int, int, int]]:
-    """(UNIT, strides): strides of n, c and h as multiples of UNIT elements, at most 16 bytes.
+    """(UNIT, strides): `hidden` strides of n, c and h as multiples of UNIT elements.
+
+    UNIT is at most the `run` of neighbours that a lane moves at once, and at most 16 bytes.
 
     Triton sees of an argument only whether 16 divides it. Rows of 56 elements are aligned to 16
     bytes although 16 does not divide 56; the constant factor UNIT says so.
     """
     n, c, h, w = tensor.strides
     if channels_last:
-        return 1, (n, 1, h, w)
-    unit = VECTOR_BYTES // tensor.itemsize
+        return 1, (hidden(n), hidden(1), hidden(h), w)
+    unit = min(run, VECTOR_BYTES // tensor.itemsize)
     moving = [s for s, size in zip((n, c, h), tensor.shape, strict=False) if size > 1]
     while any(stride % unit for stride in moving):
         unit //= 2
-    return unit, (n // unit, c // unit, h // unit, 1)
+    return unit, (*(hidden(stride // unit) for stride in (n, c, h)), 1)

@@ -1,30 +1,43 @@
-"""Op calls that together launch every kernel of RevBiFPN's training steps, kept in calls.json.
+"""Op calls that together launch every kernel of RevBiFPN's training steps, kept in calls.json.gz.
 
-PYTHONPATH=. python tests/ptx/calls.py     # finds them anew, after a change of launch plans
+PYTHONPATH=.:tests python tests/ptx/calls.py find    # anew, after a change of launch plans
+PYTHONPATH=.:tests python tests/ptx/calls.py check   # all of them, on all cores; the tests run a part
 """
 
 import dataclasses
+import gzip
 import itertools
 import json
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_map_only
+from helpers import assert_as_accurate
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from tqdm import tqdm
 
 from benchmarks.lib.launches import Call, Spec, calls_of_step, kernel_key
 from benchmarks.lib.networks import LATTICE
+from benchmarks.lib.ptx import emulated_gpu
 from revbifpn_kernels import SIZES
 
-FILE = Path(__file__).with_name("calls.json")
+FILE = Path(__file__).with_name("calls.json.gz")
 # Stands for the batch while a step is recorded: no other side has it.
 MARK = 13
 BATCHES = (1, 8, 64)
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.int64)}
 FUSIONS = "resample_add", "resample_add_", "resample_add_out", "resample_undo"
 MODES = {"reversible": {}, "stored": {"reversible": False}, "exact": {"is_exact": True}}
+
+
+CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+# Ops whose blocks write results of their own, so that some of them are a test of these.
+SEPARATE = ("resample_add", "resample_add_out", "resample_undo", "resample_adjoint", "norm_act")
+MOST_BLOCKS = 48
 
 
 def at_batch(call: Call, batch: int) -> Call:
@@ -60,7 +73,7 @@ def recorded(step: tuple) -> list[Call]:
     return list({str(call): call for call in calls}.values())
 
 
-def found(calls: list[Call]) -> list[tuple[frozenset, Call]]:
+def found(calls: list[Call]) -> list[Call]:
     """Of calls of one op, those that launch kernels no earlier one does, with few images."""
     seen: set = set()
     chosen = []
@@ -69,8 +82,33 @@ def found(calls: list[Call]) -> list[tuple[frozenset, Call]]:
         if not wanted <= seen:
             seen |= wanted
             fewest = next(n for n in range(1, batch + 1) if kernels(at_batch(call, n)) == wanted)
-            chosen.append((wanted, at_batch(call, fewest)))
+            chosen.append(at_batch(call, fewest))
     return chosen
+
+
+def pairs(call: Call) -> set:
+    """Pairs of what the call's kernels are compiled for: constants, dtypes, absent operands."""
+    every = set()
+    for launch, operands in call.launches():
+        values = {**launch.constants, **tree_map(kind_of, operands)}
+        facts = [f"{launch.kernel.__name__} {name} {value}" for name, value in values.items()]
+        every |= set(itertools.combinations(sorted(facts), 2))
+    return every
+
+
+def kind_of(operand) -> str:
+    return str(operand.dtype if isinstance(operand, torch.Tensor) else type(operand).__name__)
+
+
+def covering(calls: list[Call]) -> list[bool]:
+    """Which calls to take so that together they have all pairs."""
+    left = [pairs(call) for call in calls]
+    missing, taken = set().union(*left), [False] * len(calls)
+    while missing:
+        best = max(range(len(calls)), key=lambda k: len(left[k] & missing))
+        missing -= left[best]
+        taken[best] = True
+    return taken
 
 
 def all_steps() -> Iterator[tuple]:
@@ -78,6 +116,54 @@ def all_steps() -> Iterator[tuple]:
         for autocast in (None, torch.bfloat16):
             for mode in ("reversible", "stored", *(["exact"] if name == "revbifpn_s0" else [])):
                 yield name, autocast, layout, mode
+
+
+def some_blocks(count: int) -> list[int]:
+    """The first, the last and some between."""
+    if count <= MOST_BLOCKS:
+        return list(range(count))
+    middle = random.Random(0).sample(range(1, count - 1), MOST_BLOCKS - 2)
+    return [0, *sorted(middle), count - 1]
+
+
+def random_tensor(spec: Spec) -> Tensor:
+    tensor = spec.on("cpu")
+    return tensor.copy_(torch.randn(spec.shape)) if spec.dtype.is_floating_point else tensor.zero_()
+
+
+def outputs(op: str, arguments: tuple, keys=None) -> list[Tensor]:
+    """What a call returns, then what it wrote to; its arguments stay."""
+    function = getattr(torch.ops.revbifpn, op).default
+    arguments = tree_map_only(Tensor, copied, arguments)
+    result = function.redispatch(keys, *arguments) if keys else function(*arguments)
+    written = [
+        given
+        for argument, given in zip(function._schema.arguments, arguments, strict=False)
+        if argument.alias_info is not None and argument.alias_info.is_write and given is not None
+    ]
+    floats = [leaf for leaf in tree_leaves((result, written)) if leaf is not None]
+    return [leaf for leaf in floats if leaf.dtype.is_floating_point]
+
+
+def copied(tensor: Tensor) -> Tensor:
+    return Spec.of(tensor).on("cpu").copy_(tensor)
+
+
+def check(call: Call) -> None:
+    arguments = tree_map_only(Spec, random_tensor, call.arguments)
+    blocks = some_blocks if call.op in SEPARATE else None
+    with emulated_gpu(blocks=blocks):
+        ours = outputs(call.op, arguments, CUDA)
+    count = []
+
+    def plain_where_no_block_ran(our: Tensor, plain: Tensor) -> Tensor:
+        count.append(our.isfinite().sum().item())
+        return torch.where(our.isnan(), plain, our)
+
+    if blocks:
+        ours = tree_map(plain_where_no_block_ran, ours, outputs(call.op, arguments))
+        assert all(count)
+    assert_as_accurate(ours, lambda *given: outputs(call.op, given), *arguments)
 
 
 def as_json(leaf):
@@ -95,25 +181,52 @@ def from_json(values: dict):
     )
 
 
-def read() -> list[Call]:
-    lines = FILE.read_text().splitlines()
-    return [Call(*json.loads(line, object_hook=from_json)) for line in lines]
+def read() -> list[tuple[Call, bool]]:
+    """The calls, and whether each is one of a set with all pairs."""
+    lines = gzip.decompress(FILE.read_bytes()).decode().splitlines()
+    found = (json.loads(line, object_hook=from_json) for line in lines)
+    return [(Call(op, tuple(arguments)), is_covering) for op, arguments, is_covering in found]
 
 
-def main() -> None:
+def write(steps: Iterable[list[Call]], pool: Executor) -> None:
+    """The calls of all steps, also in exact mode, that launch kernels of their own."""
     calls: dict[str, dict[str, Call]] = {}
-    with ProcessPoolExecutor() as pool:
-        steps = list(all_steps())
-        for each in tqdm(pool.map(recorded, steps), total=len(steps), unit="step"):
-            for call in itertools.chain(each, map(in_exact_mode, each)):
-                calls.setdefault(call.op, {})[str(call)] = call
-        per_op = [list(each.values()) for each in calls.values()]
-        chosen = list(tqdm(pool.map(found, per_op), total=len(per_op), unit="op"))
-    lines = [json.dumps(call, default=as_json) for _, call in itertools.chain(*chosen)]
-    FILE.write_text("\n".join(lines) + "\n")
-    every = frozenset().union(*(keys for keys, _ in itertools.chain(*chosen)))
+    for step in steps:
+        for call in itertools.chain(step, map(in_exact_mode, step)):
+            calls.setdefault(call.op, {})[str(call)] = call
+    per_op = list(pool.map(found, [list(each.values()) for each in calls.values()]))
+    taken = pool.map(covering, per_op)
+    lines = [
+        json.dumps([*call, is_covering], default=as_json)
+        for pair in zip(per_op, taken, strict=True)
+        for call, is_covering in zip(*pair, strict=True)
+    ]
+    FILE.write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
+    every = frozenset().union(*map(kernels, itertools.chain(*per_op)))
     print(f"{len(lines)} calls launch {len(every)} kernels")
 
 
+def problem(call: Call) -> str:
+    try:
+        check(call)
+    except Exception as error:
+        return f"{call.op} {call.arguments}: {error!r}"
+    return ""
+
+
+def main() -> int:
+    with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        if sys.argv[1] == "find":
+            steps = list(all_steps())
+            write(tqdm(pool.map(recorded, steps), total=len(steps), unit="step"), pool)
+            return 0
+        calls = [call for call, _ in read()]
+        waiting = [pool.submit(problem, call) for call in calls]
+        problems = [done.result() for done in tqdm(as_completed(waiting), total=len(calls))]
+    problems = [each for each in problems if each]
+    print("\n".join([*problems, f"{len(calls)} calls, {len(problems)} with a fault"]))
+    return 1 if problems else 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,6 +13,8 @@ Sums are gathered in a fixed order, without atomics: the same bits on every run.
 import triton
 import triton.language as tl
 
+from ..tiling import shown
+
 # Arguments that vary with the batch: not specialised on, so a new batch size does not recompile.
 COUNTS = ("N", "C", "pixels", "blocks", "chunks", "images", "chunk", "parts")
 
@@ -102,11 +104,11 @@ def tile_pointers(
     p = tl.full([], t, tl.int64) * PIXELS
     offs_p = tl.arange(0, PIXELS)[None, :]
     if CHANNELS_LAST:
-        base = ptr + (n * strides[0] + p * strides[2]) * UNIT
-        return base + (offs_p.to(tl.int64) * strides[2]) * UNIT + c
+        base = ptr + (n * shown(strides[0]) + p * shown(strides[2])) * UNIT
+        return base + (offs_p.to(tl.int64) * shown(strides[2])) * UNIT + c
     else:
-        base = ptr + (n * strides[0]) * UNIT + p
-        return base + (c.to(tl.int64) * strides[1]) * UNIT + offs_p
+        base = ptr + (n * shown(strides[0])) * UNIT + p
+        return base + (c.to(tl.int64) * shown(strides[1])) * UNIT + offs_p
 
 
 @triton.jit

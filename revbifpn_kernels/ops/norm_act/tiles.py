@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..launch import Launch
 from ..layout import Geometry, memory_format
-from ..tiling import BLOCK, VECTOR_BYTES
+from ..tiling import BLOCK, VECTOR_BYTES, hidden
 
 # Programs that fill an H200's 132 multiprocessors; with fewer, planes are cut into chunks. All
 # numbers here are counted by hand: not yet tuned on a GPU.
@@ -77,9 +77,8 @@ def _unit(maps: tuple[Geometry, ...], channels_last: bool) -> int:
     return unit
 
 
-def _strides_in_units(maps: Geometry, unit: int, channels_last: bool) -> tuple[int, int, int]:
-    n, c, pixel = _plane_strides(maps)
-    return (n // unit, 1, pixel // unit) if channels_last else (n // unit, c // unit, 1)
+def _strides_in_units(maps: Geometry, unit: int) -> tuple[int, ...]:
+    return tuple(hidden(stride // unit) for stride in _plane_strides(maps))
 
 
 def _tile_sides(channels: int, pixels: int, channels_last: bool, size: int) -> tuple[int, int]:
@@ -136,7 +135,7 @@ def _plan(
         "chunk": chunk,
     }
     for name, geometry in maps:
-        args[f"{name}_strides"] = _strides_in_units(geometry, unit, channels_last)
+        args[f"{name}_strides"] = _strides_in_units(geometry, unit)
     tile = {
         "UNIT": unit,
         "CHANNELS": tile_channels,

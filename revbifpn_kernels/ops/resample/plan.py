@@ -32,10 +32,13 @@ def plan_cells(
     """The launch of `kernel` on cells; the names of the maps are prefixes of its arguments."""
     units, args = {}, {}
     for name, geometry in maps.items():
-        unit, strides = strides_in_units(geometry, cells.channels_last)
+        unit, strides = strides_in_units(geometry, cells.channels_last, cells.width)
         units[f"{name.upper()}_UNIT"], args[f"{name}_strides"] = unit, strides
     for name, geometries in resampled.items():
-        pairs = (strides_in_units(geometry, cells.channels_last) for geometry in geometries)
+        pairs = (
+            strides_in_units(geometry, cells.channels_last, max(1, cells.width // factor))
+            for geometry, factor in zip(geometries, cells.factors, strict=True)
+        )
         units[f"{name.upper()}_UNITS"], args[f"{name}_strides"] = zip(*pairs, strict=True)
     counts = {
         "lanes": cells.lanes,

@@ -6,6 +6,7 @@ Both do the same operations in the same order, source by source, so they compute
 import triton
 import triton.language as tl
 
+from ...tiling import shown
 from .cells import (
     border_weights,
     cell_pointer,
@@ -75,7 +76,7 @@ def open_source(
     """(pointer, strides, cell, scaling) for reading a source, and the rows around the first one."""
     _, _, row, _, cells_h, _ = cell
     ptr = cell_pointer(ptr, strides, UNIT, cell, FACTOR, CELL_H, CELL_W)
-    stride_h = strides[2] * UNIT
+    stride_h = shown(strides[2]) * UNIT
     rows = ()
     if is_bilinear(FACTOR, MODE):
         above, _ = halo_offsets(row == 0, row == cells_h - 1, CELL_H // FACTOR)
@@ -173,7 +174,7 @@ def add_cells(
     _, _, row, _, cells_h, _ = cell
     x_ptr = cell_pointer(x_ptr, x_strides, X_UNIT, cell, 1, CELL_H, CELL_W)
     y_ptr = cell_pointer(y_ptr, y_strides, Y_UNIT, cell, 1, CELL_H, CELL_W)
-    x_stride_h, y_stride_h = x_strides[2] * X_UNIT, y_strides[2] * Y_UNIT
+    x_stride_h, y_stride_h = shown(x_strides[2]) * X_UNIT, shown(y_strides[2]) * Y_UNIT
     sources = ()
     rows = ()
     for k in tl.static_range(len(FACTORS)):

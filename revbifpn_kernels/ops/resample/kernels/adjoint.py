@@ -11,6 +11,7 @@ the lanes beside. In channels_last it loads a halo of columns and sums over them
 import triton
 import triton.language as tl
 
+from ...tiling import shown
 from .cells import (
     cell_pointer,
     first_tap,
@@ -260,7 +261,7 @@ def open_result(
     is_new: tl.constexpr = completed_row(-HALO - 1, FACTOR, BILINEAR) is not None
     last = () if is_new else zeros
     carried = (zeros, last) if BILINEAR else (last, ())
-    return (ptr, strides[2] * UNIT, strides[3], cell), carried
+    return (ptr, shown(strides[2]) * UNIT, strides[3], cell), carried
 
 
 @triton.jit
@@ -278,7 +279,7 @@ def adjoint_cells(
     HALO: tl.constexpr = largest_halo(FACTORS, MODE)
     _, _, row, _, cells_h, _ = cell
     grad_ptr = cell_pointer(grad_ptr, grad_strides, GRAD_UNIT, cell, 1, CELL_H, CELL_W)
-    stride_h, stride_w = grad_strides[2] * GRAD_UNIT, grad_strides[3]
+    stride_h, stride_w = shown(grad_strides[2]) * GRAD_UNIT, grad_strides[3]
     results = ()
     carried = ()
     for k in tl.static_range(len(FACTORS)):

@@ -14,6 +14,7 @@ same bits for the same element, which the lattice relies on.
 import triton
 import triton.language as tl
 
+from ...tiling import shown
 from .lanes import GROUP, is_left_half, lanes_beside, side_borders, take_lanes
 
 
@@ -53,11 +54,11 @@ def cell_pointer(
 ):  # fmt: skip
     """Each lane's first element in a map that is FACTOR times smaller than the one cut into cells.
 
-    Strides of n, c and h are in UNITs of elements, so the compiler knows what divides them.
+    Strides of n, c and h are `hidden`, in UNITs of elements: the compiler knows what divides them.
     """
     n, c, row, col, _, _ = cell
-    plane = (n * strides[0] + c * strides[1]) * UNIT
-    rows = row.to(tl.int64) * (CELL_H // FACTOR) * strides[2] * UNIT
+    plane = (n * shown(strides[0]) + c * shown(strides[1])) * UNIT
+    rows = row.to(tl.int64) * (CELL_H // FACTOR) * shown(strides[2]) * UNIT
     if is_half(FACTOR, CELL_W):
         col = col // 2
     return ptr + plane + rows + col.to(tl.int64) * pixels_along(FACTOR, CELL_W) * strides[3]
