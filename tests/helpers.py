@@ -15,11 +15,11 @@ FEW = 1  # elements of an output whose largest error is a matter of chance
 
 
 def as_dtype(values, dtype: torch.dtype):
-    """`values` with every tensor, and every dtype among the options, turned into `dtype`."""
+    """`values` with all tensors of floats, and all dtypes among the options, turned to `dtype`."""
 
     def turn(leaf):
         if isinstance(leaf, Tensor):
-            return leaf.detach().to(dtype)
+            return leaf.detach().to(dtype) if leaf.is_floating_point() else leaf
         return dtype if isinstance(leaf, torch.dtype) else leaf
 
     return tree_map(turn, values)

@@ -1,7 +1,7 @@
 """Op calls that together launch every kernel of RevBiFPN's training steps, kept in calls.json.gz.
 
 PYTHONPATH=.:tests python tests/ptx/calls.py find    # anew, after a change of launch plans
-PYTHONPATH=.:tests python tests/ptx/calls.py check   # all of them, on all cores; the tests run a part
+PYTHONPATH=.:tests python tests/ptx/calls.py check   # all of them; the tests run a part
 """
 
 import dataclasses
