@@ -59,20 +59,12 @@ def column_weight(j, r, factor):
 
 
 @triton.jit
-def mirrored_rows(at_start, at_end, stride):
-    """(offset, stride) of the rows before and after a cell's edge, each going away from it.
-
-    At the map's border the outputs inside are read again, mirrored. A coordinate is clamped there,
-    and the weight that clamping adds to the border's pixel is that of the mirrored output.
-    """
-    before = tl.where(at_start, 0, -stride), tl.where(at_start, stride, -stride)
-    after = tl.where(at_end, -stride, 0), tl.where(at_end, -stride, stride)
-    return before, after
-
-
-@triton.jit
 def load_window(ptr, stride_w, cell, HALO: tl.constexpr, CELL_W: tl.constexpr):
-    """CELL_W columns and HALO more on both sides, in channels_last; mirrored at the borders."""
+    """CELL_W columns and HALO more on both sides, in channels_last; mirrored at the map's borders.
+
+    A coordinate is clamped at a border, and the weight that clamping adds to the pixel there is
+    that of the mirrored output.
+    """
     at_left, at_right = side_borders(cell)
     columns = ()
     for j in tl.static_range(CELL_W):
@@ -274,7 +266,8 @@ def adjoint_cells(
     """ds_k = α·R_kᵀ(grad) for the source pixels of each lane's chain of cells.
 
     Step g reads the CELL_H rows that start HALO above cell g: a source row is complete once the
-    outputs half a source pixel below it are in, so there is one step more than cells.
+    outputs half a source pixel below it are in, so there is one step more than cells. Rows beyond
+    the map are mirrored, as columns in `load_window`.
     """
     HALO: tl.constexpr = largest_halo(FACTORS, MODE)
     _, _, row, _, cells_h, _ = cell
@@ -291,13 +284,10 @@ def adjoint_cells(
         carried = carried + (sums,)
     for step in range(chain + (1 if HALO > 0 else 0)):
         owned = (mask & (step > 0), mask & (step < chain))
-        above, below = mirrored_rows(row + step == 0, row + step == cells_h, stride_h)
+        at_top, at_bottom = row + step == 0, row + step == cells_h
         step_ptr = grad_ptr + step * (CELL_H * stride_h)
         for i in tl.static_range(-HALO, CELL_H - HALO):
-            if i < 0:
-                row_ptr = step_ptr + (above[0] + (-1 - i) * above[1])
-            else:
-                row_ptr = step_ptr + (below[0] + i * below[1])
+            row_ptr = step_ptr + tl.where(at_top if i < 0 else at_bottom, -1 - i, i) * stride_h
             if CHANNELS_LAST:
                 outputs = load_window(row_ptr, stride_w, cell, HALO, CELL_W)
             else:
