@@ -61,6 +61,11 @@ def in_exact_mode(call: Call) -> Call:
     return Call(call.op, (*call.arguments[:-1], LATTICE)) if is_fusion else call
 
 
+def elements(call: Call) -> int:
+    """Of the largest tensor."""
+    return max(leaf.elements for leaf in tree_leaves(call.arguments) if isinstance(leaf, Spec))
+
+
 def kernels(call: Call) -> frozenset:
     return frozenset(kernel_key(*planned) for planned in call.launches())
 
@@ -135,9 +140,15 @@ def random_tensor(spec: Spec) -> Tensor:
 
 
 def outputs(op: str, arguments: tuple, keys=None) -> list[Tensor]:
-    """What a call returns, then what it wrote to; its arguments stay."""
+    """What a call returns, then what it wrote to; its arguments stay, and `out` starts as NaN."""
     function = getattr(torch.ops.revbifpn, op).default
     arguments = tree_map_only(Tensor, copied, arguments)
+    if op == "resample_add_out":
+        next(
+            given
+            for argument, given in zip(function._schema.arguments, arguments, strict=True)
+            if argument.name == "out"
+        ).fill_(torch.nan)
     result = function.redispatch(keys, *arguments) if keys else function(*arguments)
     written = [
         given
