@@ -53,7 +53,7 @@ def test_a_kernel_without_faults():
 
 
 def test_read_past_the_end():
-    with pytest.raises(Fault, match=r"out of bounds: \d+ bytes at argument 1.*\n.*test_faults.py"):
+    with pytest.raises(Fault, match=r"out of bounds: \d+ bytes at argument 1.*\n.*test_gpu_faults.py"):
         run_copy(torch.empty(200), torch.randn(200), shift=8)
 
 
