@@ -100,6 +100,7 @@ def _instruction(statement: str, scopes: _Scopes, place: str) -> Instruction:
     opcode, _, given = rest.partition(" ")
     tokens = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s|]+", given)
     operands = [scopes.operand(token) for token in tokens]
+    opcode = opcode.replace("shared::cta", "shared")  # as Triton 3.8 writes it
     return Instruction(opcode, operands, guard, is_negated, place, statement)
 
 
