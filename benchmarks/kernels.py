@@ -229,8 +229,9 @@ def traffic_columns(launch: Launch, kernel, operands: dict, shape: Sequence[int]
     """What a launch's accesses cost: per request of a warp, and per element of x."""
     blocks = math.prod(launch.grid)
     per_image = max(1, blocks // shape[0])
-    first = shape[0] // 2 * per_image
-    counted = range(first, first + min(per_image, MOST_COUNTED))
+    count = min(per_image, MOST_COUNTED)
+    first = min(shape[0] // 2 * per_image, blocks - count)
+    counted = range(first, first + count)
     given = {**operands, **launch.args, **launch.constants}
     traffic = count_traffic(kernel, given, launch.grid, counted)
     total, elements = traffic.total, math.prod(shape) * len(counted) / blocks
@@ -238,7 +239,7 @@ def traffic_columns(launch: Launch, kernel, operands: dict, shape: Sequence[int]
     wavefronts = total.wavefronts + traffic.shared_wavefronts
     return {
         "sectors_per_request": f"{total.sectors / total.requests:.2f}",
-        "fewest_sectors": f"{total.fewest / total.requests:.2f}",
+        "fewest_sectors": f"{total.fewest_sectors / total.requests:.2f}",
         "l2_bytes": f"{traffic.l2_bytes() / elements:.3f}",
         "dram_bytes": f"{dram / elements:.3f}",
         "l1_over_dram": f"{wavefronts * BYTES_PER_WAVEFRONT / dram:.2f}",

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
+import triton.language as tl  # noqa: F401 (the interpreter wants it beside every kernel)
 
 from .layout import Geometry
 
@@ -67,7 +68,8 @@ def cut_into_cells(maps: Sequence[Geometry], *resampled: Sequence[Geometry]) -> 
         if rows % length == 0 and (length == 1 or cells >= 2 * LANES_TO_FILL * length)
     )
     lanes = cells // chain
-    if lanes + BLOCK > INT32_MAX:
+    # Of 32 lanes two may own no cell (kernels/lanes.py).
+    if lanes * 16 // 15 + 2 * BLOCK > INT32_MAX:
         return None
     return Cells(factors, height, width, rows, columns, chain, lanes, channels_last)
 
@@ -89,16 +91,16 @@ def _has_short_rows(tensor: Geometry) -> bool:
 
 
 def hidden(stride: int) -> int:
-    """An odd number for a stride: Triton compiles a kernel anew for 1 and for multiples of 16.
+    """4·stride + 2: Triton compiles a kernel anew where a number is 1 or a multiple of 16.
 
     Inside tuples, `do_not_specialize` does not prevent that. In kernels, `shown` undoes it.
     """
-    return 2 * stride + 1
+    return 4 * stride + 2
 
 
 @triton.jit
 def shown(hidden_stride):
-    return hidden_stride >> 1
+    return hidden_stride >> 2
 
 
 def strides_in_units(

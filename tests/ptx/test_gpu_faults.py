@@ -32,6 +32,11 @@ def halve_kernel(y_ptr, x_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def sum_kernel(y_ptr, x_ptr, BLOCK: tl.constexpr):
+    tl.store(y_ptr, tl.sum(tl.load(x_ptr + tl.arange(0, BLOCK))))
+
+
+@triton.jit
 def last_kernel(y_ptr, count, BLOCK: tl.constexpr):
     """y[i] += 1; lanes past the end read the last element, and lose it."""
     i = tl.arange(0, BLOCK)
@@ -53,12 +58,12 @@ def test_a_kernel_without_faults():
 
 
 def test_read_past_the_end():
-    with pytest.raises(Fault, match=r"out of bounds: \d+ bytes at argument 1.*\n.*test_gpu_faults.py"):
+    with pytest.raises(Fault, match=r"out of bounds: 4 bytes at x_ptr \+800 of.*\n.*gpu_faults.py"):
         run_copy(torch.empty(200), torch.randn(200), shift=8)
 
 
 def test_write_past_the_end():
-    with pytest.raises(Fault, match="out of bounds: .* at argument 0"):
+    with pytest.raises(Fault, match="out of bounds: .* at y_ptr"):
         run_copy(torch.empty(192), torch.randn(200))
 
 
@@ -71,7 +76,7 @@ def test_read_beside_a_slice():
 
 def test_read_of_what_nobody_wrote():
     x = torch.randn(200)
-    with pytest.raises(Fault, match="unwritten memory is read: argument 1"), emulated_gpu():
+    with pytest.raises(Fault, match="unwritten memory is read: x_ptr"), emulated_gpu():
         copy_kernel[(2,)](torch.empty(200), torch.empty_like(x), 200, 0, 128)
     with emulated_gpu():
         written = torch.empty_like(x)
@@ -80,14 +85,22 @@ def test_read_of_what_nobody_wrote():
         copy_kernel[(2,)](torch.empty_like(x), torch.empty_like(x).copy_(x), 200, 0, 128)
 
 
+def test_read_of_what_an_earlier_kernel_left_out():
+    with pytest.raises(Fault, match="unwritten memory is read: x_ptr"), emulated_gpu() as gpu:
+        half, x = torch.empty(200), torch.randn(200)
+        copy_kernel[(1,)](half, x, 100, 0, 128)
+        assert gpu.written(half).sum() == 100
+        copy_kernel[(2,)](torch.empty(200), half, 200, 0, 128)
+
+
 def test_two_threads_write_an_element():
-    with pytest.raises(Fault, match="an element of argument 0 is written twice"):
+    with pytest.raises(Fault, match="an element of y_ptr is written twice"):
         with emulated_gpu():
             halve_kernel[(1,)](torch.empty(64), torch.randn(128), 128)
 
 
 def test_two_blocks_write_an_element():
-    with pytest.raises(Fault, match="an element of argument 0 is written twice"):
+    with pytest.raises(Fault, match="an element of y_ptr is written twice"):
         with emulated_gpu():
             last_kernel[(2,)](torch.randn(100), 100, 128)
 
@@ -96,7 +109,7 @@ def test_two_blocks_write_an_element():
 def test_threads_read_what_others_write(shift):
     """Whichever comes first in the emulation: nothing orders them on a GPU."""
     whole = torch.randn(202)
-    with pytest.raises(Fault, match="is read by one thread and written by another"):
+    with pytest.raises(Fault, match=r"is read by one thread and written by another\n.*ld\.global"):
         run_copy(whole[1:201], whole, shift=1 + shift)
 
 
@@ -153,6 +166,33 @@ def test_a_barrier_that_some_threads_miss():
     diverging = edited(r"(?s)(@%p\d+)( st\.global.*?)bar\.sync\s+0;", r"\1\2\1 bar.sync 0;")
     with pytest.raises(Fault, match="bar.sync that not all threads"), emulated_gpu(edit=diverging):
         statistics(torch.randn(2, 16, 24, 24))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ((r"31, -1;", "31, 65535;"), Fault, "shfl.sync that not all the lanes it names reach"),
+        ((r"bar\.sync\s+0;", "bar.sync 0, 64;"), NotImplementedError, "a barrier of some threads"),
+        ((r"add\.f32", "add.bf16"), NotImplementedError, r"add.bf16\n  at sum_kernel"),
+    ],
+)
+def test_what_is_wrong_or_not_known_in_a_sum(change, error, message):
+    with pytest.raises(error, match=message), emulated_gpu(edit=edited(*change)):
+        sum_kernel[(1,)](torch.empty(1), torch.randn(512), 512)
+
+
+def test_traffic_of_a_copy():
+    """7 warps, whose 128 bytes fill 4 sectors and one line; the last has a fourth of them."""
+    gpu = run_copy(torch.empty(200), torch.randn(200), counts_traffic=True)
+    traffic = gpu.launches[0].traffic
+    for requests in (*traffic.loads.values(), *traffic.stores.values()):
+        assert (requests.requests, requests.sectors, requests.fewest_sectors) == (7, 25, 25)
+        assert requests.wavefronts == 7
+    assert traffic.l2_bytes() == traffic.dram_bytes(2**20) == 1600
+    # 16 bytes on, each warp touches a sector and a line more.
+    gpu = run_copy(torch.empty(200), torch.randn(204), shift=4, counts_traffic=True)
+    (loads,) = gpu.launches[0].traffic.loads.values()
+    assert (loads.sectors, loads.fewest_sectors, loads.wavefronts) == (32, 25, 13)
 
 
 ADD_FAULTS = {

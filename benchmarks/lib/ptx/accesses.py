@@ -5,8 +5,9 @@ import re
 import numpy as np
 
 from .arithmetic import U, u32, u64
-from .memory import WARP, Fault
+from .memory import Fault
 from .program import Instruction, bits_of
+from .traffic import WARP
 
 
 def _check_aligned(address: np.ndarray, width: int) -> None:
@@ -20,7 +21,7 @@ def _load(machine, space: str, address, width: int, lanes, number: int) -> np.nd
         if machine.traffic:
             machine.traffic.count_shared(address, width, lanes)
         return machine.shared.load(address, width, lanes)
-    data = machine.memory.load(address, width, machine.global_thread[lanes])
+    data = machine.memory.load(address, width, machine.global_thread[lanes], number)
     if machine.traffic:
         blocks = machine.blocks[lanes]
         machine.traffic.count_global(number, address, width, lanes, blocks, is_store=False)
@@ -121,8 +122,8 @@ def compile_copy(machine, instruction: Instruction, number: int):
             machine.copy_group[... if mask is None else mask] += 1
 
         return commit
-    if kind in ("wait_group", "wait_all"):
-        left = instruction.operands[0].value if instruction.operands else 0
+    if kind == "wait_group":
+        left = instruction.operands[0].value
         return lambda mask: _finish_copies(machine, left, mask)
     target, source, size, *taken = instruction.operands
     width = size.value
@@ -145,8 +146,7 @@ def compile_copy(machine, instruction: Instruction, number: int):
         data = np.zeros((len(lanes), width), np.uint8)
         if some.any():
             data[some] = _load(machine, "global", address[some], width, lanes[some], number)
-        if machine.shared.overwrites(at, width, lanes).any():
-            raise Fault("race: cp.async overwrites what another thread reads")
+        machine.shared.await_copy(at, width, lanes)
         machine.copies.append((lanes, machine.copy_group[lanes].copy(), at, data, number))
 
     return copy

@@ -145,6 +145,8 @@ def _multiplication(base: str, parts: list[str]) -> Meaning | None:
     if kind in F.values() and base == "mul":
         return np.multiply, [kind, kind]
     wide = (S if parts[-1][0] == "s" else U).get(2 * bits)
+    if base == "mad" and "hi" in parts:
+        return None
     if base == "mad":
         if "wide" in parts:
             return lambda a, b, c: a.astype(wide) * b.astype(wide) + c, [kind, kind, wide]
@@ -178,6 +180,8 @@ def _of_bits(base: str, parts: list[str]) -> Meaning | None:
 
 def meaning(parts: list[str]) -> Meaning:
     """What an instruction with these parts of its opcode computes."""
+    if parts[-1].startswith("bf16") or parts[-1] == "f16x2":  # Triton computes in float32
+        raise NotImplementedError(".".join(parts))
     base, bits, kind = parts[0], bits_of(parts[-1]), type_of(parts[-1])
     is_float = kind in F.values()
     plain = kind if is_float else U[bits]

@@ -44,24 +44,32 @@ class Launched:
 
 
 class _Allocations(TorchDispatchMode):
-    """Knows which storages came uninitialised from an allocation and were not written since."""
+    """Knows which elements of tensors that came uninitialised have been written since.
+
+    An operator of PyTorch that writes to one counts as having written all of its storage.
+    """
 
     EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
     def __init__(self) -> None:
         super().__init__()
         # The tensors are kept, so that no other takes their address.
-        self.unwritten: dict[int, torch.Tensor] = {}
+        self.known: dict[int, tuple[torch.Tensor, np.ndarray]] = {}
+
+    def of(self, tensor: torch.Tensor) -> np.ndarray | None:
+        """Which elements of the tensor's storage were written; None: all of its own."""
+        return self.known.get(_storage(tensor), (None, None))[1]
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
         schema = function._schema
         if schema.name.removeprefix("aten::") in self.EMPTY:
-            self.unwritten[_storage(result)] = result
+            elements = result.untyped_storage().nbytes() // result.itemsize
+            self.known[_storage(result)] = result, np.zeros(elements, bool)
         elif schema.is_mutable:
             for leaf in tree_leaves((arguments, keywords)):
                 if isinstance(leaf, torch.Tensor):
-                    self.unwritten.pop(_storage(leaf), None)
+                    self.known.pop(_storage(leaf), None)
         return result
 
 
@@ -84,41 +92,48 @@ class EmulatedGpu:
     def __post_init__(self) -> None:
         self.allocations = _Allocations()
 
-    def launch(self, program: Program, metadata: Any, grid, pairs) -> None:
-        """Run a program on (type, value) pairs of its arguments."""
-        memory, tensors = GlobalMemory(), []
+    def launch(self, program: Program, metadata: Any, grid, triples) -> None:
+        """Run a program on (name, type, value) of each of its arguments."""
+        memory = GlobalMemory()
 
-        def address(tensor: torch.Tensor) -> int:
-            tensors.append(tensor)
-            return memory.add(tensor, _storage(tensor) not in self.allocations.unwritten)
+        def address(name: str, tensor: torch.Tensor) -> int:
+            return memory.add(tensor, name, self.allocations.of(tensor))
 
-        arguments = _as_bits(program, pairs, address)
+        arguments = _as_bits(program, triples, address)
         traffic = Traffic() if self.counts_traffic else None
         machine = Machine(program, memory, arguments, grid, metadata.shared, traffic)
         machine.run(self.blocks(int(np.prod(grid))) if self.blocks else None)
-        for tensor in tensors:
-            if memory.is_stored_to(tensor):
-                self.allocations.unwritten.pop(_storage(tensor), None)
         self.launches.append(Launched(program.name, program, metadata, grid, traffic))
+
+    def written(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Which elements of a tensor have been written since it was allocated."""
+        known = self.allocations.of(tensor)
+        if known is None:
+            return torch.ones(tensor.shape, dtype=torch.bool)
+        place = tensor.shape, tensor.stride(), tensor.storage_offset()
+        return torch.from_numpy(known).as_strided(*place).clone()
 
 
 def count_traffic(kernel: Any, arguments: dict[str, Any], grid, blocks: Sequence[int]) -> Traffic:
     """That of some blocks of a kernel as Triton compiled it, on tensors that need no memory."""
     program, memory, traffic = _parsed(kernel.asm["ptx"]), NoMemory(), Traffic()
     signature = kernel.src.signature
-    pairs = _flatten(tuple(signature.values()), [arguments[name] for name in signature])
-    bits = _as_bits(program, pairs, lambda tensor: memory.add(tensor, True))
+    given = [arguments[name] for name in signature]
+    triples = _flatten(tuple(signature), tuple(signature.values()), given)
+    bits = _as_bits(program, triples, lambda name, tensor: memory.add(tensor, name, None))
     sides = (*grid, 1, 1)[:3]
     Machine(program, memory, bits, sides, kernel.metadata.shared, traffic).run(blocks)
     return traffic
 
 
-def _as_bits(program: Program, pairs, address: Callable[[torch.Tensor], int]) -> list[np.ndarray]:
+def _as_bits(
+    program: Program, triples, address: Callable[[str, torch.Tensor], int]
+) -> list[np.ndarray]:
     """A program's parameters; the last ones, scratch memory, are not used."""
     values = []
-    for kind, value in pairs:
+    for name, kind, value in triples:
         if kind.startswith("*"):
-            values.append(address(value))
+            values.append(address(name, value))
         elif kind == "fp32":
             values.append(int(np.float32(value).view(np.uint32)))
         else:
@@ -137,13 +152,15 @@ def _checked_integer(kind: str, value: int) -> int:
     return int(value)
 
 
-def _flatten(signature: Sequence, arguments: Sequence) -> Iterator[tuple[str, Any]]:
-    """(type, value) of each argument that a compiled kernel takes; tuples in place."""
-    for kind, value in zip(signature, arguments, strict=True):
+def _flatten(
+    names: Sequence[str], signature: Sequence, arguments: Sequence
+) -> Iterator[tuple[str, str, Any]]:
+    """(name, type, value) of each argument that a compiled kernel takes; tuples in place."""
+    for name, kind, value in zip(names, signature, arguments, strict=True):
         if isinstance(kind, tuple):
-            yield from _flatten(kind, value)
+            yield from _flatten([f"{name}[{k}]" for k in range(len(kind))], kind, value)
         elif kind != "constexpr":
-            yield kind, value
+            yield name, kind, value
 
 
 @functools.cache
@@ -177,11 +194,11 @@ class _Driver(DriverBase):
         self.gpu: EmulatedGpu | None = None
 
     def launcher_cls(self, source, metadata):
-        kinds = tuple(source.signature.values())
+        names, kinds = tuple(source.signature), tuple(source.signature.values())
 
         def launch(x, y, z, stream, ptx, packed, launch_metadata, enter, leave, *arguments):
             text = self.gpu.edit(ptx) if self.gpu.edit else ptx
-            self.gpu.launch(_parsed(text), metadata, (x, y, z), _flatten(kinds, arguments))
+            self.gpu.launch(_parsed(text), metadata, (x, y, z), _flatten(names, kinds, arguments))
 
         return launch
 
@@ -208,24 +225,24 @@ class _Driver(DriverBase):
         return 0
 
 
-@functools.cache
-def _driver() -> _Driver:
-    driver = _Driver()
-    knobs.runtime.kernel_load_start_hook.add(driver.utils.keep_ptx)
-    return driver
+_driver = functools.cache(_Driver)
 
 
 @contextlib.contextmanager
 def emulated_gpu(**options: Any) -> Iterator[EmulatedGpu]:
     """Inside, kernels launched on CPU tensors run as the PTX compiled for sm_90.
 
-    Takes the fields of `EmulatedGpu`. Raises `Fault` where a GPU would trap, race or read what
-    nobody wrote.
+    Takes the fields of `EmulatedGpu`. Raises `Fault` where a GPU would trap, race, or read from a
+    tensor that was allocated inside what neither a kernel nor PyTorch has written.
     """
+    if knobs.runtime.interpret:
+        raise RuntimeError("emulated_gpu needs compiled kernels: unset TRITON_INTERPRET")
     driver, gpu = _driver(), EmulatedGpu(**options)
+    knobs.runtime.kernel_load_start_hook.add(driver.utils.keep_ptx)
     before, driver_in_use._active, driver.gpu = (driver_in_use._active, driver.gpu), driver, gpu
     try:
         with gpu.allocations:
             yield gpu
     finally:
         driver_in_use._active, driver.gpu = before
+        knobs.runtime.kernel_load_start_hook.remove(driver.utils.keep_ptx)

@@ -4,7 +4,8 @@ The lanes that run together execute in lockstep, those at the lowest position fi
 rejoin where the compiler wrote them to.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -22,9 +23,9 @@ from .arithmetic import (
     u32,
     u64,
 )
-from .memory import WARP, Fault, GlobalMemory, SharedMemory
+from .memory import Fault, GlobalMemory, SharedMemory
 from .program import Instruction, Operand, Program, bits_of
-from .traffic import Traffic
+from .traffic import WARP, Traffic
 
 # What a register holds that nobody wrote; LLVM packs such halves and never uses them.
 UNDEFINED = 0x7FBADBAD7FBADBAD
@@ -48,18 +49,22 @@ class Machine:
     ) -> None:
         self.program, self.memory, self.arguments = program, memory, arguments
         self.grid, self.shared_bytes, self.traffic = grid, shared_bytes, traffic
-        self.run_of = [self._compile(each, k) for k, each in enumerate(program.code)]
+        self.run_of = []
+        for position, instruction in enumerate(program.code):
+            with self._naming(position):
+                self.run_of.append(self._compile(instruction, position))
 
     def run(self, blocks: Sequence[int] | None = None) -> None:
         """Run the given blocks, by default all, and check what only the end shows."""
         if blocks is None:
             blocks = range(int(np.prod(self.grid)))
         self._run(blocks)
-        results = self.memory.poison_races()
-        if results is not None:
+        position = self.memory.poison_races()
+        if position is not None:
             self.traffic = None
             self._run(blocks)
-            self.memory.check_results(results)
+            with self._naming(position):
+                self.memory.check_results()
 
     def _run(self, blocks: Sequence[int]) -> None:
         for first in range(0, len(blocks), TOGETHER):
@@ -73,7 +78,7 @@ class Machine:
         self.lanes = np.arange(self.count)
         self.blocks = np.repeat(blocks, threads)
         self.thread = (self.lanes % threads).astype(u32)
-        self.global_thread = (self.blocks * threads + self.thread).astype(np.int32)
+        self.global_thread = self.blocks.astype(np.int64) * threads + self.thread
         self.registers: list[np.ndarray | None] = [None] * len(self.program.registers)
         self.shared = SharedMemory(len(blocks), self.shared_bytes, threads)
         # Copies under way, and the group that each lane's next copy belongs to.
@@ -123,12 +128,18 @@ class Machine:
         return lanes & (~held if instruction.is_negated else held)
 
     def _step(self, at: int, mask: Mask) -> None:
-        try:
+        with self._naming(at):
             self.run_of[at](mask)
-        except Fault as fault:
-            instruction = self.program.code[at]
+
+    @contextlib.contextmanager
+    def _naming(self, position: int) -> Iterator[None]:
+        """Errors name the instruction and its line in the Triton source."""
+        try:
+            yield
+        except (Fault, NotImplementedError) as error:
+            instruction = self.program.code[position]
             where = f"{self.program.name} {instruction.place}: {instruction.text}"
-            raise Fault(f"{fault}\n  at {where}") from None
+            raise type(error)(f"{error}\n  at {where}") from None
 
     # Registers and operands
     def get(self, index: int) -> np.ndarray:
@@ -200,15 +211,14 @@ class Machine:
         if base == "cp":
             return compile_copy(self, instruction, number)
         if base in ("bar", "barrier"):
-            return self._warp_barrier if "warp" in parts else self._barrier
+            if "warp" in parts or [each.value for each in instruction.operands] != [0]:
+                raise NotImplementedError("a barrier of some threads")
+            return self._barrier
         special = {"shfl": self._shuffle, "mov": self._move, "cvt": self._convert}
         return special.get(base, self._arithmetic)(instruction)
 
     def _barrier(self, mask: Mask) -> None:
         self.shared.barrier(np.ones(self.count, bool) if mask is None else mask)
-
-    def _warp_barrier(self, mask: Mask) -> None:
-        self.shared.warp_barrier(self.lanes if mask is None else np.nonzero(mask)[0])
 
     def _arithmetic(self, instruction: Instruction) -> Run:
         target, *sources = instruction.operands
@@ -257,6 +267,8 @@ class Machine:
     def _convert(self, instruction: Instruction) -> Run:
         target, *sources = instruction.operands
         to, given = instruction.parts[-2:]
+        if not {"cvt", "rn", "rzi", "rni", "rmi", "rpi", to, given} >= set(instruction.parts):
+            raise NotImplementedError(instruction.opcode)
         narrow = to_bf16 if to.startswith("bf16") else to_half
         if to in ("bf16x2", "f16x2"):
             high, low = (self.reader(source, f32) for source in sources)
@@ -292,7 +304,7 @@ class Machine:
 
         def shuffle(mask: Mask) -> None:
             lane = (self.lanes % WARP).astype(np.int64)
-            by, bounds = other().astype(np.int64), clamp().astype(np.int64)
+            by, bounds = other().astype(np.int64) & 31, clamp().astype(np.int64)
             segment = bounds >> 8 & 31
             limit = lane & segment | bounds & 31 & ~segment
             source = {
@@ -303,10 +315,11 @@ class Machine:
             }[mode]()
             is_valid = source >= limit if mode == "up" else source <= limit
             at = self.lanes - lane + np.where(is_valid, source, lane)
-            named = members() >> lane.astype(u32) & u32(1) == 1
-            active = named if mask is None else mask
-            if not (named[active].all() and active[at[active]].all()):
-                raise Fault("shfl.sync of lanes that do not all take part")
+            named = np.broadcast_to(members() >> lane.astype(u32) & u32(1) == 1, (self.count,))
+            active = np.ones(self.count, bool) if mask is None else mask
+            in_use = active.reshape(-1, WARP).any(1).repeat(WARP)
+            if (active != named)[in_use].any() or not named[at[active]].all():
+                raise Fault("shfl.sync that not all the lanes it names reach")
             self.put(target, np.broadcast_to(read(), (self.count,))[at], mask)
             for predicate in valid:
                 self.put(predicate, is_valid, mask)

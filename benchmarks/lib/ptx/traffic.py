@@ -5,19 +5,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .memory import WARP
-
 SECTOR, LINE = 32, 128
 BANKS, BANK_BYTES = 32, 4
+WARP = 32
 
 
 @dataclass
 class Requests:
-    """Sums over the requests of one instruction; `fewest` is what the same bytes would need."""
+    """Of one instruction; the bytes of its requests, side by side, would fill `fewest_sectors`."""
 
     requests: int = 0
     sectors: int = 0
-    fewest: int = 0
+    fewest_sectors: int = 0
     wavefronts: int = 0
 
     def __add__(self, other: "Requests") -> "Requests":
@@ -37,7 +36,7 @@ class Traffic:
     stores: dict[int, Requests] = field(default_factory=dict)
     shared_wavefronts: int = 0
     fewest_shared_wavefronts: int = 0
-    # (block, sector), a sector that is stored with its sign turned, in order of execution.
+    # (block, sector) pairs of each request, and whether it stores.
     touched: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
     def count_global(self, number, address, width, lanes, blocks, is_store: bool) -> None:
@@ -50,7 +49,7 @@ class Traffic:
         of = (self.stores if is_store else self.loads).setdefault(number, Requests())
         of.requests += count_unique(warp)
         of.sectors += count_unique(warp << 44 | sector)
-        of.fewest += int((-(-distinct // SECTOR)).sum())
+        of.fewest_sectors += int((-(-distinct // SECTOR)).sum())
         of.wavefronts += count_unique(together << 40 | address // LINE)
         pairs = np.unique(blocks.astype(np.int64) << 40 | sector)
         self.touched.append((pairs, np.full(len(pairs), is_store)))
