@@ -39,6 +39,13 @@ def other_order(line, match, rng):
     return line.replace(match[3], ", ".join(operands))
 
 
+def other_offset(line, match, rng):
+    """Of an access, in bytes of a small type; of a shuffle, in lanes."""
+    if match[2].startswith("shfl"):
+        return re.sub(r", (\d+), (\d+), -1;$", lambda m: f", {int(m[1]) ^ 1}, {m[2]}, -1;", line)
+    return re.sub(r"\+ (-?\d+) \]", lambda m: f"+ {int(m[1]) + rng.choice((-4, 4, 16))} ]", line)
+
+
 def no_guard(line, match, rng):
     return line.replace(match[1], "", 1) if match[1] else line
 
@@ -54,7 +61,7 @@ def other_register(line, match, rng):
     return line.replace(match[3], f"{target},{changed}")
 
 
-KINDS = other_opcode, other_number, other_order, no_guard, other_register
+KINDS = other_opcode, other_number, other_order, other_offset, no_guard, other_register
 
 
 def mutant(ptx: str, seed: int) -> tuple[str, str, str]:

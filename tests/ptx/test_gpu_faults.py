@@ -181,6 +181,11 @@ def test_what_is_wrong_or_not_known_in_a_sum(change, error, message):
         sum_kernel[(1,)](torch.empty(1), torch.randn(512), 512)
 
 
+def test_a_kernel_that_does_not_end():
+    with pytest.raises(Fault, match="copy_kernel does not end"):
+        run_copy(torch.empty(200), torch.randn(200), most_steps=10)
+
+
 def test_traffic_of_a_copy():
     """7 warps, whose 128 bytes fill 4 sectors and one line; the last has a fourth of them."""
     gpu = run_copy(torch.empty(200), torch.randn(200), counts_traffic=True)

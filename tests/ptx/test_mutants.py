@@ -1,5 +1,7 @@
 """Kernels with one instruction changed: the tests of the ops must notice."""
 
+import itertools
+
 import pytest
 import torch
 from helpers import IS_INTERPRETED, assert_as_accurate, same_bits
@@ -72,22 +74,28 @@ def norm_act_grad_cpu(*given):
     return torch.ops.revbifpn.norm_act_grad(*given, "silu", True)
 
 
-def is_noticed(run, check, expected, edit) -> bool:
-    """By a fault, by the judge of accuracy, or because the promised bits differ."""
+def survivor(run, check, expected, seed) -> str | None:
+    """The change, if neither a fault nor the judge of accuracy nor the promised bits show it.
+
+    None if it is not PTX that a GPU would take.
+    """
+    lines = []
+
+    def edit(ptx):
+        if lines or "totals" in ptx:  # a launch per mutant
+            return ptx
+        changed, *lines[:] = mutant(ptx, seed)
+        return changed
+
     try:
-        with emulated_gpu(edit=edit):
+        with emulated_gpu(edit=edit, most_steps=2**16):
             results = run()
         check(results)
     except (Fault, AssertionError):
-        return True
-    except (KeyError, NotImplementedError, ValueError):  # not PTX that a GPU would take
-        return True
-    return not same_bits(results, expected)
-
-
-MUTANTS = 30
-# What computes the same: a different scratch register, a bound that no lane reaches.
-ALLOWED = 0.02
+        return ""
+    except (KeyError, NotImplementedError, ValueError):
+        return None
+    return " -> ".join(lines) if same_bits(results, expected) else ""
 
 
 @pytest.fixture
@@ -98,24 +106,25 @@ def few_programs(monkeypatch):
     tiles._plan.cache_clear()
 
 
+MUTANTS = 16
+KERNELS = {
+    "add": (add, torch.bfloat16),
+    "adjoint": (adjoint, torch.float32),
+    "undo": (undo, torch.bfloat16),
+    "norm_grad": (norm_grad, torch.float32),
+}
+
+
 @pytest.mark.usefixtures("few_programs")
-@pytest.mark.parametrize("op", [add, adjoint, undo, norm_grad])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mutants_are_noticed(op, dtype):
-    run, check = op(dtype)
+@pytest.mark.parametrize("name", KERNELS)
+def test_mutants_are_noticed(name):
+    """But for one: some changes compute the same, as in lanes whose results nobody uses."""
+    make, dtype = KERNELS[name]
+    run, check = make(dtype)
     with emulated_gpu():
         expected = run()
     check(expected)
-    alive = []
-    for seed in range(MUTANTS):
-        lines = []
-
-        def edit(ptx, seed=seed, lines=lines):
-            if lines or "totals" in ptx:  # a launch per mutant
-                return ptx
-            changed, *lines[:] = mutant(ptx, seed)
-            return changed
-
-        if not is_noticed(run, check, expected, edit):
-            alive.append(" -> ".join(lines))
-    assert len(alive) <= ALLOWED * MUTANTS + 1, "\n".join(alive)
+    tried = (survivor(run, check, expected, seed) for seed in itertools.count())
+    valid = itertools.islice((each for each in tried if each is not None), MUTANTS)
+    alive = [each for each in valid if each]
+    assert len(alive) <= 1, "\n".join(alive)

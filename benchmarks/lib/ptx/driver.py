@@ -81,12 +81,14 @@ def _storage(tensor: torch.Tensor) -> int:
 class EmulatedGpu:
     """What to do with each launch, and what was done.
 
-    `blocks` chooses which blocks of a grid run; `edit` changes the PTX before it runs.
+    `blocks` chooses which blocks of a grid run; `edit` changes the PTX before it runs. A launch of
+    more than `most_steps` instructions is taken for one that does not end.
     """
 
     counts_traffic: bool = False
     blocks: Callable[[int], Sequence[int]] | None = None
     edit: Callable[[str], str] | None = None
+    most_steps: int = 2**24
     launches: list[Launched] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -101,7 +103,8 @@ class EmulatedGpu:
 
         arguments = _as_bits(program, triples, address)
         traffic = Traffic() if self.counts_traffic else None
-        machine = Machine(program, memory, arguments, grid, metadata.shared, traffic)
+        shared = metadata.shared
+        machine = Machine(program, memory, arguments, grid, shared, traffic, self.most_steps)
         machine.run(self.blocks(int(np.prod(grid))) if self.blocks else None)
         self.launches.append(Launched(program.name, program, metadata, grid, traffic))
 

@@ -46,9 +46,11 @@ class Machine:
         grid: tuple[int, int, int],
         shared_bytes: int,
         traffic: Traffic | None = None,
+        most_steps: int = 2**24,
     ) -> None:
         self.program, self.memory, self.arguments = program, memory, arguments
         self.grid, self.shared_bytes, self.traffic = grid, shared_bytes, traffic
+        self.steps_left = most_steps
         self.run_of = []
         for position, instruction in enumerate(program.code):
             with self._naming(position):
@@ -97,6 +99,9 @@ class Machine:
                 if waiting and at > min(waiting):
                     waiting[at] = lanes
                     break
+                self.steps_left -= 1
+                if self.steps_left < 0:
+                    raise Fault(f"{self.program.name} does not end")
                 instruction = code[at]
                 taken = self._taken(instruction, lanes)
                 at += 1

@@ -82,7 +82,7 @@ class GlobalMemory:
         self._next = 1 << 32
 
     def add(self, tensor: Tensor, name: str, known: np.ndarray | None) -> int:
-        """The address of a tensor's first element, aligned as the real one is.
+        """The address of a tensor's first element.
 
         `known` says which elements of its storage were written, and is kept up to date; None: all
         of the tensor's.
@@ -103,7 +103,8 @@ class GlobalMemory:
 
     def _buffer(self, tensor: Tensor, name: str, key: int, known: np.ndarray | None) -> Buffer:
         data, unit = _bytes_of(tensor), tensor.itemsize
-        start = -(-self._next // self.ALIGNMENT) * self.ALIGNMENT + key % self.ALIGNMENT
+        # Storages start as on a GPU; Triton sees whether 16 divides the CPU's address.
+        start = -(-self._next // self.ALIGNMENT) * self.ALIGNMENT + key % 16
         self._next = start + data.size + self.GAP
         count = -(-data.size // unit)
         allowed, writer = np.zeros(count, bool), np.zeros(count, np.int64)
