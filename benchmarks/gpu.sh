@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Builds, tests, checks and times the kernels on a machine with a CUDA GPU, in under nine minutes:
+# Builds, tests, checks and times the kernels on a machine with a CUDA GPU, within nine minutes:
 #     benchmarks/gpu.sh        (rows, page, figures and a log per step in $OUT, default ./gpu-out)
-# Without a repository around it, name the commit for the rows: BENCH_COMMIT=$(git rev-parse --short HEAD).
-# Uses the machine's own python3 and installs nothing. Every step has its own time limit, a failed one
+# Where .git is missing, set BENCH_COMMIT to the short hash of the commit. Installs nothing: python3 must have
+# torch, triton, timm, pytest, pytest-xdist, hypothesis, tqdm and matplotlib. Every step has its own time limit, a failed one
 # does not stop the next, and what is there when the machine is taken away stays in $OUT.
 #     GPU_REHEARSAL=1 benchmarks/gpu.sh        (without a GPU: few cases on a CPU; tests are only collected)
 set -u
@@ -63,7 +63,7 @@ sanitize() { # tool, expression
         python3 -m pytest -q -x -p no:cacheprovider $COLLECT tests/ops -m "gpu and not slow" -k "$2"
 }
 
-# What no GPU decides is shipped, not counted again.
+# The published figures need no GPU, so they are copied.
 report() {
     cp benchmarks/results/published.csv "$ROWS"
     python3 -m benchmarks.results --root "$OUT" --allow-dirty
@@ -73,8 +73,8 @@ export -f versions sanitize report
 NETWORKS="revbifpn_s0 revbifpn_s6 efficientnet_b0 efficientnet_b7 hrnet_w48"
 [ -n "$QUICK" ] && NETWORKS="revbifpn_s0"
 
-# Seconds expected on an H100 with 26 cores, and allowed: those sum to less than nine minutes. What
-# decides comes first. Where the expectations come from:
+# Seconds expected on an H100 with 26 cores, and allowed: those sum to less than nine minutes. The most
+# important steps run first. Where the expectations come from:
 #   build     14 files at 20 s, on 8 cores or more
 #   ahead     1000 kernels at 0.42 s and 60 networks on fake tensors at 6 s, on 16 cores or more
 #   tests     430 tests, 30 s of compiling on 12 processes, 20 s of imports and collection

@@ -1,4 +1,4 @@
-"""First calls of providers: compiling is over after them, and who is wrong gets no time."""
+"""First calls of providers: compiling is over after them, and wrong providers are not timed."""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from .record import Row
 
 # A CUDA graph of its own would copy the inputs at each call; the clock captures the call instead.
 COMPILERS = {"compile": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-RIVALS_MAY = 4.0  # err this many times as much as ours may
+RIVAL_ERROR_FACTOR = 4.0  # a rival may err this many times as much as ours
 Results = Sequence[Tensor]
 # Of results and slack: what is off by more than slack times the usual, or ""; the largest error.
 Compare = Callable[[Results, float], tuple[str, float]]
@@ -45,7 +45,7 @@ class FirstCalls:
             self.notes[name] = "out of memory" if is_full else failure
             gc.collect()
             return
-        fault, self.errors[name] = compare(results, 1.0 if is_ours else RIVALS_MAY)
+        fault, self.errors[name] = compare(results, 1.0 if is_ours else RIVAL_ERROR_FACTOR)
         if fault:
             self.notes[name] = f"{'WRONG' if is_ours else 'differs'}: {fault}"
         if not is_ours or self.device == "cuda":  # on CPUs ours is compiled already

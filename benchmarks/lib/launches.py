@@ -22,7 +22,7 @@ from .workloads import LAYOUTS
 
 Planned = tuple[Launch, dict[str, Any]]
 _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-# Any: it decides how Triton specialises, and that is the same for all of its vendor.
+# Any target of NVIDIA: Triton specialises arguments alike for all of them.
 _TARGET = GPUTarget("cuda", 90, 32)
 # Autograd refuses CUDA tensors where there is no GPU, so those on the CPU say that they are.
 _IS_ON_GPU = {"is_cpu": property(lambda _: False), "is_cuda": property(lambda _: True)}
@@ -50,7 +50,7 @@ class Spec:
         return storage.as_strided(self.shape, self.strides, self.offset)
 
 
-class Call(NamedTuple):
+class OpCall(NamedTuple):
     """An op of ours with its arguments, where tensors are given as what a launch depends on."""
 
     op: str
@@ -80,13 +80,13 @@ class _Calls(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[Call] = []
+        self.calls: list[OpCall] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "revbifpn":
             assert not kwargs, "our ops are called with positional arguments"
             name = func._schema.name.removeprefix("revbifpn::")
-            self.calls.append(Call(name, tree_map_only(Tensor, Spec.of, args)))
+            self.calls.append(OpCall(name, tree_map_only(Tensor, Spec.of, args)))
         if func is torch.ops.aten.batch_norm_elemt.default:  # it has no fake
             return torch.empty_like(args[0])
         return func(*args, **(kwargs or {}))
@@ -101,7 +101,7 @@ def calls_of_step(
     reversible: bool = True,
     *,
     is_exact: bool = False,
-) -> list[Call]:
+) -> list[OpCall]:
     """All calls of forward and backward, in order, on images of side × side pixels.
 
     With `is_exact` the network is the reversible one in exact mode.
@@ -119,7 +119,7 @@ def calls_of_step(
     return recorder.calls
 
 
-def distinct_launches(calls: list[Call]) -> Iterator[Planned]:
+def distinct_launches(calls: list[OpCall]) -> Iterator[Planned]:
     """A launch and its operands for each kernel that Triton compiles: launches that differ in sizes
     alone share one, and the first is yielded."""
     kernels = set()

@@ -57,7 +57,7 @@ class Timing:
 
     @property
     def loop_ms(self) -> float:
-        """Per call in a loop, which the slower of device and host sets the pace of."""
+        """Time per call in a loop: the larger of device and host time."""
         return max(self.p50, float(self.more.get("host_ms", 0)))
 
 

@@ -12,7 +12,7 @@ from revbifpn_kernels import resample_add, resample_add_, resample_adjoint, resa
 from revbifpn_kernels.ops.norm_act.forward import norm_act_reference
 from revbifpn_kernels.ops.norm_act.gradient import norm_act_grad_reference, norm_act_sums_reference
 from revbifpn_kernels.ops.norm_act.statistics import batch_statistics_reference
-from revbifpn_kernels.ops.resample.add import resample_add_reference
+from revbifpn_kernels.ops.resample.add import plan_resample_add, resample_add_reference
 from revbifpn_kernels.ops.resample.adjoint import resample_adjoint_reference
 from revbifpn_kernels.ops.resample.undo import resample_undo_reference
 
@@ -106,3 +106,16 @@ def test_norm_act_with_strides_beyond_2_31(name):
     results = ops["norm_act_grad"](*arguments, *gates, sums, "silu", True)
     reference = norm_act_grad_reference
     assert_as_accurate(results, reference, near.grad, *near.norm, *gates, act="silu")
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+def test_every_lane_has_a_number_of_32_bits(mode):
+    """Two of 32 lanes may own no cell, so there are more lanes than cells."""
+    last = 0
+    for N in (1_900_000_000, 2_005_000_000, 2_030_000_000, 2_140_000_000):
+        x, source = (torch.empty((N, 1, *side), device="meta") for side in ((2, 2), (1, 1)))
+        launch, _ = plan_resample_add(x, x, [source], [], [], 1.0, mode, None)
+        is_fast = "cells" in launch.kernel.__name__
+        assert not is_fast or launch.grid[0] * launch.constants["BLOCK"] <= 2**31
+        last = N if is_fast else last
+    assert last >= 2_005_000_000

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from tqdm import tqdm
 
-from benchmarks.lib.launches import Call, Spec, calls_of_step, kernel_key
+from benchmarks.lib.launches import OpCall, Spec, calls_of_step, kernel_key
 from benchmarks.lib.networks import LATTICE
 from benchmarks.lib.ptx import emulated_gpu
 from revbifpn_kernels import SIZES
@@ -41,7 +41,7 @@ SEPARATE = ("resample_add", "resample_add_out", "resample_undo", "resample_adjoi
 MOST_BLOCKS = 48
 
 
-def at_batch(call: Call, batch: int) -> Call:
+def at_batch(call: OpCall, batch: int) -> OpCall:
     """The call with `batch` images instead of MARK."""
 
     def resized(spec: Spec) -> Spec:
@@ -53,25 +53,25 @@ def at_batch(call: Call, batch: int) -> Call:
             spec, shape=shape, elements=spec.elements // MARK * batch + stride
         )
 
-    return Call(call.op, tree_map_only(Spec, resized, call.arguments))
+    return OpCall(call.op, tree_map_only(Spec, resized, call.arguments))
 
 
-def in_exact_mode(call: Call) -> Call:
+def in_exact_mode(call: OpCall) -> OpCall:
     """Fusions end with the lattice, or None; other calls are the same in exact mode."""
     is_fusion = call.op in FUSIONS and call.arguments[-1] is None
-    return Call(call.op, (*call.arguments[:-1], LATTICE)) if is_fusion else call
+    return OpCall(call.op, (*call.arguments[:-1], LATTICE)) if is_fusion else call
 
 
-def elements(call: Call) -> int:
+def elements(call: OpCall) -> int:
     """Of the largest tensor."""
     return max(leaf.elements for leaf in tree_leaves(call.arguments) if isinstance(leaf, Spec))
 
 
-def kernels(call: Call) -> frozenset:
+def kernels(call: OpCall) -> frozenset:
     return frozenset(kernel_key(*planned) for planned in call.launches())
 
 
-def recorded(step: tuple) -> list[Call]:
+def recorded(step: tuple) -> list[OpCall]:
     """The distinct calls of one step, of MARK images."""
     name, autocast, layout, mode = step
     side = SIZES[name].resolution
@@ -79,7 +79,7 @@ def recorded(step: tuple) -> list[Call]:
     return list({str(call): call for call in calls}.values())
 
 
-def found(calls: list[Call]) -> list[Call]:
+def found(calls: list[OpCall]) -> list[OpCall]:
     """Of calls of one op, those that launch kernels no earlier one does, with few images."""
     seen: set = set()
     chosen = []
@@ -92,7 +92,7 @@ def found(calls: list[Call]) -> list[Call]:
     return chosen
 
 
-def pairs(call: Call) -> set:
+def pairs(call: OpCall) -> set:
     """Pairs of what the call's kernels are compiled for: constants, dtypes, absent operands."""
     every = set()
     for launch, operands in call.launches():
@@ -106,7 +106,7 @@ def kind_of(operand) -> str:
     return str(operand.dtype if isinstance(operand, torch.Tensor) else type(operand).__name__)
 
 
-def covering(calls: list[Call]) -> list[bool]:
+def covering(calls: list[OpCall]) -> list[bool]:
     """Which calls to take so that together they have all pairs."""
     left = [pairs(call) for call in calls]
     missing, taken = set().union(*left), [False] * len(calls)
@@ -161,7 +161,7 @@ def copied(tensor: Tensor) -> Tensor:
     return Spec.of(tensor).on("cpu").copy_(tensor)
 
 
-def check(call: Call) -> None:
+def check(call: OpCall) -> None:
     """Assert that the call computes what its C++ op does, where blocks of it ran."""
     arguments = tree_map_only(Spec, random_tensor, call.arguments)
     with emulated_gpu(blocks=some_blocks if call.op in SEPARATE else None) as gpu:
@@ -190,16 +190,16 @@ def from_json(values: dict):
     )
 
 
-def read() -> list[tuple[Call, bool]]:
+def read() -> list[tuple[OpCall, bool]]:
     """The calls, and whether each is one of a set with all pairs."""
     lines = gzip.decompress(FILE.read_bytes()).decode().splitlines()
     found = (json.loads(line, object_hook=from_json) for line in lines)
-    return [(Call(op, tuple(arguments)), is_covering) for op, arguments, is_covering in found]
+    return [(OpCall(op, tuple(arguments)), is_covering) for op, arguments, is_covering in found]
 
 
-def write(steps: Iterable[list[Call]], pool: Executor) -> None:
+def write(steps: Iterable[list[OpCall]], pool: Executor) -> None:
     """The calls of all steps, also in exact mode, that launch kernels of their own."""
-    calls: dict[str, dict[str, Call]] = {}
+    calls: dict[str, dict[str, OpCall]] = {}
     for step in steps:
         for call in itertools.chain(step, map(in_exact_mode, step)):
             calls.setdefault(call.op, {})[str(call)] = call
@@ -215,7 +215,7 @@ def write(steps: Iterable[list[Call]], pool: Executor) -> None:
     print(f"{len(lines)} calls launch {len(every)} kernels")
 
 
-def problem(call: Call) -> str:
+def problem(call: OpCall) -> str:
     try:
         check(call)
     except Exception as error:

@@ -1,6 +1,7 @@
 """Kernels with one instruction changed: the tests of the ops must notice."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from helpers import IS_INTERPRETED, assert_as_accurate, same_bits
 from mutants import mutant
 
 from benchmarks.lib.ptx import Fault, emulated_gpu
+from revbifpn_kernels.ops import tiling
 from revbifpn_kernels.ops.norm_act import tiles
 from revbifpn_kernels.ops.norm_act.gradient import norm_act_grad_cuda, norm_act_sums_cuda
 from revbifpn_kernels.ops.resample.add import _resample_add_cuda, resample_add_reference
@@ -20,6 +22,7 @@ pytestmark = [
         torch.cuda.is_available() or IS_INTERPRETED, reason="needs kernels compiled for no GPU"
     ),
 ]
+RESAMPLE = "revbifpn_kernels.ops.resample"
 SIZES = [(12, 20), (6, 10), (3, 5)]
 FLAT = [side for size in SIZES for side in size]
 OPTIONS = {"alpha": 0.7, "mode": "bilinear"}
@@ -99,11 +102,19 @@ def survivor(run, check, expected, seed) -> str | None:
 
 
 @pytest.fixture
-def few_programs(monkeypatch):
+def loops(monkeypatch):
+    """Programs walk through several images and tiles, lanes through chains of several cells."""
+    plans = (
+        tiles._plan,
+        *(sys.modules[f"{RESAMPLE}.{op}"]._plan for op in ("add", "adjoint", "undo")),
+    )
     monkeypatch.setattr(tiles, "PROGRAMS", 2)
-    tiles._plan.cache_clear()
+    monkeypatch.setattr(tiling, "LANES_TO_FILL", 4)
+    for plan in plans:
+        plan.cache_clear()
     yield
-    tiles._plan.cache_clear()
+    for plan in plans:
+        plan.cache_clear()
 
 
 MUTANTS = 16
@@ -115,7 +126,7 @@ KERNELS = {
 }
 
 
-@pytest.mark.usefixtures("few_programs")
+@pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("name", KERNELS)
 def test_mutants_are_noticed(name):
     """But for one: some changes compute the same, as in lanes whose results nobody uses."""
