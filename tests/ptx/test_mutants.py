@@ -23,15 +23,15 @@ pytestmark = [
     ),
 ]
 RESAMPLE = "revbifpn_kernels.ops.resample"
-SIZES = [(12, 20), (6, 10), (3, 5)]
+SIZES = [(24, 20), (12, 10), (6, 5)]
 FLAT = [side for size in SIZES for side in size]
 OPTIONS = {"alpha": 0.7, "mode": "bilinear"}
 
 
 def maps(dtype):
-    """A grid of more than one block, whose last one is not full."""
-    x = torch.randn(2, 5, 24, 40).to(dtype)
-    return x, torch.randn_like(x), [torch.randn(2, 5, *size).to(dtype) for size in SIZES]
+    """Several blocks, the last not full; chains of cells that begin and end inside the maps."""
+    x = torch.randn(2, 7, 48, 40).to(dtype)
+    return x, torch.randn_like(x), [torch.randn(2, 7, *size).to(dtype) for size in SIZES]
 
 
 def add(dtype):
@@ -109,7 +109,7 @@ def loops(monkeypatch):
         *(sys.modules[f"{RESAMPLE}.{op}"]._plan for op in ("add", "adjoint", "undo")),
     )
     monkeypatch.setattr(tiles, "PROGRAMS", 2)
-    monkeypatch.setattr(tiling, "LANES_TO_FILL", 4)
+    monkeypatch.setattr(tiling, "LANES_TO_FILL", 80)
     for plan in plans:
         plan.cache_clear()
     yield
