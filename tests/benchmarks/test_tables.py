@@ -107,3 +107,20 @@ def test_a_network_in_two_layouts_has_its_shapes_in_the_step_table(steps):
     names = [line["network"] for line in cells(tables.step_table(steps)) if line["network"]]
     assert names == ["RevBiFPN-S0 at 2×4×16×16", "RevBiFPN-S0 at 2×4×16×16 channels_last"]
     assert cells(tables.step_table(steps[:2]))[0]["network"] == "RevBiFPN-S0"
+
+
+def test_traffic_beside_the_least():
+    counts = {
+        "kernel": "_resample_add_cells_kernel", "dtype": "fp32", "layout": "nchw",
+        "scales": "2+4+8", "target": "sm_90", "triton": "3.7.0", "l2_bytes": "9.4",
+        "sectors_per_request": "13.00", "fewest_sectors": "10.00", "dram_bytes": "9.3",
+        "compulsory_bytes": "9.1", "l1_over_dram": "1.20", "shared_wavefronts": "0.0",
+        "fewest_shared_wavefronts": "0.0",
+    }  # fmt: skip
+    combine = counts | {"kernel": "_batch_statistics_combine_kernel"}
+    (line,) = cells(tables.traffic_table([CONDITIONS | counts, CONDITIONS | combine]))
+    assert line["kernel"] == "`resample_add_cells`"
+    assert line["sectors per request"] == "**13 (10)**"
+    assert line["DRAM bytes per element"] == "9.3 (9.1)"
+    assert line["L1 time over DRAM time"] == "**1.2**"
+    assert line["shared wavefronts per element"] == "0 (0)"
