@@ -229,11 +229,15 @@ def main() -> int:
             steps = list(all_steps())
             write(tqdm(pool.map(recorded, steps), total=len(steps), unit="step"), pool)
             return 0
-        calls = [call for call, _ in read()]
+        # The largest maps last, which take most of the time.
+        calls = sorted((call for call, _ in read()), key=elements)
         waiting = [pool.submit(problem, call) for call in calls]
-        problems = [done.result() for done in tqdm(as_completed(waiting), total=len(calls))]
-    problems = [each for each in problems if each]
-    print("\n".join([*problems, f"{len(calls)} calls, {len(problems)} with a fault"]))
+        progress, problems = tqdm(as_completed(waiting), total=len(calls), unit="call"), 0
+        for done in progress:
+            if done.result():
+                progress.write(done.result())
+                problems += 1
+    print(f"{len(calls)} calls, {problems} with a fault")
     return 1 if problems else 0
 
 
