@@ -174,6 +174,10 @@ def check(call: OpCall) -> None:
         assert mask.all() if is_whole or call.op not in SEPARATE else mask.any()
     plain = outputs(call.op, arguments)
     ours = [torch.where(*each) for each in zip(written, ours, plain, strict=True)]
+    if call.op in FUSIONS and call.arguments[-1] is not None:
+        # An update in the middle between two steps of the lattice may be rounded to either.
+        is_step = (ours[0] - plain[0]).abs() <= call.arguments[-1]
+        ours[0] = torch.where(is_step, plain[0], ours[0])
     assert_as_accurate(ours, lambda *given: outputs(call.op, given), *arguments)
 
 
