@@ -28,7 +28,7 @@ from revbifpn_kernels.ops.resample.undo import plan_resample_undo
 from .bench_step import ON_GPU
 from .lib import record, tables
 from .lib.assembly import Listing, inspect_cuda, inspect_hip
-from .lib.launches import launches_of_step
+from .lib.launches import calls_of_step, distinct_launches
 from .lib.networks import NETWORKS
 from .lib.ptx import count_traffic
 from .lib.record import DTYPES as AUTOCAST
@@ -279,12 +279,10 @@ def step_cases(is_quick: bool) -> list[StepCase]:
 def compile_step_ahead(case: StepCase, share: int, target: str) -> None:
     """One of `SHARES` of the kernels of a step, in every mode."""
     arguments = case.network, case.batch, NETWORKS[case.network].side, AUTOCAST[case.dtype]
-    kernels = {}
-    for mode in ({"reversible": True}, {"reversible": False}, {"is_exact": True}):
-        for launch, operands in launches_of_step(*arguments, layout=case.layout, **mode):
-            source, _ = launch.source(TARGETS[target], operands)
-            kernels[source.hash(), launch.threads] = launch, operands
-    for launch, operands in itertools.islice(kernels.values(), share, None, SHARES):
+    modes = {"reversible": True}, {"reversible": False}, {"is_exact": True}
+    steps = (calls_of_step(*arguments, layout=case.layout, **mode) for mode in modes)
+    launches = distinct_launches([*itertools.chain(*steps)])
+    for launch, operands in itertools.islice(launches, share, None, SHARES):
         launch.compile(TARGETS[target], operands)
 
 

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 
+import pytest
 import torch
 import triton
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tre
 from benchmarks.lib.ptx import emulated_gpu
 
 IS_INTERPRETED = not torch.cuda.is_available() and triton.knobs.runtime.interpret
+needs_emulation = pytest.mark.skipif(
+    torch.cuda.is_available() or IS_INTERPRETED, reason="needs kernels compiled for no GPU"
+)
 FEW = 1  # elements of an output whose largest error is a matter of chance
 
 

@@ -131,11 +131,6 @@ def distinct_launches(calls: list[OpCall]) -> Iterator[Planned]:
                 yield launch, operands
 
 
-def launches_of_step(*arguments: Any, **options: Any) -> Iterator[Planned]:
-    """`distinct_launches` of `calls_of_step`."""
-    return distinct_launches(calls_of_step(*arguments, **options))
-
-
 def kernel_key(launch: Launch, operands: dict[str, Any]) -> tuple[str, str]:
     """Equal for launches that share a compiled kernel."""
     source, options = launch.source(_TARGET, operands)

@@ -6,15 +6,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import IS_INTERPRETED
+from helpers import needs_emulation
 
 from benchmarks.lib.ptx import Fault, emulated_gpu
 from revbifpn_kernels.ops.norm_act.statistics import _batch_statistics_cuda
 from revbifpn_kernels.ops.resample.add import _resample_add_cuda
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() or IS_INTERPRETED, reason="needs kernels compiled for no GPU"
-)
+pytestmark = needs_emulation
 
 
 @triton.jit

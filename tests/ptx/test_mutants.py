@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers import IS_INTERPRETED, assert_as_accurate, same_bits
+from helpers import assert_as_accurate, needs_emulation, same_bits
 from mutants import mutant
 
 from benchmarks.lib.ptx import Fault, emulated_gpu
@@ -18,9 +18,7 @@ from revbifpn_kernels.ops.resample.undo import _resample_undo_cuda, resample_und
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        torch.cuda.is_available() or IS_INTERPRETED, reason="needs kernels compiled for no GPU"
-    ),
+    needs_emulation,
 ]
 RESAMPLE = "revbifpn_kernels.ops.resample"
 SIZES = [(24, 20), (12, 10), (6, 5)]

@@ -10,21 +10,17 @@ import functools
 import calls
 import pytest
 import torch
-from helpers import IS_INTERPRETED
+from helpers import needs_emulation
 
 from benchmarks.lib.launches import calls_of_step
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        torch.cuda.is_available() or IS_INTERPRETED, reason="needs kernels compiled for no GPU"
-    ),
+    needs_emulation,
 ]
-EVERY = [call for call, _ in calls.read()]
+CALLS = calls.read()
 LARGEST = 2**22
-COVERING = [
-    call for call, is_covering in calls.read() if is_covering and calls.elements(call) <= LARGEST
-]
+COVERING = [call for call, is_covering in CALLS if is_covering and calls.elements(call) <= LARGEST]
 
 
 @pytest.mark.parametrize("k", range(len(COVERING)), ids=lambda k: f"{k}-{COVERING[k].op}")
@@ -34,7 +30,7 @@ def test_call(k):
 
 @functools.cache
 def known_kernels() -> frozenset:
-    return frozenset().union(*map(calls.kernels, EVERY))
+    return frozenset().union(*(calls.kernels(call) for call, _ in CALLS))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import CASES, random_like
-from helpers import IS_INTERPRETED, same_bits
+from helpers import needs_emulation, same_bits
 from norm_act_cases import CASES as NORM_CASES
 from norm_act_cases import EPS
 
@@ -14,9 +14,7 @@ from revbifpn_kernels.ops.resample.add import _resample_add_cuda
 from revbifpn_kernels.ops.resample.adjoint import _resample_adjoint_cuda
 from revbifpn_kernels.ops.resample.undo import _resample_undo_cuda
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() or IS_INTERPRETED, reason="needs kernels compiled for no GPU"
-)
+pytestmark = needs_emulation
 
 
 def resampled(layout):

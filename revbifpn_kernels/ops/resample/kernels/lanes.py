@@ -8,6 +8,22 @@ GROUP = tl.constexpr(32)
 
 
 @triton.jit
+def locate(number, C, rows, columns, CHANNELS_LAST: tl.constexpr):
+    """(n, c, row, column) of what `number` counts: neighbours in memory follow each other."""
+    if CHANNELS_LAST:
+        c = number % C
+        number = number // C
+    column = number % columns
+    number = number // columns
+    row = number % rows
+    n = number // rows
+    if not CHANNELS_LAST:
+        c = n % C
+        n = n // C
+    return n, c, row, column
+
+
+@triton.jit
 def locate_cells(
     lanes, C, cells_h, cells_w, chain, BLOCK: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -25,18 +41,9 @@ def locate_cells(
         owned = (lane < lanes) & (place > 0) & (place < GROUP - 1)
         lane = tl.maximum(lane, 0)
     # Clamped, every load is in bounds: only stores need the mask.
-    rest = tl.minimum(lane, lanes - 1)
-    if CHANNELS_LAST:
-        c = rest % C
-        rest = rest // C
-    col = rest % cells_w
-    rest = rest // cells_w
-    row = rest % (cells_h // chain) * chain
-    n = rest // (cells_h // chain)
-    if not CHANNELS_LAST:
-        c = n % C
-        n = n // C
-    return owned, (n.to(tl.int64), c.to(tl.int64), row, col, cells_h, cells_w)
+    number = tl.minimum(lane, lanes - 1)
+    n, c, row, col = locate(number, C, cells_h // chain, cells_w, CHANNELS_LAST)
+    return owned, (n.to(tl.int64), c.to(tl.int64), row * chain, col, cells_h, cells_w)
 
 
 @triton.jit

@@ -7,6 +7,8 @@ once when the weight is formed.
 import triton
 import triton.language as tl
 
+from .lanes import locate
+
 
 @triton.jit
 def locate_elements(
@@ -14,17 +16,7 @@ def locate_elements(
 ):
     """Which lanes are in range, and each lane's (n, c, i, j), clamped into range."""
     lane = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
-    rest = tl.minimum(lane, elements - 1)
-    if CHANNELS_LAST:
-        c = rest % C
-        rest = rest // C
-    j = rest % W
-    rest = rest // W
-    i = rest % H
-    n = rest // H
-    if not CHANNELS_LAST:
-        c = n % C
-        n = n // C
+    n, c, i, j = locate(tl.minimum(lane, elements - 1), C, H, W, CHANNELS_LAST)
     return lane < elements, (n.to(tl.int64), c.to(tl.int64), i.to(INDEX), j.to(INDEX))
 
 
