@@ -46,9 +46,11 @@ def _errors(results, exact) -> list[float]:
 def _allowances(reference, inputs, options, plain, exact) -> list[float]:
     """For each output twice the error of the reference in the working dtype.
 
-    Chance may have spared the reference where an output is a single number, or in float64, which is
-    the truth itself and errs as float32 does, in smaller steps: then both sides are granted one
-    more step of the magnitudes that they sum.
+    Chance may have spared the reference where an output is a single number: then both sides are
+    granted one more step of the magnitudes that they sum. In float64 the reference is the truth
+    itself and errs as float32 does, in smaller steps; what it sums is bounded there by the largest
+    of all outputs, of the inputs and of their absolute values, because gates that these saturate
+    hide what was summed. Twice of all that again, for two machines' orders of the sums.
     """
     dtype = inputs[0].dtype
     is_truth = dtype == torch.float64
@@ -61,10 +63,14 @@ def _allowances(reference, inputs, options, plain, exact) -> list[float]:
         (Tensor, float), abs, as_dtype((inputs, options), torch.float64)
     )
     step = torch.finfo(dtype).eps
-    share = step / torch.finfo(torch.float32).eps if is_truth else 1
+    sums = tree_leaves(reference(*inputs, **options))
+    if is_truth:
+        share = step / torch.finfo(torch.float32).eps
+        largest = max(map(_largest, [*sums, *tree_leaves(exact)]))
+        return [4 * (error * share + step * largest) for error in errors]
     return [
-        2 * (error * share + (step * _largest(sums) if is_truth or sums.numel() <= FEW else 0))
-        for error, sums in zip(errors, tree_leaves(reference(*inputs, **options)), strict=True)
+        2 * (error + (step * _largest(total) if total.numel() <= FEW else 0))
+        for error, total in zip(errors, sums, strict=True)
     ]
 
 
