@@ -2,6 +2,7 @@
 
 from . import _extension, models  # noqa: F401  (_extension first: it registers the C++ kernels)
 from .blocks import Recomputed, RevBlock, RevLevels
+from .capture import capture_step
 from .mbconv import MBConv
 from .models import *  # noqa: F403
 from .ops import resample_add, resample_add_, resample_adjoint, resample_undo
@@ -18,6 +19,7 @@ __all__ = [
     "RevSilo",
     "Reversible",
     "ReversibleSequential",
+    "capture_step",
     "resample_add",
     "resample_add_",
     "resample_adjoint",

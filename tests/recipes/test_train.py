@@ -90,6 +90,13 @@ def test_options_train(options, tmp_path):
     assert sum(losses(out)[-2:]) < sum(losses(out)[:2])
 
 
+def test_without_a_gpu_cuda_graph_trains_all_the_same(tmp_path):
+    options = ("--epochs=1", "--drop-path=0.2", "--log-every=1")
+    plain = train(tmp_path / "plain", *options)
+    with pytest.warns(UserWarning, match="capture_step: .*must be on a GPU"):
+        assert_same_run(train(tmp_path / "graph", *options, "--cuda-graph"), plain)
+
+
 def test_the_default_digits_are_all_1797(monkeypatch):
     monkeypatch.setattr(data, "load_digits", sklearn.datasets.load_digits)
     found = data.digits(1, 32, 0)
@@ -130,6 +137,7 @@ def test_memory_is_counted_beside_stored(capsys):
         (["--batch-size=0"], "--batch-size must be a whole number from 1 on, got 0"),
         (["--batch-size=2000"], "--batch-size must be at most the 140 training images, got 2000"),
         (["--accumulate=3"], "--accumulate must divide --batch-size 32, got 3"),
+        (["--accumulate=2", "--cuda-graph"], "--cuda-graph needs --accumulate 1, got 2"),
         (["--lr=nan"], "--lr must be a positive number, got nan"),
         (["--drop-path=1"], r"--drop-path must be in \[0, 1\), got 1.0"),
         (["--model=revbifpn_s9"], "no model is called 'revbifpn_s9'"),

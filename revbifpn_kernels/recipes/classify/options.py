@@ -93,6 +93,7 @@ class Options(run.RunOptions):
         nargs="?",
         const="inductor",
     )
+    cuda_graph: bool = option(False, "launch each step as one CUDA graph, if it can be one")
     fsdp: bool = changeable(False, "shard by FSDP2 under torchrun, instead of DDP")
     threads: int | None = changeable(
         None, "CPU threads per process; 1 for digits, else PyTorch's choice", FROM_1
@@ -129,4 +130,6 @@ def completed(options: Options) -> Options:
         raise RunError(
             f"--accumulate must divide --batch-size {options.batch_size}, got {options.accumulate}"
         )
+    if options.cuda_graph and options.accumulate > 1:
+        raise RunError(f"--cuda-graph needs --accumulate 1, got {options.accumulate}")
     return options
