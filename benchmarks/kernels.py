@@ -24,11 +24,12 @@ from revbifpn_kernels.ops.norm_act.statistics import plan_batch_statistics
 from revbifpn_kernels.ops.resample.add import plan_resample_add
 from revbifpn_kernels.ops.resample.adjoint import plan_resample_adjoint
 from revbifpn_kernels.ops.resample.undo import plan_resample_undo
+from revbifpn_kernels.warmup import distinct_launches
 
 from .bench_step import ON_GPU
 from .lib import record, tables
 from .lib.assembly import Listing, inspect_cuda, inspect_hip
-from .lib.launches import calls_of_step, distinct_launches
+from .lib.launches import calls_of_step
 from .lib.networks import NETWORKS
 from .lib.ptx import count_traffic
 from .lib.record import DTYPES as AUTOCAST
@@ -282,7 +283,8 @@ def compile_step_ahead(case: StepCase, share: int, target: str) -> None:
     modes = {"reversible": True}, {"reversible": False}, {"is_exact": True}
     steps = (calls_of_step(*arguments, layout=case.layout, **mode) for mode in modes)
     launches = distinct_launches([*itertools.chain(*steps)])
-    for launch, operands in itertools.islice(launches, share, None, SHARES):
+    for call, number in itertools.islice(launches, share, None, SHARES):
+        launch, operands = call.launches()[number]
         launch.compile(TARGETS[target], operands)
 
 

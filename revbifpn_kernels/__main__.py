@@ -1,4 +1,5 @@
-"""`python -m revbifpn_kernels info`: versions, devices, backends, and what the models cost."""
+"""`python -m revbifpn_kernels info`: versions, devices, backends, and what the models cost.
+`… warmup`: compiles a model's GPU kernels before its first step."""
 
 import argparse
 import importlib.metadata
@@ -63,25 +64,66 @@ def print_models(names: list[str], side: int | None, dtype: str, reversible: boo
         print(f"{name:13}{pixels:5}{counted}{held:10.1f}{peak:10.1f}", flush=True)
 
 
+def show(options: argparse.Namespace) -> None:
+    print_versions_and_devices()
+    print_backends()
+    names = [options.model] if options.model else list(SIZES)
+    print_models(names, options.side, options.dtype, not options.stored)
+
+
+def warm_up(options: argparse.Namespace) -> None:
+    from . import warmup
+
+    target = warmup.target_of(options.target)
+    with torch.device("meta"):
+        model = create_model(options.model, reversible=not options.stored)
+    if options.exact:
+        model.lattice = 2.0**-12  # its value is an argument of the kernels
+    side = options.side or model.config.resolution
+    shape = options.batch, model.config.in_chans, side, side
+    calls = warmup.calls_of_step(
+        model, shape, autocast=DTYPES[options.dtype], channels_last=options.channels_last
+    )
+    done = warmup.compile_ahead(calls, target)
+    print(f"{options.model}, {'×'.join(map(str, shape))}, {options.dtype}: {done}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m revbifpn_kernels",
         description=__doc__,
         epilog="To train: python -m revbifpn_kernels.train, python -m revbifpn_kernels.detect.",
     )
-    commands = parser.add_subparsers(required=True, metavar="info")
+    commands = parser.add_subparsers(required=True, metavar="info|warmup")
     info = commands.add_parser("info", help="versions, devices, backends, costs of the models")
     info.add_argument("--model", choices=tuple(SIZES), help="only this one; all take a minute")
-    info.add_argument("--side", type=int, help="pixels per side, unless each model's own")
-    info.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="bf16 is autocast")
     info.add_argument("--stored", action="store_true", help="memory with stored activations")
+    info.set_defaults(run=show)
+    about = "compile the GPU kernels of a training step, on all cores; no GPU needed"
+    warm = commands.add_parser("warmup", help=about, description=about)
+    warm.add_argument("model", choices=tuple(SIZES))
+    warm.add_argument("--batch", type=int, default=64, help="images per step (default: 64)")
+    warm.add_argument("--stored", action="store_true", help="with stored activations")
+    warm.add_argument("--exact", action="store_true", help="exact mode")
+    warm.add_argument("--channels-last", action="store_true", help="images in channels_last")
+    warm.add_argument("--target", help="a GPU, such as sm_90, unless the one of this machine")
+    warm.set_defaults(run=warm_up)
+    for command in (info, warm):
+        command.add_argument(
+            *("--side", "--size"), type=int, help="pixels per side, unless each model's own"
+        )
+        command.add_argument(
+            "--dtype", choices=tuple(DTYPES), default="fp32", help="bf16 is autocast"
+        )
     options = parser.parse_args(arguments)
     if options.side is not None and options.side < 32:
         parser.error(f"--side must be at least 32 pixels, got {options.side}")
-    print_versions_and_devices()
-    print_backends()
-    names = [options.model] if options.model else list(SIZES)
-    print_models(names, options.side, options.dtype, not options.stored)
+    if getattr(options, "batch", 1) < 1:
+        parser.error(f"--batch must be at least 1, got {options.batch}")
+    try:
+        options.run(options)
+    except ValueError as error:
+        parser.error(str(error))
     return 0
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import IS_INTERPRETED
 
-from benchmarks.lib.launches import calls_of_step, distinct_launches, kernel_key
+from benchmarks.lib.launches import calls_of_step
+from revbifpn_kernels.warmup import distinct_launches, kernel_key
 
 pytestmark = pytest.mark.skipif(IS_INTERPRETED, reason="interpreted kernels cannot be compiled")
 
@@ -17,7 +18,8 @@ def step(layout, mode):
 
 def launches(layout, mode):
     """(kernel, dtype of its first map, whether it walks through channels_last maps) of each."""
-    for launch, operands in distinct_launches(step(layout, mode)):
+    for call, number in distinct_launches(step(layout, mode)):
+        launch, operands = call.launches()[number]
         maps = operands.get("y_ptr", operands.get("grad_ptr", operands.get("x_ptr")))
         is_last = launch.constants.get("CHANNELS_LAST")
         yield launch.kernel.__name__, None if maps is None else maps.dtype, is_last
@@ -50,4 +52,5 @@ def test_every_kernel_of_a_step(layout, mode):
 def test_no_kernel_is_skipped():
     calls = step("nchw", "stored")
     every = {kernel_key(*planned) for call in calls for planned in call.launches()}
-    assert {kernel_key(*planned) for planned in distinct_launches(calls)} == every
+    found = (call.launches()[number] for call, number in distinct_launches(calls))
+    assert {kernel_key(*planned) for planned in found} == every

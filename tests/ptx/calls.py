@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from tqdm import tqdm
 
-from benchmarks.lib.launches import OpCall, Spec, calls_of_step, kernel_key
+from benchmarks.lib.launches import calls_of_step
 from benchmarks.lib.networks import LATTICE
 from benchmarks.lib.ptx import emulated_gpu
 from revbifpn_kernels import SIZES
+from revbifpn_kernels.warmup import OpCall, Spec, kernel_key
 
 FILE = Path(__file__).with_name("calls.json.gz")
 # Stands for the batch while a step is recorded: no other side has it.

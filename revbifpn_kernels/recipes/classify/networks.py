@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import nn
 
+from ... import warmup
 from ...mbconv import MBConv
 from ...mbconv.modules import NORM_LAYER
 from ...models.checkpoints import load_checkpoint
@@ -14,7 +15,7 @@ from ...models.create import config_of
 from ...models.revbifpn import RevBiFPN
 from ...models.sizes import Config
 from ..run.errors import RunError
-from ..run.networks import freeze, hint_of, refuse_settings
+from ..run.networks import dtype_of, freeze, hint_of, refuse_settings
 from .data import MODES
 from .options import Options
 
@@ -82,3 +83,17 @@ def compile_parts(model: RevBiFPN, backend: str) -> None:
     for module in model.modules():
         if isinstance(module, MBConv):
             module.compile(backend=backend)
+
+
+def compile_kernels(options: Options, numbers: Config, images: int, side: int, gpu=None) -> str:
+    """Compiles a step's GPU kernels, for the current GPU unless named; a line about it."""
+    with torch.device("meta"):
+        model = RevBiFPN(numbers, reversible=options.reversible)
+    calls = warmup.calls_of_step(
+        model,
+        (images, numbers.in_chans, side, side),
+        autocast=dtype_of(options),
+        channels_last=options.channels_last,
+    )
+    target = warmup.target_of(gpu)
+    return warmup.compile_ahead(calls, target, shows_progress=options.progress)

@@ -73,6 +73,11 @@ def _train(run: ClassifierState, found: data.Data, side: int, report: Report, ke
         f"{parameter_count(run.model):,} parameters; from step {run.step} of {run.steps}"
     )
     report.skip(found.skipped)
+    if run.world.device.type == "cuda" and options.compile is None:
+        if run.world.is_first:
+            images = options.batch_size // options.accumulate // run.world.size
+            report.say(networks.compile_kernels(options, run.config, images, side))
+        run.world.any(False)  # the others wait
     views = data.Training(found.train, augment.for_training(options, mode, side), options.seed)
     collate = augment.Collate(len(found.classes), options.mixup, options.cutmix)
     batches = iter(training_loader(run, views, collate, options.accumulate))

@@ -1,0 +1,191 @@
+"""Compiles the GPU kernels of a training step before its first run, in parallel, without a GPU.
+
+Triton compiles a kernel when it is first launched, one after the other: a minute or more for a
+network's first step. Here a step runs on fake tensors to find its launches; processes compile them
+into Triton's cache on disk.
+"""
+
+import functools
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from triton.backends.compiler import GPUTarget
+
+from .models.cost import fake_copy
+from .ops.launch import Launch
+
+Planned = tuple[Launch, dict[str, Any]]
+_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+# Any target of NVIDIA: Triton specialises arguments alike for all of them.
+_TARGET = GPUTarget("cuda", 90, 32)
+# Autograd refuses CUDA tensors where there is no GPU, so those on the CPU say that they are.
+_IS_ON_GPU = {"is_cpu": property(lambda _: False), "is_cuda": property(lambda _: True)}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How a tensor lies in memory."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    elements: int  # of its storage
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Spec":
+        elements = tensor.untyped_storage().nbytes() // tensor.itemsize
+        where = tensor.stride(), tensor.storage_offset(), elements
+        return cls(tensor.dtype, tuple(tensor.shape), *where)
+
+    def on(self, device: str) -> Tensor:
+        """Such a tensor, uninitialised."""
+        storage = torch.empty(self.elements, dtype=self.dtype, device=device)
+        return storage.as_strided(self.shape, self.strides, self.offset)
+
+
+class OpCall(NamedTuple):
+    """An op of ours with its arguments, where tensors are given as what a launch depends on."""
+
+    op: str
+    arguments: tuple
+
+    def launches(self) -> list[Planned]:
+        """What the op launches on a GPU, with meta tensors as operands."""
+        planned: list[Planned] = []
+
+        def record(launch: Launch, device: torch.device, operands: dict[str, Any]) -> None:
+            if 0 not in launch.grid:
+                planned.append((launch, tree_map_only(Tensor, Spec.of, operands)))
+
+        with (
+            FakeTensorMode(),
+            mock.patch.multiple(FakeTensor, create=True, **_IS_ON_GPU),
+            mock.patch.object(Launch, "run", record),
+        ):
+            arguments = tree_map_only(Spec, lambda spec: spec.on("cpu"), self.arguments)
+            getattr(torch.ops.revbifpn, self.op).default.redispatch(_CUDA, *arguments)
+        to_meta = functools.partial(tree_map_only, Spec, lambda spec: spec.on("meta"))
+        return [(launch, to_meta(operands)) for launch, operands in planned]
+
+
+class _Calls(TorchDispatchMode):
+    """Lists the calls of our ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[OpCall] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "revbifpn":
+            assert not kwargs, "our ops are called with positional arguments"
+            name = func._schema.name.removeprefix("revbifpn::")
+            self.calls.append(OpCall(name, tree_map_only(Tensor, Spec.of, args)))
+        if func is torch.ops.aten.batch_norm_elemt.default:  # it has no fake
+            return torch.empty_like(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def calls_of_step(
+    model: nn.Module,
+    shape: tuple[int, int, int, int],
+    *,
+    autocast: torch.dtype | None = None,
+    channels_last: bool = False,
+) -> list[OpCall]:
+    """All calls of our ops in a training step of `model` on a batch of `shape`, in order.
+
+    The model, which may lie on any device, does not change; the loss is the sum of its outputs.
+    """
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    with (
+        FakeTensorMode() as fakes,
+        mock.patch.multiple(FakeTensor, create=True, **_IS_ON_GPU),
+        _Calls() as recorder,
+    ):
+        twin = fake_copy(model, fakes).train()
+        image = torch.empty(shape).to(memory_format=layout)
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            outputs = twin(image)
+        sum(y.float().square().mean() for y in tree_leaves(outputs)).backward()
+    return recorder.calls
+
+
+def distinct_launches(calls: list[OpCall]) -> Iterator[tuple[OpCall, int]]:
+    """For each kernel that Triton compiles a call, and which of its launches needs the kernel.
+
+    Launches that differ in sizes alone share a kernel.
+    """
+    kernels = set()
+    for call in {str(call): call for call in calls}.values():
+        for number, planned in enumerate(call.launches()):
+            kernel = kernel_key(*planned)
+            if kernel not in kernels:
+                kernels.add(kernel)
+                yield call, number
+
+
+def kernel_key(launch: Launch, operands: dict[str, Any]) -> tuple[str, str]:
+    """Equal for launches that share a compiled kernel."""
+    source, options = launch.source(_TARGET, operands)
+    return source.hash(), str(options)
+
+
+def compile_ahead(calls: list[OpCall], target: GPUTarget, *, shows_progress: bool = True) -> str:
+    """Compile all kernels that `calls` launch, unless Triton's cache has them, on all cores.
+
+    Returns a line that says how many there are, for which GPU, and the seconds it took.
+    """
+    start = time.perf_counter()
+    jobs = list(distinct_launches(calls))
+    # Not forked: this process may have started CUDA.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
+        waiting = [pool.submit(_compile, *job, target) for job in jobs]
+        for done, job in enumerate(as_completed(waiting), 1):
+            job.result()
+            if shows_progress and sys.stderr.isatty():
+                bar = "#" * (30 * done // len(jobs))
+                end = "\n" if done == len(jobs) else ""
+                print(f"\rGPU kernels: [{bar:30}] {done}/{len(jobs)}", end=end, file=sys.stderr)
+    seconds = time.perf_counter() - start
+    return f"{len(jobs)} kernels for {name_of(target)} ready after {seconds:.0f} s"
+
+
+def _compile(call: OpCall, number: int, target: GPUTarget) -> None:
+    launch, operands = call.launches()[number]
+    launch.compile(target, operands)
+
+
+def target_of(name: str | None) -> GPUTarget:
+    """The GPU by name, such as sm_90 or gfx942; None: the current one.
+
+    Raises:
+        ValueError: There is no GPU, or the name is none.
+    """
+    if name is None:
+        if not torch.cuda.is_available():
+            raise ValueError("found no GPU to compile for; expected a name, such as sm_90")
+        return triton.runtime.driver.active.get_current_target()
+    if name.startswith("sm_") and name[3:].isdecimal():
+        return GPUTarget("cuda", int(name[3:]), 32)
+    if name.startswith("gfx"):
+        return GPUTarget("hip", name, 64)
+    raise ValueError(f"expected the name of a GPU, such as sm_90 or gfx942, got {name!r}")
+
+
+def name_of(target: GPUTarget) -> str:
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
