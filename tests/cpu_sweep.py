@@ -118,6 +118,7 @@ def normed() -> Iterator:
             yield ops.norm_act_means(*norm, act)
             yield ops.norm_act_grad(grad, *norm, None, None, None, act, False)
             yield ops.norm_act_grad(grad, *norm, gate, grad_means, None, act, True)
+            yield ops.norm_act_input_grad(grad, *norm, gate, grad_means, *statistics, act)
             network = gate, *network_of(shape[1], 5, sums)
             yield ops.norm_act_excite_grad(grad, *norm, gate, *network, act, "silu", True)
 

@@ -12,7 +12,11 @@ from torch import Tensor
 
 from revbifpn_kernels.ops.norm_act.arguments import sums_dtype
 from revbifpn_kernels.ops.norm_act.forward import _norm_act_cuda, _norm_act_means_cuda
-from revbifpn_kernels.ops.norm_act.gradient import norm_act_grad_cuda, norm_act_sums_cuda
+from revbifpn_kernels.ops.norm_act.gradient import (
+    norm_act_grad_cuda,
+    norm_act_input_grad_cuda,
+    norm_act_sums_cuda,
+)
 from revbifpn_kernels.ops.norm_act.statistics import (
     _batch_statistics_cuda,
     batch_statistics_reference,
@@ -143,6 +147,7 @@ _LAUNCHERS = {
     "norm_act_means": _norm_act_means_cuda,
     "norm_act_sums": norm_act_sums_cuda,
     "norm_act_grad": norm_act_grad_cuda,
+    "norm_act_input_grad": norm_act_input_grad_cuda,
 }
 TRITON = {op: on_this_machine(launcher) for op, launcher in _LAUNCHERS.items()}
 CPP = {op: getattr(torch.ops.revbifpn, op) for op in TRITON}

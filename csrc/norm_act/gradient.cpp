@@ -47,6 +47,27 @@ template <class Acc> struct Totals {
   }
 };
 
+/// Each pixel's share of the gradient of squeeze-excite's means, which `job` then points to.
+template <class Acc> struct GradMeans {
+  std::vector<Acc> shares;
+
+  GradMeans(const char *op, NormJob<Acc> &job, const OptionalTensor &grad_means) {
+    const Acc *given = values_of<Acc>(op, "grad_means", grad_means, job.planes());
+    if (given == nullptr)
+      return;
+    for (int64_t plane = 0; plane < job.planes(); ++plane)
+      shares.push_back(given[plane] / static_cast<Acc>(job.pixels));
+    job.grad_mean = shares.data();
+  }
+};
+
+template <class T, class Acc>
+void run_grad(const char *op, NormJob<Acc> &job, const Tensor &grad, const Tensor &dx) {
+  job.grad = walked_maps(op, grad);
+  job.y = walked_maps(op, dx);
+  run(job, REVBIFPN_BEST_KERNEL(norm_grad_units, T), {FreshMemory(dx)});
+}
+
 } // namespace
 
 std::tuple<Tensor, Tensor, Tensor>
@@ -65,15 +86,12 @@ norm_act_grad_cpu(const Tensor &grad_given, const Tensor &x_given, const Tensor 
   const Tensor dweight = new_sums(op, x, {channels}), dbias = new_sums(op, x, {channels});
   with_norm(op, x, {mean, invstd, weight, bias, act}, [&]<class T>(auto &job) {
     using Acc = accumulator_t<T>;
+    const GradMeans<Acc> of_means(op, job, grad_means);
     job.gate = values_of<Acc>(op, "gate", gate, planes);
-    const Acc *given = values_of<Acc>(op, "grad_means", grad_means, planes);
-    std::vector<Acc> grad_mean(given == nullptr ? 0 : planes), offset(channels), tilt(channels);
-    for (size_t plane = 0; plane < grad_mean.size(); ++plane)
-      grad_mean[plane] = given[plane] / static_cast<Acc>(job.pixels);
-    job.grad_mean = given == nullptr ? nullptr : grad_mean.data();
-    const Acc *all = values_of<Acc>(op, "sums", sums, (given == nullptr ? 2 : 5) * planes);
+    const Acc *all = values_of<Acc>(op, "sums", sums, (job.grad_mean == nullptr ? 2 : 5) * planes);
     const Totals<Acc> totals = {all, job.gate, job.grad_mean, images, channels};
     const double count = static_cast<double>(images * job.pixels);
+    std::vector<Acc> offset(channels), tilt(channels);
     for (int64_t c = 0; c < channels; ++c) {
       const auto [first, second] = totals.of(c);
       const double inverse = job.invstd[c];
@@ -84,16 +102,40 @@ norm_act_grad_cpu(const Tensor &grad_given, const Tensor &x_given, const Tensor 
     }
     job.offset = offset.data();
     job.tilt = tilt.data();
-    job.grad = walked_maps(op, grad);
-    job.y = walked_maps(op, dx);
-    run(job, REVBIFPN_BEST_KERNEL(norm_grad_units, T), {FreshMemory(dx)});
+    run_grad<T>(op, job, grad, dx);
   });
   return {laid_out_like(x_given, dx), dweight, dbias};
+}
+
+Tensor norm_act_input_grad_cpu(const Tensor &grad_given, const Tensor &x_given, const Tensor &mean,
+                               const Tensor &invstd, const OptionalTensor &weight,
+                               const OptionalTensor &bias, const OptionalTensor &gate,
+                               const OptionalTensor &grad_means, const Tensor &mean_dweight,
+                               const Tensor &mean_dbias, const std::string &act) {
+  const char *op = "norm_act_input_grad";
+  const Tensor x = walked(op, x_given);
+  const Tensor grad = walked_grad(op, grad_given, x);
+  const int64_t channels = x.size(1);
+  const Tensor dx = torch::stable::empty_like(x);
+  with_norm(op, x, {mean, invstd, weight, bias, act}, [&]<class T>(auto &job) {
+    using Acc = accumulator_t<T>;
+    const GradMeans<Acc> of_means(op, job, grad_means);
+    job.gate = values_of<Acc>(op, "gate", gate, job.planes());
+    const Acc *dweight = values_of<Acc>(op, "mean_dweight", mean_dweight, channels);
+    std::vector<Acc> tilt(channels);
+    for (int64_t c = 0; c < channels; ++c)
+      tilt[c] = dweight[c] * job.invstd[c];
+    job.offset = values_of<Acc>(op, "mean_dbias", mean_dbias, channels);
+    job.tilt = tilt.data();
+    run_grad<T>(op, job, grad, dx);
+  });
+  return laid_out_like(x_given, dx);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(revbifpn, CPU, m) {
   m.impl("norm_act_sums", TORCH_BOX(&norm_act_sums_cpu));
   m.impl("norm_act_grad", TORCH_BOX(&norm_act_grad_cpu));
+  m.impl("norm_act_input_grad", TORCH_BOX(&norm_act_input_grad_cpu));
 }
 
 } // namespace revbifpn

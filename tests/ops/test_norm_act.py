@@ -11,7 +11,11 @@ from norm_act_cases import BACKENDS, CASES, EMULATED, EPS, Case, over_backends, 
 from revbifpn_kernels.ops.norm_act import tiles
 from revbifpn_kernels.ops.norm_act.arguments import ACTIVATIONS
 from revbifpn_kernels.ops.norm_act.forward import norm_act_reference
-from revbifpn_kernels.ops.norm_act.gradient import norm_act_grad_reference, norm_act_sums_reference
+from revbifpn_kernels.ops.norm_act.gradient import (
+    norm_act_grad_reference,
+    norm_act_input_grad_reference,
+    norm_act_sums_reference,
+)
 from revbifpn_kernels.ops.norm_act.statistics import batch_statistics_reference
 
 over_acts = pytest.mark.parametrize("act", ACTIVATIONS)
@@ -72,6 +76,27 @@ def test_sums(backend, case, dtypes):
 def sums_apart(*arguments, **options):
     """The reference's sums one by one: the largest would excuse errors of the others."""
     return norm_act_sums_reference(*arguments, **options).unbind()
+
+
+@over_grid
+def test_input_grad(backend, case, dtypes):
+    inputs = case.inputs(dtypes, backend.device)
+    means = torch.randn_like(inputs.mean), torch.randn_like(inputs.mean)
+    arguments = (inputs.grad, *inputs.norm, inputs.gate, inputs.grad_means, *means)
+    dx = backend.norm_act_input_grad(*arguments, "hardswish")
+    assert_as_accurate(dx, norm_act_input_grad_reference, *arguments, act="hardswish")
+    assert dx.stride() == torch.empty_like(inputs.x).stride()
+
+
+@over_backends
+def test_input_grad_from_the_batch_s_own_sums_is_its_gradient(backend):
+    inputs = CASES["odd"].inputs(device=backend.device)
+    N, C, H, W = inputs.x.shape
+    grad = inputs.grad, *inputs.norm
+    expected, *sums = backend.norm_act_grad(*grad, None, None, None, "silu", True)
+    means = (total / (N * H * W) for total in sums)
+    dx = backend.norm_act_input_grad(*grad, None, None, *means, "silu")
+    torch.testing.assert_close(dx, expected, rtol=1e-5, atol=1e-6)
 
 
 @over_grid

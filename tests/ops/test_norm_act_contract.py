@@ -21,6 +21,9 @@ def run_all(backend, inputs, act="hardswish"):
         "means": backend.norm_act_means(*inputs.norm, act),
         "sums": sums,
         "grads": backend.norm_act_grad(inputs.grad, *inputs.norm, *gates, sums, act, True),
+        "dx": backend.norm_act_input_grad(
+            inputs.grad, *inputs.norm, *gates, inputs.invstd, inputs.mean, act
+        ),
     }
 
 
@@ -139,11 +142,20 @@ def meta_arguments(op):
             "act": "silu",
             "is_batch": True,
         },
+        "norm_act_input_grad": {
+            **grad,
+            **norm,
+            "gate": empty(2, 3),
+            "grad_means": empty(2, 3),
+            "mean_dweight": empty(3),
+            "mean_dbias": empty(3),
+            "act": "silu",
+        },
     }[op]
 
 
-NORM_OPS = ("norm_act", "norm_act_means", "norm_act_sums", "norm_act_grad")
-GATED_OPS = ("norm_act", "norm_act_grad")
+GATED_OPS = ("norm_act", "norm_act_grad", "norm_act_input_grad")
+NORM_OPS = ("norm_act_means", "norm_act_sums", *GATED_OPS)
 BAD = [
     *(
         (op, "x", (2, 3, 4), r"x must have shape \(N, C, H, W\), got \(2, 3, 4\)")
@@ -155,7 +167,15 @@ BAD = [
     *((op, "weight", (4,), r"weight must have \(\(3,\),") for op in NORM_OPS),
     *((op, "bias", (1,), r"bias must have \(\(3,\),") for op in NORM_OPS),
     *((op, "gate", (2, 4), r"gate must have \(\(2, 3\), .* got \(\(2, 4\)") for op in GATED_OPS),
-    ("norm_act_grad", "grad_means", (3,), r"grad_means must have \(\(2, 3\),"),
+    *((op, "grad_means", (3,), r"grad_means must have \(\(2, 3\),") for op in GATED_OPS[1:]),
+    ("norm_act_input_grad", "mean_dweight", (2,), r"mean_dweight must have \(\(3,\),"),
+    ("norm_act_input_grad", "mean_dbias", (2, 3), r"mean_dbias must have \(\(3,\),"),
+    (
+        "norm_act_input_grad",
+        "grad",
+        (2, 3, 4, 4),
+        r"grad must have x's shape, .* expected \(\(2, 3, 4, 5\),",
+    ),
     (
         "norm_act_sums",
         "grad",
@@ -209,5 +229,6 @@ def test_opcheck(op, name):
         "norm_act_means": (*inputs.norm, "silu"),
         "norm_act_sums": (*grad, "silu", True),
         "norm_act_grad": (*grad, *gates, sums, "silu", True),
+        "norm_act_input_grad": (*grad, *gates, inputs.invstd, inputs.mean, "silu"),
     }[op]
     torch.library.opcheck(getattr(OPS, op).default, arguments)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import check_like
+from ..checks import check_like, check_values
 from ..launch import Launch, run_all
 from ..library import library
 from .arguments import ACTIVATIONS, NORM, check_norm, sums_dtype
@@ -91,6 +91,21 @@ def norm_act_grad_reference(
             grad = grad + grad_means[:, :, None, None] / y[0, 0].numel()
         dx, dweight, dbias = torch.autograd.grad(y, [leaf, scale, shift], grad)
     return dx.to(x.dtype), dweight, dbias
+
+
+def norm_act_input_grad_reference(
+    grad, x, mean, invstd, weight, bias, gate, grad_means, mean_dweight, mean_dbias, act: str
+) -> Tensor:
+    """The specification of dx where the sums of the batch are given."""
+    grad, xc = grad.to(mean.dtype), x.to(mean.dtype) - mean[:, None, None]
+    scale = invstd[:, None, None] * per_channel(weight, 1.0)
+    _, slope = _act_and_slope(xc * scale + per_channel(bias, 0.0), act)
+    if gate is not None:
+        grad = grad * gate[:, :, None, None]
+    if grad_means is not None:
+        grad = grad + grad_means[:, :, None, None] / x[0, 0].numel()
+    along_x = (invstd * mean_dweight)[:, None, None]
+    return (scale * (grad * slope - mean_dbias[:, None, None] - xc * along_x)).to(x.dtype)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -274,6 +289,33 @@ def norm_act_grad_cuda(
     return filled(result, dx), dweight, dbias
 
 
+def plan_norm_act_input_grad(
+    dx, grad, x, mean, invstd, weight, bias, gate, grad_means, mean_dweight, mean_dbias, act
+) -> tuple[Launch, dict]:
+    """The launch that writes dx, for dense planes in x's format."""
+    launch = plan_tiles(_norm_act_grad_kernel, {"dx": dx, "grad": grad, "x": x}, "pixel", ACT=act)
+    return launch, {
+        "dx_ptr": dx,
+        "grad_ptr": grad,
+        "x_ptr": x,
+        **norm_operands(mean, invstd, weight, bias),
+        "gate_ptr": contiguous(gate),
+        "grad_means_ptr": contiguous(grad_means),
+        "dweight_ptr": contiguous(mean_dweight),
+        "dbias_ptr": contiguous(mean_dbias),
+        "share": 1.0 / (x.shape[2] * x.shape[3]),
+        "inverse_count": 1.0,
+    }
+
+
+def norm_act_input_grad_cuda(grad, x, *arguments) -> Tensor:
+    result, dx = empty_result(x)
+    x, grad = in_planes(x, grad)
+    launch, operands = plan_norm_act_input_grad(dx, grad, x, *arguments)
+    launch.run(x.device, operands)
+    return filled(result, dx)
+
+
 # The CPU's kernel is registered in csrc/norm_act/gradient.cpp.
 # (2, N, C): Σ g·act′(z), Σ g·act′(z)·xc over the pixels; with `gated` (5, N, C): Σ act′(z),
 # Σ act′(z)·xc and Σ g·act(z), the gate's gradient, too.
@@ -284,8 +326,15 @@ library.define(
     f"norm_act_grad(Tensor grad, {NORM}, Tensor? gate, Tensor? grad_means, Tensor? sums, str act, "
     "bool is_batch) -> (Tensor, Tensor, Tensor)"
 )
+# dx alone, where statistics are those of several processes: mean_dweight and mean_dbias are dweight
+# and dbias, summed over all processes and divided by the number of values per channel.
+library.define(
+    f"norm_act_input_grad(Tensor grad, {NORM}, Tensor? gate, Tensor? grad_means, "
+    "Tensor mean_dweight, Tensor mean_dbias, str act) -> Tensor"
+)
 library.impl("norm_act_sums", norm_act_sums_cuda, "CUDA")
 library.impl("norm_act_grad", norm_act_grad_cuda, "CUDA")
+library.impl("norm_act_input_grad", norm_act_input_grad_cuda, "CUDA")
 
 
 @torch.library.register_fake("revbifpn::norm_act_sums", lib=library)
@@ -302,3 +351,16 @@ def _norm_act_grad_fake(grad, x, mean, invstd, weight, bias, gate, grad_means, s
     check_norm("norm_act_grad", *norm, act, **gates)
     check_like("norm_act_grad", "grad", grad, "x", x)
     return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
+
+
+@torch.library.register_fake("revbifpn::norm_act_input_grad", lib=library)
+def _norm_act_input_grad_fake(
+    grad, x, mean, invstd, weight, bias, gate, grad_means, mean_dweight, mean_dbias, act
+):
+    given = {"gate": gate, "grad_means": grad_means}
+    check_norm("norm_act_input_grad", x, mean, invstd, weight, bias, act, **given)
+    check_like("norm_act_input_grad", "grad", grad, "x", x)
+    for name, values in (("mean_dweight", mean_dweight), ("mean_dbias", mean_dbias)):
+        expected = tuple(mean.shape), mean.dtype, mean.device
+        check_values("norm_act_input_grad", name, values, expected)
+    return torch.empty_like(x)
