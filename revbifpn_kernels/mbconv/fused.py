@@ -2,10 +2,12 @@
 
 One pass over the maps does norm, activation and gate, for which modules take three. Statistics and
 gates, (C,) and (N, C) numbers, are saved, so that the recompute neither reduces a batch nor
-computes squeeze-excite again.
+computes squeeze-excite again. Under autocast so are the convolutions' weights in half precision, 2
+bytes per weight: they are cast once per step.
 """
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ from ..ops.layout import Geometry
 from ..ops.norm_act.arguments import ACTIVATIONS
 from ..ops.norm_act.forward import norm_act_reference
 from ..ops.resample.folded_norm import ScaledSource, Source
-from ..reversible import recompute
+from ..reversible import Pullback, recompute
 from .convolutions import convolve, convolve_backward
 from .drop_path import drop_factors
 from .stages import Stage, is_autocast
@@ -41,8 +43,12 @@ class SavedStatistics(NamedTuple):
         return self.drop_factors[:, None].repeat(1, channels)
 
 
-class SavedStages(list):
-    """The `SavedStatistics` of all stages, recorded as one event."""
+class SavedStages(NamedTuple):
+    """What all stages save, recorded as one event."""
+
+    statistics: list[SavedStatistics]
+    weights: list[Tensor]  # of the convolutions, as autocast casts them; empty if it does not
+    factors: list[Tensor]  # scale and shift of the last norm, (N, C) each; empty if not folded
 
 
 def run_stages(stages: Sequence[Stage], x: Tensor, *, folds_norm: bool = False) -> Source:
@@ -52,25 +58,54 @@ def run_stages(stages: Sequence[Stage], x: Tensor, *, folds_norm: bool = False) 
     reads the result; for the gradient that its maps then get see `ops/resample/folded_norm.py`.
     """
     recorder = recompute.current_recorder()
+    run, parameters = _run_of(stages, recorder, folds_norm)
+    x = _cast(x)
+    run.saves_maps = torch.is_grad_enabled() and any(_needs_grad(x, parameters))
+    with _without_autocast(x.device.type), _unseen(recorder):
+        y = _Stages.apply(run, x, *parameters) if run.saves_maps else run.forward(x, parameters)
+    if recorder is not None and not run.is_recompute:
+        recorder.save(run.saved, updated=[b for stage in stages for b in stage.updated_buffers()])
+    return ScaledSource(*y) if folds_norm else y
+
+
+def rerun_stages(stages: Sequence[Stage], x: Tensor) -> Pullback:
+    """Return what `run_stages` with `folds_norm` returned in the forward; makes no graph."""
+    recorder = recompute.current_recorder()
+    run, parameters = _run_of(stages, recorder, True)
+    needs = _needs_grad(x, parameters)
+    run.saves_maps = any(needs)
+    with torch.no_grad():
+        maps = _cast(x)
+        with _without_autocast(x.device.type), _unseen(recorder):
+            output = run.forward(maps, parameters)
+    return Pullback(
+        output, parameters, functools.partial(run.pull_back, parameters, needs, x.dtype)
+    )
+
+
+def _run_of(stages: Sequence[Stage], recorder, folds_norm: bool):
+    """The run to make of the stages, and their parameters."""
     saved = None
     parameters = [p for stage in stages for p in stage.parameters()]
     if recorder is not None and not recorder.is_recording:
         saved = recorder.saved(SavedStages)
-        parameters = [recorder.stand_ins.get(id(p), p) for p in parameters]
-    device = x.device.type
-    if is_autocast(x):
-        x = x.to(torch.get_autocast_dtype(device))
-    wants_graph = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, *parameters)
-    )
-    run = _StagesRun(stages, folds_norm, saved, wants_graph)
-    # Hidden from RecordMode and ReplayMode: this function records what it needs itself.
-    unseen = contextlib.nullcontext() if recorder is None else torch._C.DisableTorchFunction()
-    with _without_autocast(device), unseen:
-        y = _Stages.apply(run, x, *parameters) if wants_graph else run.forward(x, parameters)
-    if recorder is not None and saved is None:
-        recorder.save(run.saved, updated=[b for stage in stages for b in stage.updated_buffers()])
-    return ScaledSource(*y) if folds_norm else y
+        if recorder.stand_ins:
+            parameters = [recorder.stand_ins.get(id(p), p) for p in parameters]
+    return _StagesRun(stages, folds_norm, saved), parameters
+
+
+def _cast(x: Tensor) -> Tensor:
+    """`x` as autocast casts it."""
+    return _as(x, torch.get_autocast_dtype(x.device.type)) if is_autocast(x) else x
+
+
+def _needs_grad(x: Tensor, parameters: Sequence[Tensor | None]) -> list[bool]:
+    return [x.requires_grad, *(p is not None and p.requires_grad for p in parameters)]
+
+
+def _unseen(recorder) -> contextlib.AbstractContextManager:
+    """Hides calls from RecordMode and ReplayMode: the stages record what they need themselves."""
+    return contextlib.nullcontext() if recorder is None else torch._C.DisableTorchFunction()
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager:
@@ -79,14 +114,14 @@ def _without_autocast(device: str) -> contextlib.AbstractContextManager:
 
 
 class _StagesRun:
-    """One run of the stages: a forward, or the recompute of the forward that returned `saved`."""
+    """One run of the stages: a forward, or the recompute of the forward that saved `saved`."""
 
     def __init__(
-        self, stages: Sequence[Stage], folds_norm: bool, saved: SavedStages | None, saves_maps: bool
+        self, stages: Sequence[Stage], folds_norm: bool, saved: SavedStages | None
     ) -> None:
-        self.stages, self.folds_norm, self.saves_maps = stages, folds_norm, saves_maps
+        self.stages, self.folds_norm, self.saves_maps = stages, folds_norm, False
         self.is_recompute = saved is not None
-        self.saved = SavedStages() if saved is None else saved
+        self.saved = SavedStages([], [], []) if saved is None else saved
         self.maps: list[Tensor] = []  # of each stage its input and the convolution's result
 
     def split(self, parameters: Sequence) -> list[Sequence]:
@@ -99,19 +134,76 @@ class _StagesRun:
         return parts
 
     def forward(self, x: Tensor, parameters: Sequence[Tensor | None]) -> Source:
-        for k, (stage, own) in enumerate(zip(self.stages, self.split(parameters), strict=True)):
-            weight, gamma, beta, *squeeze = own
-            u = convolve(stage.conv, x, _as(weight, x.dtype))
+        statistics, factors, parts = (
+            self.saved.statistics,
+            self.saved.factors,
+            self.split(parameters),
+        )
+        if not self.is_recompute:
+            self._cast_weights([own[0] for own in parts], x.dtype)
+        weights = self.saved.weights or [own[0] for own in parts]
+        for k, (stage, own) in enumerate(zip(self.stages, parts, strict=True)):
+            _, gamma, beta, *squeeze = own
+            u = convolve(stage.conv, x, weights[k])
             if not self.is_recompute:
-                self.saved.append(_measure(stage, u, gamma, beta, squeeze))
-            saved = self.saved[k]
+                statistics.append(_measure(stage, u, gamma, beta, squeeze))
+            saved = statistics[k]
             if self.saves_maps:
                 self.maps += [x, u]
             norm = saved.mean, saved.invstd, gamma, beta
             if self.folds_norm and k + 1 == len(self.stages):
-                return ScaledSource(u, *_ops.norm_factors(*norm, saved.drop_factors, len(u)))
+                if not self.is_recompute:
+                    factors += _ops.norm_factors(*norm, saved.drop_factors, len(u))
+                return ScaledSource(u, *factors)
             x = _ops.norm_act(u, *norm, saved.multiplier(u.shape[1]), stage.act)
         return x
+
+    def _cast_weights(self, weights: Sequence[Tensor], dtype: torch.dtype) -> None:
+        """Save the weights in the dtype of the maps if they have another, cast by one call."""
+        if any(weight.dtype != dtype for weight in weights):
+            self.saved.weights.extend(torch.empty_like(w, dtype=dtype) for w in weights)
+            torch._foreach_copy_(self.saved.weights, weights)
+
+    def backward(
+        self, maps: list[Tensor], parameters: Sequence[Tensor | None], grad: Tensor, needs
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """The gradients of the input and of the parameters; takes the maps out of their list."""
+        own, needed = self.split(parameters), self.split(needs[1:])
+        weights = self.saved.weights or [part[0] for part in own]
+        grads: list[Tensor | None] = []
+        for k in reversed(range(len(self.stages))):
+            u, x = maps.pop(), maps.pop()
+            grad, own_grads = _stage_backward(
+                self.stages[k], grad, (x, u), self.saved.statistics[k],
+                [weights[k], *own[k][1:]], (k > 0 or needs[0], needed[k][0]),
+            )  # fmt: skip
+            grads = own_grads + grads
+        return grad if needs[0] else None, _like_parameters(grads, parameters)
+
+    def pull_back(self, parameters, needs, dtype: torch.dtype, grad: Tensor):
+        """`backward` of a run without a graph; the gradient of the input in `dtype`."""
+        if not self.saves_maps:
+            return None, []
+        with _without_autocast(grad.device.type):
+            grad_x, grads = self.backward(self.maps, parameters, grad, needs)
+        return None if grad_x is None else _as(grad_x, dtype), grads
+
+
+def _like_parameters(
+    grads: Sequence[Tensor | None], parameters: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients in the shapes and dtypes of their parameters, cast by one call."""
+    found = [
+        g if g is None or p is None or g.shape == p.shape else g.view_as(p)
+        for g, p in zip(grads, parameters, strict=True)
+    ]
+    halves = [k for k, g in enumerate(found) if g is not None and g.dtype != parameters[k].dtype]
+    if halves:
+        cast = [torch.empty_like(found[k], dtype=parameters[k].dtype) for k in halves]
+        torch._foreach_copy_(cast, [found[k] for k in halves])
+        for k, whole in zip(halves, cast, strict=True):
+            found[k] = whole
+    return found
 
 
 def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze) -> SavedStatistics:
@@ -173,27 +265,20 @@ class _Stages(torch.autograd.Function):
         with _without_autocast(grad.device.type):
             if torch.is_grad_enabled():
                 return None, *_differentiable(run, (maps[0], *parameters), grad, needs)
-            own, needed = run.split(parameters), run.split(needs[1:])
-            parts = zip(run.stages, run.saved, own, needed, strict=True)
-            grads: list[Tensor | None] = []
-            for k, (stage, saved, own, needed) in reversed(list(enumerate(parts))):
-                x, u = maps[2 * k : 2 * k + 2]
-                needs_maps = k > 0 or needs[0], needed[0]
-                grad, own_grads = _stage_backward(stage, grad, x, u, saved, own, needs_maps)
-                grads = own_grads + grads
-        return None, grad if needs[0] else None, *grads
+            grad_x, grads = run.backward(list(maps), parameters, grad, needs)
+        return None, grad_x, *grads
 
 
 def _stage_backward(
     stage: Stage,
     grad: Tensor,
-    x: Tensor,
-    u: Tensor,
+    maps: tuple[Tensor, Tensor],
     saved: SavedStatistics,
     parameters: Sequence[Tensor | None],
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The gradients of a stage's input and of its parameters."""
+    """The gradients of a stage's input and of its parameters; `maps`: input and convolution's."""
+    x, u = maps
     weight, gamma, beta, *squeeze = parameters
     norm = saved.mean, saved.invstd, gamma, beta
     grad = _like(grad, u)
@@ -207,12 +292,8 @@ def _stage_backward(
         grad_u, *norm_grads = _ops.norm_act_excite_grad(
             grad, u, *norm, gates, saved.se_means, *squeeze, *acts, stage.is_batch
         )
-    grad_x, grad_weight = convolve_backward(stage.conv, grad_u, x, _as(weight, x.dtype), needs)
-    grads = [grad_weight, *norm_grads]
-    return grad_x, [
-        None if g is None or p is None else _as(g.view_as(p), p.dtype)
-        for g, p in zip(grads, parameters, strict=True)
-    ]
+    grad_x, grad_weight = convolve_backward(stage.conv, grad_u, x, weight, needs)
+    return grad_x, [grad_weight, *norm_grads]
 
 
 def _differentiable(
@@ -221,7 +302,9 @@ def _differentiable(
     """Return the gradients as a graph of PyTorch's operations, to be differentiated again."""
     inputs = [t if t is None else t.view_as(t) for t in inputs]  # hooks run once
     y, *parameters = inputs  # y is the input, then each stage's result
-    for stage, own, saved in zip(run.stages, run.split(parameters), run.saved, strict=True):
+    for stage, own, saved in zip(
+        run.stages, run.split(parameters), run.saved.statistics, strict=True
+    ):
         y = _composed(stage, y, own, saved)
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))

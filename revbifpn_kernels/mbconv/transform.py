@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.resample.folded_norm import Source
-from ..reversible import recompute
+from ..reversible import Pullback, recompute
 from .convolutions import are_slow
 from .drop_path import DropPath
-from .fused import run_stages
+from .fused import rerun_stages, run_stages
 from .modules import NORM_LAYER, ActLayer, ConvNorm, NormLayer, SqueezeExcite
 from .stages import Stage, can_run, is_autocast, is_unwatched, stages_of
 
@@ -77,6 +77,11 @@ class MBConv(nn.Sequential):
         """
         stages = recompute.decide(self._stages_to_fold, x)
         return self(x) if stages is None else run_stages(stages, x, folds_norm=True)
+
+    def rerun_folded(self, x: Tensor) -> Source | Pullback:
+        """Return what `forward_folded` returned in the forward, without a graph where it can."""
+        stages = recompute.decide(self._stages_to_fold, x)
+        return self(x) if stages is None else rerun_stages(stages, x)
 
     def _stages_to_fold(self, x: Tensor) -> list[Stage] | None:
         is_plain = type(self).forward is MBConv.forward and is_unwatched(self)

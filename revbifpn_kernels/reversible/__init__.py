@@ -8,6 +8,6 @@ before. What is saved does not grow with depth.
 
 from .block import Reversible
 from .sequential import ReversibleSequential
-from .step import Step
+from .step import Pullback, Step
 
-__all__ = ["Reversible", "ReversibleSequential", "Step"]
+__all__ = ["Pullback", "Reversible", "ReversibleSequential", "Step"]

@@ -1,7 +1,8 @@
 """What a block's `backward_step` asks the engine for: transforms run again, and gradients."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +12,33 @@ from .recompute import BlockTrace, run_transform
 from .recompute.module_state import parameters_of
 
 
+class Pullback(NamedTuple):
+    """A recomputed transform's output without a graph, and how to go back through it.
+
+    `backward(grad)` is called once at most. It returns the gradient of the input, in its dtype, and
+    those of `parameters`; None, or no list, where none is needed.
+    """
+
+    output: Source
+    parameters: Sequence[Tensor | None]
+    backward: Callable[[Tensor], tuple[Tensor | None, Sequence[Tensor | None]]]
+
+
 class Rerun:
     """A recomputed transform: its output, and the gradients through it."""
 
-    def __init__(self, step: "Step", module: nn.Module, x: Tensor, output: Source) -> None:
-        self._step, self._module, self._x = step, module, x
-        self._output = maps_of(output)
-        self.output = output.detach()
+    def __init__(
+        self, step: "Step", module: nn.Module, x: Tensor, result: Source | Pullback
+    ) -> None:
+        self._step, self._module, self._x, self._result = step, module, x, result
+        self.output = result.output if isinstance(result, Pullback) else result.detach()
 
     def backward(self, grad: Tensor | None) -> Tensor | None:
         """Return the gradient of the input and collect those of parameters; frees the graph."""
-        output, self._output = self._output, None
+        result, self._result = self._result, None
+        if isinstance(result, Pullback):
+            return None if grad is None else self._step.pull_back(result, grad)
+        output = maps_of(result)
         (grad_x,) = self._step.differentiate(self._module, [output], [self._x], [grad])
         return grad_x
 
@@ -57,7 +74,9 @@ class Step:
         """Run a transform as the forward did under the same name, with a graph."""
         leaf = x.detach().requires_grad_(needs_grad)
         with torch.enable_grad():
-            output = run_transform(self.block, name, module, leaf, folds_norm=folds_norm)
+            output = run_transform(
+                self.block, name, module, leaf, folds_norm=folds_norm, is_rerun=True
+            )
         return Rerun(self, module, leaf, output)
 
     def of_member(self, block: nn.Module, needs_grad: Sequence[bool]) -> "Step":
@@ -86,9 +105,18 @@ class Step:
             return [None] * len(inputs)
         outputs, grads = zip(*pairs, strict=True)
         results = torch.autograd.grad(outputs, [*wanted, *parameters], grads, allow_unused=True)
-        for parameter, grad in zip(parameters, results[len(wanted) :], strict=True):
+        self._collect(parameters, results[len(wanted) :])
+        found = iter(results)
+        return [next(found) if x.requires_grad else None for x in inputs]
+
+    def pull_back(self, result: Pullback, grad: Tensor) -> Tensor | None:
+        """Return the gradient of the input; collect those of parameters."""
+        grad_x, grads = result.backward(grad)
+        self._collect(result.parameters, grads)
+        return grad_x
+
+    def _collect(self, parameters: Sequence[Tensor | None], grads) -> None:
+        for parameter, grad in zip(parameters, grads, strict=False):
             if grad is not None:
                 known = self.parameter_grads.get(id(parameter))
                 self.parameter_grads[id(parameter)] = grad if known is None else known + grad
-        found = iter(results)
-        return [next(found) if x.requires_grad else None for x in inputs]

@@ -171,6 +171,7 @@ def run_transform(
     *x: Tensor,
     key: Hashable = None,
     folds_norm: bool = False,
+    is_rerun: bool = False,
 ):
     """Return `module(*x)`, a transform of `block`.
 
@@ -178,6 +179,8 @@ def run_transform(
         name: For messages; tells the transform from the others unless there is a `key`.
         folds_norm: Whether the caller applies a norm that the transform leaves to it: a module that
             has `forward_folded` is then called by that method, and may return a `ScaledSource`.
+        is_rerun: Whether the caller takes a `Pullback` as well: then a module that has
+            `rerun_folded` is called by that method instead.
 
     Raises:
         RuntimeError: The transform wrote to its input, or its recompute did something else.
@@ -185,7 +188,9 @@ def run_transform(
     if torch.compiler.is_compiling():
         return module(*x)
     function = module
-    if folds_norm and hasattr(type(module), "forward_folded"):
+    if folds_norm and is_rerun and hasattr(type(module), "rerun_folded"):
+        function = module.rerun_folded
+    elif folds_norm and hasattr(type(module), "forward_folded"):
         function = module.forward_folded
     versions = _versions(x)
     trace = getattr(_thread, "trace", None)
