@@ -4,6 +4,7 @@ from . import _extension, models  # noqa: F401  (_extension first: it registers 
 from .blocks import Recomputed, RevBlock, RevLevels
 from .capture import capture_step
 from .mbconv import MBConv
+from .mbconv.synchronised import convert_sync_batchnorm
 from .models import *  # noqa: F403
 from .ops import resample_add, resample_add_, resample_adjoint, resample_undo
 from .reversible import Reversible, ReversibleSequential
@@ -20,6 +21,7 @@ __all__ = [
     "Reversible",
     "ReversibleSequential",
     "capture_step",
+    "convert_sync_batchnorm",
     "resample_add",
     "resample_add_",
     "resample_adjoint",

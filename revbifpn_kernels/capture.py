@@ -10,13 +10,13 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .reversible import Reversible
+from .reversible.recompute import group_of
 
 WARM_UPS = 3  # steps before the capture: they compile kernels and allocate what libraries keep
 # Optimizers whose update needs nothing from the host (if they have `capturable`, where that is set)
@@ -213,7 +213,7 @@ def obstacle_of(model: nn.Module) -> str | None:
     from_host = DistributedDataParallel, DataParallel, *([fsdp.FSDPModule] if fsdp else ())
     for name, module in model.named_modules():
         where = f" ({name})" if name else ""
-        if isinstance(module, from_host) or _is_synchronised(module):
+        if isinstance(module, from_host) or group_of(module) is not None:
             return f"{type(module).__name__}{where} communicates from the host"
         if isinstance(module, Reversible):
             for inner, layer in module.named_modules():
@@ -224,11 +224,6 @@ def obstacle_of(model: nn.Module) -> str | None:
                         "recompute needs the state of the random generator"
                     )
     return None
-
-
-def _is_synchronised(module: nn.Module) -> bool:
-    is_joined = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return is_joined and isinstance(module, nn.SyncBatchNorm) and module.training
 
 
 def recorded(step: Callable[[], None]) -> Callable[[], None]:

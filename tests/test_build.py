@@ -106,7 +106,7 @@ def test_public_names():
         *"Config DetectionBackbone MBConv Recomputed RevBiFPN RevBlock RevLevels RevSilo".split(),
         *"Reversible ReversibleSequential SIZES create_model load_official macs".split(),
         *"resample_add resample_add_ resample_adjoint resample_undo to_official".split(),
-        *"capture_step training_memory".split(),
+        *"capture_step convert_sync_batchnorm training_memory".split(),
         *(f"revbifpn_s{k}" for k in range(7)),
     }
     assert re.fullmatch(r"\d+\.\d+\.\d+", revbifpn_kernels.__version__)

@@ -23,6 +23,7 @@ from ..reversible import Pullback, recompute
 from .convolutions import convolve, convolve_backward
 from .drop_path import drop_factors
 from .stages import Stage, is_autocast
+from .synchronised import shared_gradients, shared_statistics
 
 _ops = torch.ops.revbifpn
 
@@ -35,6 +36,7 @@ class SavedStatistics(NamedTuple):
     se_gate: Tensor | None  # (N, C), of squeeze-excite
     se_means: Tensor | None  # (N, C), from which squeeze-excite computes its gate
     drop_factors: Tensor | None  # (N,), what stochastic depth multiplies samples by
+    count: Tensor | None  # (), values per channel, if other processes' are among them
 
     def multiplier(self, channels: int) -> Tensor | None:
         """What the stage's result is multiplied by, (N, C), or None."""
@@ -210,7 +212,10 @@ def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze) -> SavedStatistics:
     """Return statistics and gates of a forward; update the running statistics."""
     norm, buffers = stage.norm, stage.norm._buffers
     mean, var = buffers["running_mean"], buffers["running_var"]
-    if stage.is_batch:
+    count = None
+    if stage.group is not None:
+        *statistics, count = shared_statistics(u, norm, stage.group)
+    elif stage.is_batch:
         if u.numel() == u.shape[1]:
             raise ValueError(
                 f"MBConv: batch norm needs more than 1 value per channel in training, got maps of "
@@ -228,7 +233,7 @@ def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze) -> SavedStatistics:
         gate = _ops.squeeze_excite_gates(means, *squeeze, stage.squeeze_act)
     elif stage.drop_path > 0:
         factors = drop_factors(stage.drop_path, len(u), statistics[0])
-    return SavedStatistics(*statistics, gate, means, factors)
+    return SavedStatistics(*statistics, gate, means, factors, count)
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -283,12 +288,17 @@ def _stage_backward(
     norm = saved.mean, saved.invstd, gamma, beta
     grad = _like(grad, u)
     gates = saved.multiplier(u.shape[1])
-    if stage.squeeze is None:
+    acts = stage.act, stage.squeeze_act
+    if stage.group is not None:
+        means = () if stage.squeeze is None else (saved.se_means,)
+        grad_u, *norm_grads = shared_gradients(
+            grad, u, norm, gates, (*means, *squeeze), acts, saved.count, stage.group
+        )
+    elif stage.squeeze is None:
         grad_u, *norm_grads = _ops.norm_act_grad(
             grad, u, *norm, gates, None, None, stage.act, stage.is_batch
         )
     else:
-        acts = stage.act, stage.squeeze_act
         grad_u, *norm_grads = _ops.norm_act_excite_grad(
             grad, u, *norm, gates, saved.se_means, *squeeze, *acts, stage.is_batch
         )
@@ -313,6 +323,11 @@ def _differentiable(
 
 def _composed(stage: Stage, x: Tensor, parameters, saved: SavedStatistics) -> Tensor:
     """Return a stage's result by PyTorch's operations."""
+    if stage.group is not None:
+        raise RuntimeError(
+            "MBConv: synchronised batch norm has no gradient of gradients (create_graph=True); "
+            "expected BatchNorm2d"
+        )
     weight, gamma, beta, *squeeze = parameters
     conv, mean, invstd, gate = stage.conv, saved.mean, saved.invstd, None
     u = F.conv2d(x, weight.to(x.dtype), None, conv.stride, conv.padding, groups=conv.groups)

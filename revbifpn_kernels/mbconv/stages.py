@@ -7,16 +7,20 @@ depth: u = conv(x), y = act(norm(u)) · gate.
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..ops.norm_act.arguments import sums_dtype
+from ..reversible.recompute import group_of
 from .drop_path import DropPath
 from .modules import BatchNorm2d, ConvNorm, SqueezeExcite
+from .synchronised import SyncBatchNorm2d
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NORMS = (BatchNorm2d, nn.BatchNorm2d, SyncBatchNorm2d, nn.SyncBatchNorm)
 _CONVS = ("expand", "depthwise", "project")
 _ORDER = ("expand", "depthwise", "squeeze_excite", "project", "drop_path")
 _ACTS = {nn.Hardswish: "hardswish", nn.ReLU: "relu", nn.SiLU: "silu"}
@@ -33,6 +37,7 @@ class Stage(NamedTuple):
     squeeze: tuple[nn.Conv2d, nn.Conv2d] | None = None  # of squeeze-excite
     squeeze_act: str = "identity"
     drop_path: float = 0.0
+    group: dist.ProcessGroup | None = None  # processes that share the statistics of the batch
 
     def parameters(self) -> list[Tensor | None]:
         norm = self.norm._parameters
@@ -122,7 +127,7 @@ def _stage_of(part: nn.Module) -> Stage | None:
     conv, norm = part._modules["conv"], part._modules["norm"]
     is_plain = (
         type(conv) is nn.Conv2d
-        and type(norm) in (BatchNorm2d, nn.BatchNorm2d)
+        and type(norm) in NORMS
         and _has_entries(conv, norm)
         and conv._parameters["bias"] is None
         and conv.dilation == (1, 1)
@@ -132,7 +137,9 @@ def _stage_of(part: nn.Module) -> Stage | None:
         and norm.track_running_stats
         and norm.momentum is not None
     )
-    return Stage(conv, norm, norm.training, _act_of(part)) if is_plain else None
+    if not is_plain:
+        return None
+    return Stage(conv, norm, norm.training, _act_of(part), group=group_of(norm))
 
 
 def _is_plain_squeeze_excite(part: nn.Module) -> bool:

@@ -9,11 +9,13 @@ import torch.distributed as dist
 from chains import LATTICE, growing, mbconv, plain, silos, stored, streams
 from processes import on_two_processes
 from steps import assert_same_bits, loss_of, named_gradients, relative_error
+from tiny import tiny
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from revbifpn_kernels import RevBlock
+from revbifpn_kernels import MBConv, RevBlock, convert_sync_batchnorm
+from revbifpn_kernels.mbconv.modules import ConvNorm
 
 
 def batches(kind, count: int = 1) -> list:
@@ -138,10 +140,93 @@ def check_batch_norm_under_ddp(rank: int) -> None:
     )
 
 
+def without_zeros(grads: dict, exact: dict) -> tuple[dict, dict]:
+    """Both without those of biases that a later norm takes away: rounding errors of 0."""
+    largest = max(grad.abs().max() for grad in exact.values())
+    kept = [name for name, grad in exact.items() if grad.abs().max() > 1e-9 * largest]
+    assert all(grads[name].abs().max() < 1e-9 * largest for name in exact.keys() - kept)
+    return {name: grads[name] for name in kept}, {name: exact[name] for name in kept}
+
+
+def check_fused_synchronised_batch_norm(rank: int) -> None:
+    """Networks on unequal shares of a batch, against one process with the whole batch."""
+    torch.manual_seed(7)
+    images = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    mine = slice(0, 3) if rank == 0 else slice(3, 4)
+    exchanges = []
+    all_reduce = dist.all_reduce
+    for reversible in (True, False):
+        whole = tiny(reversible=reversible).double()
+        norms = sum(isinstance(module, nn.BatchNorm2d) for module in whole.modules())
+        shared = convert_sync_batchnorm(copy.deepcopy(whole))
+        ddp = DistributedDataParallel(shared)
+
+        def counted(*arguments, **options):
+            exchanges.append(1)
+            return all_reduce(*arguments, **options)
+
+        with mock.patch.object(dist, "all_reduce", counted):
+            outputs = ddp(images[mine])
+            assert len(exchanges) == norms
+            outputs.square().sum().backward()
+            assert len(exchanges) == 2 * norms  # the recompute exchanges nothing
+        exchanges.clear()
+        expected = whole(images)
+        expected.square().sum().backward()
+        assert relative_error({"y": outputs}, {"y": expected[mine]}) < 1e-9
+        grads = {name: 2 * grad for name, grad in clean(named_gradients(ddp)).items()}
+        assert relative_error(*without_zeros(grads, named_gradients(whole))) < 1e-9
+        buffers = [dict(net.named_buffers()) for net in (shared, whole)]
+        torch.testing.assert_close(*buffers, rtol=1e-9, atol=1e-9)
+        for net in (shared, whole):
+            net.eval()
+        assert relative_error({"y": shared(images)}, {"y": whole(images)}) < 1e-9
+
+
+def check_synchronised_norms_under_autocast(rank: int) -> None:
+    """In half precision the reversible and the stored network exchange the same statistics."""
+    net = convert_sync_batchnorm(tiny(lattice=LATTICE))
+    reference = stored(net)
+    images = torch.randn(2, 3, 64, 64)
+    for each in (net, reference):
+        with torch.autocast("cpu", torch.bfloat16):
+            each(images).float().square().sum().backward()
+    assert_same_bits(named_gradients(net), named_gradients(reference))
+
+
+def check_synchronised_norms_outside_of_mbconv(rank: int) -> None:
+    """In any module, with and without an affine map, one image per process."""
+    images = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    layers = nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4, affine=False, momentum=None)
+    whole = nn.Sequential(*layers).double()
+    shared = convert_sync_batchnorm(copy.deepcopy(whole))
+    assert list(shared.state_dict()) == list(whole.state_dict())
+    ddp = DistributedDataParallel(shared)
+    inputs = [images[rank : rank + 1].clone().requires_grad_(), images.clone().requires_grad_()]
+    for net, x in zip((ddp, whole), inputs, strict=True):
+        net(x).sin().sum().backward()
+    grads = {name: 2 * grad for name, grad in clean(named_gradients(ddp)).items()}
+    assert relative_error(*without_zeros(grads, named_gradients(whole))) < 1e-9
+    pair = ({"x": inputs[0].grad}, {"x": inputs[1].grad[rank : rank + 1]})
+    assert relative_error(*pair) < 1e-9
+    buffers = [dict(net.named_buffers()) for net in (shared, whole)]
+    torch.testing.assert_close(*buffers, rtol=1e-9, atol=1e-9)
+
+
+def check_synchronised_norms_refuse(rank: int) -> None:
+    block = nn.SyncBatchNorm.convert_sync_batchnorm(MBConv(4, 4))
+    x = torch.randn(2, 4, 6, 6, requires_grad=True)
+    with pytest.raises(RuntimeError, match="synchronised batch norm has no gradient of gradients"):
+        torch.autograd.grad(block(x).sum(), x, create_graph=True)
+
+
 def check_synchronised_batch_norm(rank: int) -> None:
     """Against the plain network, and with fewer gathers than two runs would make."""
     run_synchronised_batch_norm_on_cpus()
     chain = nn.SyncBatchNorm.convert_sync_batchnorm(silos(2, mbconv))
+    for module in chain.modules():  # a hook makes MBConv run module by module
+        if isinstance(module, ConvNorm):
+            module.register_forward_hook(lambda *call: None)
     chain.lattice = LATTICE
     reference = stored(chain)
     norms = sum(isinstance(module, nn.SyncBatchNorm) for module in chain.modules())
@@ -219,5 +304,9 @@ def test_two_processes(tmp_path):
         check_fsdp,
         check_inner_sharding,
         check_batch_norm_under_ddp,
+        check_fused_synchronised_batch_norm,
+        check_synchronised_norms_under_autocast,
+        check_synchronised_norms_outside_of_mbconv,
+        check_synchronised_norms_refuse,
         check_synchronised_batch_norm,
     )

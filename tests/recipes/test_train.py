@@ -5,10 +5,8 @@ import re
 import pytest
 import sklearn.datasets
 import torch
-import torch.distributed as dist
 from helpers import same_bits
 from safetensors.torch import load_file
-from torch import nn
 from trainings import STEPS, TINY, assert_same_run, checkpoint, losses, rows, train
 
 from revbifpn_kernels.recipes.classify import data, optimizers
@@ -16,7 +14,6 @@ from revbifpn_kernels.recipes.classify import options as train_options
 from revbifpn_kernels.recipes.detect import options as detect_options
 from revbifpn_kernels.recipes.run import command
 from revbifpn_kernels.recipes.run.options import power, setting
-from revbifpn_kernels.recipes.run.processes import World, share_statistics
 from revbifpn_kernels.train import main
 
 from .conftest import DRAWING
@@ -212,13 +209,3 @@ def test_answers_are_read_as_their_fields_are_annotated():
     settings = dict(train_options.parse(["--set=features=24"]).settings)
     assert settings["features"] == 24 and settings["in_chans"] == 1
     assert train_options.parse(["--model=revbifpn_s1"]).settings == ()
-
-
-def test_running_statistics_are_averaged(monkeypatch):
-    """Over two processes, the second of which has 1 for all of them; frozen norms keep theirs."""
-    monkeypatch.setattr(dist, "all_reduce", lambda total: total.add_(1))
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(2).eval())
-    share_statistics(model, World(0, 2, torch.device("cpu")))
-    assert model[0].running_mean.tolist() == [0.5] * 3
-    assert model[0].running_var.tolist() == [1.0] * 3
-    assert model[1].running_mean.tolist() == [0.0] * 2

@@ -11,7 +11,7 @@ from ...capture import TrainingStep, capture_step
 from ..run.errors import RunError
 from ..run.loop import Loop, Step
 from ..run.networks import dtype_of, to_training
-from ..run.processes import reducing, share_statistics
+from ..run.processes import reducing
 from .evaluate import Score, autocast
 
 LEAST_SCALE = 2.0**-14  # of float16 losses; the scaler starts at 2^16, halves at overflows
@@ -53,7 +53,6 @@ class ClassifierLoop(Loop):
         loss, gradient, waited = make()
         if isinstance(gradient, torch.distributed.tensor.DTensor):
             gradient = gradient.full_tensor()
-        share_statistics(run.model, run.world)
         if run.ema is not None:
             run.ema.update(run.model, step=run.step)
         return Step({"loss": loss}, gradient, lr, waited)

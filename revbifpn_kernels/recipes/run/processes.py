@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from ...mbconv.synchronised import convert_sync_batchnorm
 from ...models.revbifpn import RevBiFPN
 from .errors import RunError
 
@@ -100,13 +100,8 @@ def joined(options) -> Iterator[World]:
 
 
 def synchronised(model: RevBiFPN, world: World) -> nn.Module:
-    """Returns the model with SyncBatchNorm on GPUs, where PyTorch has it.
-
-    On CPUs each process normalises its own images; `share_statistics` averages the statistics.
-    """
-    if world.size > 1 and world.device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model
+    """Returns the model with batch norms that normalise all processes' images together."""
+    return convert_sync_batchnorm(model) if world.size > 1 else model
 
 
 def distributed(model: RevBiFPN, world: World, fsdp: bool) -> nn.Module:
@@ -146,21 +141,3 @@ def reducing(net: nn.Module, is_last: bool) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def share_statistics(model: nn.Module, world: World) -> None:
-    """Averages running statistics over all processes, in one all-reduce."""
-    if world.size == 1:
-        return
-    statistics = [
-        buffer
-        for module in model.modules()
-        if isinstance(module, _BatchNorm) and module.training
-        for buffer in (module.running_mean, module.running_var)
-        if buffer is not None and not isinstance(module, nn.SyncBatchNorm)
-    ]
-    if statistics:
-        flat = torch.cat(statistics)
-        dist.all_reduce(flat)
-        parts = flat.div_(world.size).split([len(buffer) for buffer in statistics])
-        torch._foreach_copy_(statistics, list(parts))

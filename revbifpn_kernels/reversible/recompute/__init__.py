@@ -7,6 +7,7 @@ buffers (`module_state`), and must not update running statistics again (`modes`)
 on modules, and no generator is asked for its state unless a transform draws.
 """
 
+from .batch_norm import group_of
 from .modes import call, current_recorder, decide
 from .rng import shared_draws, sharing_draws
 from .trace import BlockTrace, TrackedModule, is_traced, run_transform
@@ -17,6 +18,7 @@ __all__ = [
     "call",
     "current_recorder",
     "decide",
+    "group_of",
     "is_traced",
     "run_transform",
     "shared_draws",

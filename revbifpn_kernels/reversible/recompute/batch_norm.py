@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as _PyTorchFunction
+from torch.nn.modules.batchnorm import _NormBase
 
 # Elements below which reducing a batch again is cheaper than a Function called from Python.
 SMALL = 32768
@@ -136,7 +137,7 @@ def _gather_statistics(
 @contextlib.contextmanager
 def reused(parts: Sequence[nn.Module], recorder) -> Iterator[None]:
     """Let all synchronised norms among `parts` take their statistics from `recorder`."""
-    norms = [part for part in parts if _is_synchronised(part)]
+    norms = [p for p in parts if isinstance(p, nn.SyncBatchNorm) and group_of(p) is not None]
     own = [norm.__dict__.get("forward") for norm in norms]
     for norm in norms:
         norm.forward = functools.partial(_normalise_together, norm, recorder)
@@ -151,23 +152,17 @@ def reused(parts: Sequence[nn.Module], recorder) -> Iterator[None]:
 
 def _normalise_together(norm: nn.SyncBatchNorm, recorder, x: Tensor) -> Tensor:
     statistics = recorder.saved(SharedStatistics)
-    return _NormaliseTogether.apply(
-        x, norm.weight, norm.bias, statistics, _group_of(norm), norm.eps
-    )
+    return _NormaliseTogether.apply(x, norm.weight, norm.bias, statistics, group_of(norm), norm.eps)
 
 
-def _is_synchronised(part: nn.Module) -> bool:
-    return (
-        isinstance(part, nn.SyncBatchNorm)
-        and part.training
-        and dist.is_available()
-        and dist.is_initialized()
-        and dist.get_world_size(_group_of(part)) > 1
-    )
-
-
-def _group_of(norm: nn.SyncBatchNorm) -> dist.ProcessGroup:
-    return norm.process_group or dist.group.WORLD
+def group_of(part: nn.Module) -> dist.ProcessGroup | None:
+    """The processes whose images a norm normalises together; None if it does so with no others."""
+    if not (isinstance(part, _NormBase) and part.training and "process_group" in part.__dict__):
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = part.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 # They update running statistics without a new version, which the engine could not notice.
