@@ -134,9 +134,9 @@ def _gather_statistics(
 
 
 @contextlib.contextmanager
-def reused(parts: Sequence[nn.Module], recorder) -> Iterator[None]:
-    """Let all synchronised norms among `parts` take their statistics from `recorder`."""
-    norms = [part for part in parts if _is_synchronised(part)]
+def reused(norms: Sequence[nn.SyncBatchNorm], recorder) -> Iterator[None]:
+    """Let the norms that are synchronised take their statistics from `recorder`."""
+    norms = [norm for norm in norms if _is_synchronised(norm)]
     own = [norm.__dict__.get("forward") for norm in norms]
     for norm in norms:
         norm.forward = functools.partial(_normalise_together, norm, recorder)
@@ -156,13 +156,12 @@ def _normalise_together(norm: nn.SyncBatchNorm, recorder, x: Tensor) -> Tensor:
     )
 
 
-def _is_synchronised(part: nn.Module) -> bool:
+def _is_synchronised(norm: nn.SyncBatchNorm) -> bool:
     return (
-        isinstance(part, nn.SyncBatchNorm)
-        and part.training
+        norm.training
         and dist.is_available()
         and dist.is_initialized()
-        and dist.get_world_size(_group_of(part)) > 1
+        and dist.get_world_size(_group_of(norm)) > 1
     )
 
 
