@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from ..reversible import recompute
-from ..reversible.recompute.module_state import parts_of
+from ..reversible.recompute.snapshot import parts_of
 
 
 class DropPath(nn.Module):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,6 +38,7 @@ class SavedStatistics(NamedTuple):
     se_means: Tensor | None  # (N, C), from which squeeze-excite computes its gate
     drop_factors: Tensor | None  # (N,), what stochastic depth multiplies samples by
     count: Tensor | None  # (), values per channel, if other processes' are among them
+    group: dist.ProcessGroup | None  # these processes
 
     def multiplier(self, channels: int) -> Tensor | None:
         """What the stage's result is multiplied by, (N, C), or None."""
@@ -212,9 +214,9 @@ def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze) -> SavedStatistics:
     """Return statistics and gates of a forward; update the running statistics."""
     norm, buffers = stage.norm, stage.norm._buffers
     mean, var = buffers["running_mean"], buffers["running_var"]
-    count = None
-    if stage.group is not None:
-        *statistics, count = shared_statistics(u, norm, stage.group)
+    count, group = None, recompute.group_of(norm)
+    if group is not None:
+        *statistics, count = shared_statistics(u, norm, group)
     elif stage.is_batch:
         if u.numel() == u.shape[1]:
             raise ValueError(
@@ -233,7 +235,7 @@ def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze) -> SavedStatistics:
         gate = _ops.squeeze_excite_gates(means, *squeeze, stage.squeeze_act)
     elif stage.drop_path > 0:
         factors = drop_factors(stage.drop_path, len(u), statistics[0])
-    return SavedStatistics(*statistics, gate, means, factors, count)
+    return SavedStatistics(*statistics, gate, means, factors, count, group)
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -289,10 +291,10 @@ def _stage_backward(
     grad = _like(grad, u)
     gates = saved.multiplier(u.shape[1])
     acts = stage.act, stage.squeeze_act
-    if stage.group is not None:
+    if saved.group is not None:
         means = () if stage.squeeze is None else (saved.se_means,)
         grad_u, *norm_grads = shared_gradients(
-            grad, u, norm, gates, (*means, *squeeze), acts, saved.count, stage.group
+            grad, u, norm, gates, (*means, *squeeze), acts, saved.count, saved.group
         )
     elif stage.squeeze is None:
         grad_u, *norm_grads = _ops.norm_act_grad(
@@ -323,7 +325,7 @@ def _differentiable(
 
 def _composed(stage: Stage, x: Tensor, parameters, saved: SavedStatistics) -> Tensor:
     """Return a stage's result by PyTorch's operations."""
-    if stage.group is not None:
+    if saved.group is not None:
         raise RuntimeError(
             "MBConv: synchronised batch norm has no gradient of gradients (create_graph=True); "
             "expected BatchNorm2d"

@@ -4,17 +4,17 @@ A stage is a convolution, its norm, an activation and a gate, of squeeze-excite 
 depth: u = conv(x), y = act(norm(u)) · gate.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..ops.norm_act.arguments import sums_dtype
-from ..reversible.recompute import group_of
+from ..reversible.recompute.snapshot import Snapshot, snapshot_of
 from .drop_path import DropPath
 from .modules import BatchNorm2d, ConvNorm, SqueezeExcite
 from .synchronised import SyncBatchNorm2d
@@ -37,7 +37,6 @@ class Stage(NamedTuple):
     squeeze: tuple[nn.Conv2d, nn.Conv2d] | None = None  # of squeeze-excite
     squeeze_act: str = "identity"
     drop_path: float = 0.0
-    group: dist.ProcessGroup | None = None  # processes that share the statistics of the batch
 
     def parameters(self) -> list[Tensor | None]:
         norm = self.norm._parameters
@@ -46,17 +45,10 @@ class Stage(NamedTuple):
             own += [conv._parameters["weight"], conv._parameters["bias"]]
         return own
 
-    def fits(self, x: Tensor) -> bool:
-        """Whether the weight has x's dtype or is cast, the norm that of sums; no subclass."""
-        weight, *others = parameters = self.parameters()
-        statistics = self.norm._buffers["running_mean"], self.norm._buffers["running_var"]
-        is_cast = is_autocast(x) and weight.dtype != torch.float64
-        dtype = sums_dtype(x)
-        return (
-            (is_cast or weight.dtype == x.dtype)
-            and all(t is None or t.dtype == dtype for t in (*others, *statistics))
-            and all(t is None or t.is_contiguous() for t in (*others[:2], *statistics))
-            and not any(map(is_traceable_wrapper_subclass, parameters))
+    def has_own_biases(self) -> bool:
+        """Whether the convolution has no bias, and those of squeeze-excite have one."""
+        return self.conv._parameters["bias"] is None and all(
+            [conv._parameters["bias"] is not None for conv in self.squeeze or ()]
         )
 
     def updated_buffers(self) -> list[Tensor]:
@@ -85,14 +77,26 @@ def is_autocast(x: Tensor) -> bool:
     return x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
 
 
+class MBConvSnapshot(Snapshot):
+    """The modules of an MBConv, and the stages that they are."""
+
+    def __init__(self, mbconv: nn.Module) -> None:
+        super().__init__(mbconv)
+        self.stages = _stages_of(mbconv)
+
+
 def stages_of(mbconv: nn.Module) -> list[Stage] | None:
     """Return the stages, or None if a module is not MBConv's own or has hooks."""
+    is_replica = getattr(mbconv, "_is_replica", False)  # DataParallel's hide their parameters
+    if is_replica or nn_module._has_any_global_hook():
+        return None
+    return snapshot_of(mbconv, MBConvSnapshot).stages
+
+
+def _stages_of(mbconv: nn.Module) -> list[Stage] | None:
     parts = mbconv._modules
     is_ours = tuple(name for name in _ORDER if name in parts) == tuple(parts)
-    is_replica = getattr(mbconv, "_is_replica", False)  # DataParallel's hide their parameters
-    if not is_ours or "project" not in parts or is_replica or nn_module._has_any_global_hook():
-        return None
-    if not all(map(is_unwatched, parts.values())):
+    if not is_ours or "project" not in parts or not all(map(is_unwatched, parts.values())):
         return None
     stages = [_stage_of(parts[name]) for name in _CONVS if name in parts]
     if None in stages:
@@ -107,6 +111,29 @@ def stages_of(mbconv: nn.Module) -> list[Stage] | None:
             return None
         stages[-1] = stages[-1]._replace(drop_path=drop.probability if drop.training else 0.0)
     return stages
+
+
+def fit(stages: Sequence[Stage], x: Tensor) -> bool:
+    """Whether weights have x's dtype or are cast, and the rest that of sums; no subclass."""
+    dtype, sums, is_cast = x.dtype, sums_dtype(x), is_autocast(x)
+    for stage in stages:
+        if not stage.has_own_biases():
+            return False
+        weight, *others = stage.parameters()
+        buffers = stage.norm._buffers
+        dense = *others[:2], buffers["running_mean"], buffers["running_var"]
+        if not (weight.dtype == dtype or (is_cast and weight.dtype != torch.float64)):
+            return False
+        for tensor in (*dense, *others[2:]):
+            if tensor is not None and tensor.dtype != sums:
+                return False
+        for tensor in dense:
+            if tensor is not None and not tensor.is_contiguous():
+                return False
+        for tensor in (weight, *others):
+            if type(tensor) is not nn.Parameter and is_traceable_wrapper_subclass(tensor):
+                return False
+    return True
 
 
 # For speed this file reads `_modules[…]`: attributes go through nn.Module.__getattr__, a search.
@@ -129,7 +156,6 @@ def _stage_of(part: nn.Module) -> Stage | None:
         type(conv) is nn.Conv2d
         and type(norm) in NORMS
         and _has_entries(conv, norm)
-        and conv._parameters["bias"] is None
         and conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
@@ -137,9 +163,7 @@ def _stage_of(part: nn.Module) -> Stage | None:
         and norm.track_running_stats
         and norm.momentum is not None
     )
-    if not is_plain:
-        return None
-    return Stage(conv, norm, norm.training, _act_of(part), group=group_of(norm))
+    return Stage(conv, norm, norm.training, _act_of(part)) if is_plain else None
 
 
 def _is_plain_squeeze_excite(part: nn.Module) -> bool:
@@ -147,10 +171,7 @@ def _is_plain_squeeze_excite(part: nn.Module) -> bool:
         return False
     convs = part._modules["reduce"], part._modules["expand"]
     return all(
-        type(conv) is nn.Conv2d
-        and conv.kernel_size == (1, 1)
-        and _has_entries(conv)
-        and conv._parameters["bias"] is not None
+        type(conv) is nn.Conv2d and conv.kernel_size == (1, 1) and _has_entries(conv)
         for conv in convs
     )
 

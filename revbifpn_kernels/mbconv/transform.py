@@ -12,7 +12,7 @@ from .convolutions import are_slow
 from .drop_path import DropPath
 from .fused import rerun_stages, run_stages
 from .modules import NORM_LAYER, ActLayer, ConvNorm, NormLayer, SqueezeExcite
-from .stages import Stage, can_run, is_autocast, is_unwatched, stages_of
+from .stages import Stage, can_run, fit, is_autocast, is_unwatched, stages_of
 
 
 class MBConv(nn.Sequential):
@@ -92,7 +92,7 @@ class MBConv(nn.Sequential):
         # In a traced block, but outside a transform, modules run, so that GuardMode refuses them.
         is_hidden = recompute.current_recorder() is None and recompute.is_traced()
         stages = stages_of(self) if not is_hidden and can_run(x) and self._is_faster(x) else None
-        return stages if stages and all(stage.fits(x) for stage in stages) else None
+        return stages if stages and fit(stages, x) else None
 
     def _is_faster(self, x: Tensor) -> bool:
         """Whether fused stages are faster than the modules.

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..mbconv.stages import is_unwatched
 from ..ops.layout import Geometry, in_format
 from ..reversible import Reversible, ReversibleSequential
-from ..reversible.recompute.module_state import parts_of
+from ..reversible.recompute.snapshot import parts_of
 from .body import body
 from .checks import whole
 from .layers import Head, Neck, Stem

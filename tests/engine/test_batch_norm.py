@@ -9,6 +9,7 @@ from torch import nn
 from revbifpn_kernels import RevBlock
 from revbifpn_kernels.reversible.recompute import batch_norm, modes
 from revbifpn_kernels.reversible.recompute.checks import NotRepeatable
+from revbifpn_kernels.reversible.recompute.module_state import Transform
 
 
 def assert_repeats(make, *, steps: int = 1) -> None:
@@ -92,7 +93,7 @@ def test_norms_of_channel_slices_restore_every_bit():
 
 
 def test_statistics_of_one_process_are_not_taken_for_those_of_all():
-    record = modes.CallRecord(nn.Identity())
+    record = modes.CallRecord(Transform(nn.Identity()))
     record.events.append(batch_norm.Statistics(torch.zeros(2), torch.ones(2)))
     recorder = modes.ReplayMode(record, {})
     with pytest.raises(NotRepeatable, match="normalised a batch, which it did not do there"):

@@ -3,8 +3,9 @@
 A reversible block runs its transforms twice: in the forward without a graph, and in the backward,
 on restored inputs, with one. The recompute must use the forward's random numbers (`rng`) and batch
 statistics (`batch_norm`) under the same autocast (`trace`) and with the same modes, parameters and
-buffers (`module_state`), and must not update running statistics again (`modes`). Nothing is saved
-on modules, and no generator is asked for its state unless a transform draws.
+buffers (`module_state`), and must not update running statistics again (`modes`). No generator is
+asked for its state unless a transform draws. Nothing of a call is saved on modules: they only
+remember what they are made of (`snapshot`).
 """
 
 from .batch_norm import group_of

@@ -135,9 +135,9 @@ def _gather_statistics(
 
 
 @contextlib.contextmanager
-def reused(parts: Sequence[nn.Module], recorder) -> Iterator[None]:
-    """Let all synchronised norms among `parts` take their statistics from `recorder`."""
-    norms = [p for p in parts if isinstance(p, nn.SyncBatchNorm) and group_of(p) is not None]
+def reused(norms: Sequence[nn.SyncBatchNorm], recorder) -> Iterator[None]:
+    """Let the norms that are synchronised take their statistics from `recorder`."""
+    norms = [norm for norm in norms if group_of(norm) is not None]
     own = [norm.__dict__.get("forward") for norm in norms]
     for norm in norms:
         norm.forward = functools.partial(_normalise_together, norm, recorder)

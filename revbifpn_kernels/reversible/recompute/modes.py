@@ -8,34 +8,25 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from . import batch_norm, rng
 from .checks import NotRepeatable
-from .module_state import parts_of, running_statistics
+from .module_state import ModuleState, Transform, running_statistics
 
 _thread = threading.local()
 _kinds: dict = {}
-# Layers of torch.nn that neither draw random numbers nor normalise by batch statistics.
-_SILENT_LAYERS = {
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linear),
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU),
-    *(nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus),
-    *(nn.GroupNorm, nn.LayerNorm, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d),
-    *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity, nn.Upsample, nn.PixelShuffle),
-    nn.ZeroPad2d,
-}
 
 
 class CallRecord:
     """What one call of a transform drew, measured and decided in the forward, each in order."""
 
-    __slots__ = ("decisions", "events", "is_checkpointed", "updated", "parts")
+    __slots__ = ("decisions", "events", "is_checkpointed", "transform", "updated")
 
-    def __init__(self, module: nn.Module) -> None:
-        self.parts = parts_of(module)
+    def __init__(self, transform: Transform) -> None:
+        self.transform = transform
         self.is_checkpointed = False  # torch.utils.checkpoint would run the recompute again
         self.events: list = []  # Tensor, SavedGenerator, Statistics, SavedStages
         self.updated: list[Tensor] = []  # running statistics and counters that the forward updated
@@ -71,8 +62,11 @@ def watched(recorder: "RecordMode | ReplayMode", function: Callable, x: tuple):
     whose draws, batch norms and counters go through `call`, if it has any, sets
     `records_itself = True`. Subclasses do not inherit it, because their methods may call anything.
     """
-    needs_watching = getattr(recorder, "stand_ins", None) or not all(
-        map(_records_itself, recorder.record.parts)
+    transform = recorder.record.transform
+    needs_watching = (
+        not transform.records_itself
+        or any(transform.hooks)
+        or (not recorder.is_recording and recorder.stand_ins)
     )
     _thread.recorder = recorder
     try:
@@ -85,20 +79,14 @@ def watched(recorder: "RecordMode | ReplayMode", function: Callable, x: tuple):
         _thread.recorder = None
 
 
-def _records_itself(part: nn.Module) -> bool:
-    kind = type(part)
-    is_silent = kind in _SILENT_LAYERS or kind.__dict__.get("records_itself", False)
-    return is_silent and not part._forward_hooks and not part._forward_pre_hooks
-
-
 class RecordMode(TorchFunctionMode):
     """Runs calls as they are and writes to `record` what the recompute needs."""
 
     is_recording, is_watching = True, False
 
-    def __init__(self, record: CallRecord, counters: set[int]) -> None:
+    def __init__(self, record: CallRecord, state: ModuleState) -> None:
         super().__init__()
-        self.record, self.counters = record, counters
+        self.record, self.state = record, state
 
     def decide(self, func: Callable, *args):
         decision = func(*args)
@@ -125,7 +113,7 @@ class RecordMode(TorchFunctionMode):
                 f"calls {func.__name__}, whose running statistics would be updated twice; expected "
                 "torch.nn.functional's batch_norm or instance_norm"
             )
-        if id(args[0]) in self.counters:
+        if id(args[0]) in self.state.counters:
             self.record.updated.append(args[0])
         return func(*args, **kwargs)
 
@@ -222,10 +210,12 @@ def _kind_of(func) -> str | None:
 
 def record_opaque(record: CallRecord, function: Callable, x: tuple):
     """Return `function(*x)`, a transform whose calls cannot be seen; save generators' states."""
-    record.updated += running_statistics(record.parts)
-    is_training = any(part.training for part in record.parts)
+    record.updated += running_statistics(record.transform.parts)
+    is_training = any(part.training for part in record.transform.parts)
     # A CUDA graph cannot save generator states; without dropout layers none is needed.
-    may_drop = any("drop" in type(p).__name__.lower() and p.training for p in record.parts)
+    may_drop = any(
+        "drop" in type(p).__name__.lower() and p.training for p in record.transform.parts
+    )
     if is_training and (may_drop or not rng.is_capturing()):
         devices = {torch.device("cpu"), *(tensor.device for tensor in x)}
         generators = map(rng.generator_on, devices)
@@ -235,7 +225,7 @@ def record_opaque(record: CallRecord, function: Callable, x: tuple):
 
 def replay_opaque(record: CallRecord, function: Callable, x: tuple):
     """Return `function(*x)` with the forward's random numbers; put running statistics back."""
-    buffers = running_statistics(record.parts)
+    buffers = running_statistics(record.transform.parts)
     before = [buffer.clone() for buffer in buffers]
     try:
         with rng.rewound(record.events):

@@ -10,58 +10,92 @@ import functools
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from .snapshot import Snapshot, parts_of, snapshot_of
+
 _swapping = threading.RLock()
+# Layers of torch.nn that neither draw random numbers nor normalise by batch statistics.
+_SILENT_LAYERS = {
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linear),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU),
+    *(nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus),
+    *(nn.GroupNorm, nn.LayerNorm, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d),
+    *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity, nn.Upsample, nn.PixelShuffle),
+    nn.ZeroPad2d,
+}
 
 
-class Slot(NamedTuple):
-    """An entry of a module's `_parameters` or `_buffers`."""
+# An entry of a module's `_parameters` or `_buffers`: the dictionary, a name in it, the tensor.
+Slot = tuple[dict[str, Tensor | None], str, Tensor]
 
-    entries: dict[str, Tensor | None]
-    name: str
-    tensor: Tensor
 
-    def is_current(self) -> bool:
-        return self.name in self.entries and self.entries[self.name] is self.tensor
+class Transform:
+    """The modules of a transform, and what they are; their modes and hooks may change."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.parts = parts_of(module)
+        self.records_itself = all(map(records_itself, self.parts))
+        self.synchronised = [p for p in self.parts if isinstance(p, nn.SyncBatchNorm)]
+
+    @functools.cached_property
+    def hooks(self) -> list[dict]:
+        return [hooks for p in self.parts for hooks in (p._forward_hooks, p._forward_pre_hooks)]
+
+
+class BlockSnapshot(Snapshot):
+    """The modules of a block, and what the engine derives from them."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__(block)
+        _check_sharding(block, self.parts)
+        self.entries = [(part._parameters, part._buffers) for part in self.parts]
+        self.has_opaque = any(map(is_opaque, self.parts))
+        self.norms = [part for part in self.parts if isinstance(part, _NormBase)]
+        self._known = set(self.parts)
+        self._transforms: dict[nn.Module, Transform] = {}
+
+    def transform(self, module: nn.Module) -> Transform:
+        found = self._transforms.get(module)
+        if found is None:
+            found = Transform(module)
+            if module in self._known:  # else its changes would not show
+                self._transforms[module] = found
+        return found
 
 
 class ModuleState:
     """Modes, parameters and buffers of all modules in a block."""
 
     def __init__(self, block: nn.Module) -> None:
-        self.modes: list[tuple[nn.Module, bool]] = []
+        snapshot = self.snapshot = snapshot_of(block, BlockSnapshot)
+        self.has_opaque = snapshot.has_opaque or is_opaque(block)
+        self.modes = [(block, block.training)]
+        self.modes += [(part, part.training) for part in snapshot.parts]
         self.parameters: list[Slot] = []
         self.buffers: list[tuple[Slot, int]] = []  # with their versions
-        self.has_opaque = False
-        self.counters: set[int] = set()  # ids of norms' `num_batches_tracked`
-        parts = parts_of(block)
-        _check_sharding(block, parts)
-        for module in parts:
-            self.modes.append((module, module.training))
-            self.has_opaque |= is_opaque(module)
-            if isinstance(module, _NormBase):
-                self.counters.add(id(module.num_batches_tracked))
-            for name, parameter in module._parameters.items():
-                if is_lazy(parameter):
-                    raise RuntimeError(
-                        f"{type(block).__name__}: a lazy module has no parameters yet; expected "
-                        "one forward under torch.no_grad() before the first step"
-                    )
+        for parameters, buffers in ((block._parameters, block._buffers), *snapshot.entries):
+            for name, parameter in parameters.items():
                 if parameter is not None:
-                    self.parameters.append(Slot(module._parameters, name, parameter))
-            for name, buffer in module._buffers.items():
+                    self.parameters.append((parameters, name, parameter))
+            for name, buffer in buffers.items():
                 if buffer is not None:
-                    self.buffers.append((Slot(module._buffers, name, buffer), buffer._version))
+                    self.buffers.append(((buffers, name, buffer), buffer._version))
+        self.unique_parameters = list({id(p): p for _, _, p in self.parameters}.values())
+        if any(map(is_lazy, self.unique_parameters)):
+            raise RuntimeError(
+                f"{type(block).__name__}: a lazy module has no parameters yet; expected "
+                "one forward under torch.no_grad() before the first step"
+            )
 
     @functools.cached_property
-    def unique_parameters(self) -> list[Tensor]:
-        return list({id(slot.tensor): slot.tensor for slot in self.parameters}.values())
+    def counters(self) -> set[int]:
+        """The ids of norms' `num_batches_tracked`."""
+        return {id(norm._buffers.get("num_batches_tracked")) for norm in self.snapshot.norms}
 
     def buffers_read(self, updated: Sequence[Tensor]) -> list[Tensor]:
         """Return the buffers that the forward may have read; `updated` ones change in every step.
@@ -70,16 +104,16 @@ class ModuleState:
             RuntimeError: The forward changed another buffer, so that the recompute would differ.
         """
         moved_ids = {id(buffer) for buffer in updated}
-        read = [pair for pair in self.buffers if id(pair[0].tensor) not in moved_ids]
-        for slot, version in read:
-            if slot.tensor._version != version:
+        read = [pair for pair in self.buffers if id(pair[0][2]) not in moved_ids]
+        for (_, name, buffer), version in read:
+            if buffer._version != version:
                 raise RuntimeError(
-                    f"the buffer {slot.name!r} of shape {tuple(slot.tensor.shape)} changed in the "
+                    f"the buffer {name!r} of shape {tuple(buffer.shape)} changed in the "
                     "forward, so the recompute in the backward would differ: expected transforms "
                     "to change running statistics of PyTorch's norms at most; put the module that "
                     "owns it in eval mode, or set reversible=False"
                 )
-        return [slot.tensor for slot, _ in read]
+        return [buffer for (_, _, buffer), _ in read]
 
     def stand_ins(self) -> dict[int, Tensor]:
         """Aliases of the parameters with hooks, by id: hooks must not see the inner gradient."""
@@ -92,11 +126,11 @@ class ModuleState:
             yield {}
             return
         stand_ins = _aliases(self.unique_parameters)
-        slots = [Slot(e, n, stand_ins[id(p)]) for e, n, p in self.parameters]
+        slots = [(e, n, stand_ins[id(p)]) for e, n, p in self.parameters]
         slots += [slot for slot, _ in self.buffers]
         with _swapping:
             modes = [(module, module.training) for module, _ in self.modes]
-            present = [Slot(entries, name, entries[name]) for entries, name, _ in slots]
+            present = [(entries, name, entries[name]) for entries, name, _ in slots]
             try:
                 _set(self.modes, slots)
                 yield stand_ins
@@ -105,12 +139,11 @@ class ModuleState:
 
     def _is_current(self) -> bool:
         """Whether modules are as they were; opaque ones must not see parameters with hooks."""
-        if self.has_opaque and any(slot.tensor._backward_hooks for slot in self.parameters):
+        if self.has_opaque and any(p._backward_hooks for p in self.unique_parameters):
             return False
-        return (
-            all(module.training == training for module, training in self.modes)
-            and all(slot.is_current() for slot in self.parameters)
-            and all(slot.is_current() for slot, _ in self.buffers)
+        slots = [*self.parameters, *(slot for slot, _ in self.buffers)]
+        return all([module.training == training for module, training in self.modes]) and all(
+            [name in entries and entries[name] is tensor for entries, name, tensor in slots]
         )
 
 
@@ -138,18 +171,6 @@ def _check_sharding(block: nn.Module, parts: Iterable[nn.Module]) -> None:
             )
 
 
-def parts_of(module: nn.Module) -> list[nn.Module]:
-    """`list(module.modules())`, several times as fast."""
-    parts = {module: None}
-    pending = [module]
-    while pending:
-        for child in pending.pop()._modules.values():
-            if child is not None and child not in parts:
-                parts[child] = None
-                pending.append(child)
-    return list(parts)
-
-
 def parameters_of(module: nn.Module) -> list[Tensor]:
     """`list(module.parameters())`, several times as fast."""
     every = (p for part in parts_of(module) for p in part._parameters.values() if p is not None)
@@ -165,6 +186,12 @@ def is_opaque(module: nn.Module) -> bool:
         or "forward" in module.__dict__
         or (compiler is not None and isinstance(module, compiler.OptimizedModule))
     )
+
+
+def records_itself(part: nn.Module) -> bool:
+    """Whether nothing that the module calls need be watched, see `modes.watched`."""
+    kind = type(part)
+    return kind in _SILENT_LAYERS or kind.__dict__.get("records_itself", False)
 
 
 def running_statistics(parts: Sequence[nn.Module]) -> list[Tensor]:

@@ -80,7 +80,7 @@ class BlockTrace:
         """Return `function(*x)`, a call of `module` or of its method, recorded or repeated."""
         is_recording = self.positions is None
         if is_recording:
-            record = modes.CallRecord(module)
+            record = modes.CallRecord(self.state.snapshot.transform(module))
             self.records.setdefault(key, []).append(record)
         else:
             record = self._record_of(key)
@@ -99,13 +99,15 @@ class BlockTrace:
             self.is_in_transform = False
 
     def _run(self, record: modes.CallRecord, is_recording: bool, function: Callable, x: tuple):
-        if self.state.has_opaque and any(map(is_opaque, record.parts)):
+        if self.state.has_opaque and any(map(is_opaque, record.transform.parts)):
             run_opaque = modes.record_opaque if is_recording else modes.replay_opaque
             return run_opaque(record, function, x)
         if is_recording:
-            return modes.watched(modes.RecordMode(record, self.state.counters), function, x)
+            return modes.watched(modes.RecordMode(record, self.state), function, x)
         recorder = modes.ReplayMode(record, self.stand_ins)
-        with batch_norm.reused(record.parts, recorder):
+        if not record.transform.synchronised:
+            return modes.watched(recorder, function, x)
+        with batch_norm.reused(record.transform.synchronised, recorder):
             return modes.watched(recorder, function, x)
 
     def _record_of(self, key: Hashable) -> modes.CallRecord:
