@@ -1,7 +1,6 @@
 """How a kernel is launched: what reaches Triton's launcher, and when it has to be compiled anew."""
 
 import contextlib
-import copy
 import dataclasses
 import warnings
 
@@ -9,8 +8,8 @@ import pytest
 import torch
 import triton
 from helpers import needs_emulation, same_bits
+from launchers import launchers_made_by, recorded_launches
 from triton import knobs
-from triton.runtime.driver import driver
 
 from benchmarks.lib.ptx import emulated_gpu
 from revbifpn_kernels.ops import compiled
@@ -56,49 +55,18 @@ def calls_of_triton(launch):
         type(launch).run_by_triton = before
 
 
-@contextlib.contextmanager
-def recorded_frames(monkeypatch):
-    """What launchers get, pointers as numbers, instead of launching."""
-    frames = []
-
-    def bare(value):
-        if isinstance(value, torch.Tensor):
-            return value.data_ptr()
-        return tuple(map(bare, value)) if isinstance(value, tuple) else value
-
-    def launcher_cls(source, metadata):
-        # What a signature of None or a constant says, a launcher does not read.
-        constant = [kind == "constexpr" for kind in source.signature.values()]
-
-        def launch(gridX, gridY, gridZ, stream, function, packed, meta, enter, leave, *values):
-            read = [v for v, skipped in zip(values, constant, strict=True) if not skipped]
-            frames.append((gridX, gridY, gridZ, stream, function, packed, *map(bare, read)))
-
-        return launch
-
-    with emulated_gpu(), monkeypatch.context() as patch:
-        use_another_driver(patch, launcher_cls)
-        yield frames
-
-
-def use_another_driver(patch, launcher_cls):
-    another = copy.copy(driver.active)
-    another.launcher_cls, another.get_current_device = launcher_cls, lambda: id(another)
-    patch.setattr(driver, "_active", another)
-
-
-def test_the_launcher_gets_what_triton_gives_it(monkeypatch):
+def test_the_launcher_gets_what_triton_gives_it():
     launch, operands = planned()
     repeated = Repeated(launch, operands, torch.device("cpu"))
-    with recorded_frames(monkeypatch) as frames, calls_of_triton(launch) as by_triton:
+    with recorded_launches() as launches, calls_of_triton(launch) as by_triton:
         launch.run_by_triton(operands)
         by_triton.clear()
         for _ in range(2):
             launch.run(torch.device("cpu"), operands)
         for _ in range(2):
             repeated.run(tensors_of(operands))
-    assert len(frames) == 5 and len(by_triton) == 1
-    assert all(frame == frames[0] for frame in frames)
+    assert len(by_triton) == 1
+    assert launches == launches[:1] * 5
 
 
 def test_it_is_compiled_anew_for_other_alignments_and_dtypes():
@@ -128,15 +96,15 @@ def test_a_repeated_launch_takes_tensors_of_any_alignment():
     assert len(by_triton) == 1
 
 
-def test_another_driver_gets_its_own_kernel(monkeypatch):
+def test_another_driver_gets_its_own_kernel():
     launch, operands = planned()
     repeated = Repeated(launch, operands, torch.device("cpu"))
-    with recorded_frames(monkeypatch) as frames:
+    with recorded_launches() as launches:
         repeated.run(tensors_of(operands))
         repeated.run(tensors_of(operands))
     with emulated_gpu() as gpu:
         launch.run(torch.device("cpu"), operands)
-    assert len(frames) == 2 and len(gpu.launches) == 1
+    assert len(launches) == 2 and len(gpu.launches) == 1
 
 
 def test_a_profilers_hook_sees_every_launch():
@@ -153,7 +121,7 @@ def test_a_profilers_hook_sees_every_launch():
 
 
 @pytest.mark.parametrize("unknown", ["another order", "no signature"])
-def test_an_unknown_launcher_is_left_to_triton_with_one_warning(monkeypatch, unknown):
+def test_an_unknown_launcher_is_left_to_triton_with_one_warning(unknown):
     launch, operands = planned()
     compiled._warn_once.cache_clear()
     launched = []
@@ -163,8 +131,7 @@ def test_an_unknown_launcher_is_left_to_triton_with_one_warning(monkeypatch, unk
 
     if unknown == "no signature":
         launcher.__signature__ = "none"
-    with emulated_gpu(), monkeypatch.context() as patch:
-        use_another_driver(patch, lambda source, metadata: launcher)
+    with launchers_made_by(lambda source, metadata: launcher):
         with warnings.catch_warnings(record=True) as caught, calls_of_triton(launch) as by_triton:
             warnings.simplefilter("always")
             for _ in range(2):
