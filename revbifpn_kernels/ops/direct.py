@@ -20,7 +20,9 @@ try:  # how torch.compile checks that its compiled code fits; a private interfac
 except ImportError:
     TensorGuards = None
 
-MOST = 4096  # geometries of one op, of which each has a few guards
+# By op, options and counts of tensors: what checks whether given tensors fit, and what then runs.
+known: dict[tuple, list[tuple[Callable, Callable]]] = {}
+MOST = 4096  # keys, of which each has an entry per geometry
 
 
 def _keys(*names: str) -> DispatchKeySet:
@@ -77,7 +79,6 @@ class DirectCalls:
 
     def __init__(self, op: str, prepare: Callable[..., Callable[[tuple], Any]]) -> None:
         self.op, self.prepare = op, prepare
-        self.known: dict[tuple, list[tuple[Callable, Callable]]] = {}
 
     def __call__(
         self,
@@ -94,11 +95,11 @@ class DirectCalls:
         if _is_watched():
             return NotImplemented
         try:
-            key, tensors = _split(options, maps, sources, scales, shifts)
-            known = self.known.get(key, ())
+            key, tensors = _split(self.op, options, maps, sources, scales, shifts)
+            entries = known.get(key, ())
         except TypeError:  # no lists, or options that cannot be hashed
             return NotImplemented
-        for fits, run in known:
+        for fits, run in entries:
             if fits(*tensors):
                 return run(tensors)
         return NotImplemented
@@ -113,7 +114,7 @@ class DirectCalls:
         if TensorGuards is None or _is_watched():
             return
         try:
-            key, tensors = _split(options, maps, sources, scales, shifts)
+            key, tensors = _split(self.op, options, maps, sources, scales, shifts)
             hash(key)
         except TypeError:  # such as a list of lists
             return
@@ -123,18 +124,18 @@ class DirectCalls:
         guard = TensorGuards(*tensors, dynamic_dims_sizes=sides, dynamic_dims_strides=strides)
         if not guard.check(*tensors):  # as where a tensor is given twice
             return
-        if len(self.known) >= MOST:
-            self.known.clear()
+        if len(known) >= MOST:
+            known.clear()
         run = _of_cpu(self.op, arguments) if is_on_cpu(tensors[0]) else self.prepare(*arguments)
-        self.known.setdefault(key, []).append((guard.check, run))
+        known.setdefault(key, []).append((guard.check, run))
 
 
-def _split(options: tuple, maps: tuple, sources, scales, shifts) -> tuple[tuple, tuple]:
+def _split(op: str, options: tuple, maps: tuple, sources, scales, shifts) -> tuple[tuple, tuple]:
     """What calls have in common that differ in nothing but tensors, and the tensors."""
     grad = torch.is_grad_enabled()
     if scales is shifts is None:
-        return (grad, options, len(sources)), (*maps, *sources)
-    return (grad, options, len(sources), len(scales)), (*maps, *sources, *scales, *shifts)
+        return (op, grad, options, len(sources)), (*maps, *sources)
+    return (op, grad, options, len(sources), len(scales)), (*maps, *sources, *scales, *shifts)
 
 
 def _of_cpu(op: str, arguments: tuple) -> Callable[[tuple], Any]:

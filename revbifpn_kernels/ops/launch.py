@@ -98,6 +98,22 @@ class Launch:
         return ASTSource(self.kernel, signature, constants, attributes), options.__dict__
 
 
+def launch_of(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: dict[str, Any],
+    constants: dict[str, Any],
+    threads: int | None = None,
+) -> Launch:
+    """The same `Launch` for the same arguments, with what was compiled for it."""
+    return _launch(kernel, grid, tuple(args.items()), tuple(constants.items()), threads)
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(kernel, grid, args, constants, threads) -> Launch:
+    return Launch(kernel, grid, dict(args), dict(constants), threads)
+
+
 def run_all(planned: Iterable[tuple[Launch, dict[str, Any]]], device: torch.device) -> None:
     """Enqueue launches with their operands one after the other."""
     for launch, operands in planned:

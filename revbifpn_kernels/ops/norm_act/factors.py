@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_values
-from ..launch import Launch
+from ..launch import Launch, launch_of
 from ..library import library
 from ..tiling import BLOCK
 from .tiles import contiguous, norm_operands
@@ -52,7 +52,7 @@ def plan_norm_factors(scale, shift, kept, *norm) -> tuple[Launch, dict]:
     samples, channels = scale.shape
     operands = {"scale_ptr": scale, "shift_ptr": shift, "kept_ptr": contiguous(kept)}
     grid, args = (samples, triton.cdiv(channels, BLOCK)), {"samples": samples, "C": channels}
-    launch = Launch(_norm_factors_kernel, grid, args, {"BLOCK": BLOCK})
+    launch = launch_of(_norm_factors_kernel, grid, args, {"BLOCK": BLOCK})
     return launch, operands | norm_operands(*norm)
 
 
