@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..ops.layout import Geometry
 from ..ops.norm_act.arguments import ACTIVATIONS
+from ..ops.norm_act.factors import norm_factors
 from ..ops.norm_act.forward import norm_act, norm_act_reference
 from ..ops.resample.folded_norm import ScaledSource, Source
 from ..reversible import recompute
@@ -109,7 +110,7 @@ class _StagesRun:
                 self.maps += [x, u]
             norm = saved.mean, saved.invstd, gamma, beta
             if self.folds_norm and k + 1 == len(self.stages):
-                return ScaledSource(u, *_ops.norm_factors(*norm, saved.drop_factors, len(u)))
+                return ScaledSource(u, *norm_factors(*norm, saved.drop_factors, len(u)))
             x = norm_act(u, *norm, saved.multiplier(u.shape[1]), stage.act)
         return x
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from revbifpn_kernels import resample_add, resample_adjoint, resample_undo
 from revbifpn_kernels.ops.direct import DirectCalls
+from revbifpn_kernels.ops.norm_act.factors import norm_factors
 from revbifpn_kernels.ops.norm_act.forward import norm_act
 
 SIDES = [(4, 4), (2, 2)]
@@ -45,6 +46,10 @@ CALLS = {
         lambda channels: (maps(8, channels),),
     ),
     "norm_act": (lambda *given: norm_act(*given, "silu"), normed),
+    "norm_factors": (
+        lambda *given: norm_factors(*given, None, 2),
+        lambda channels: normed(channels)[1:5],
+    ),
 }
 
 
