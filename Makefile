@@ -31,7 +31,7 @@ bench: $(INSTALLED)
 # All that docs/results.md shows, on one quiet machine, from a clean commit; then the pages and figures.
 # OFFICIAL=DIR, a checkout of the authors' repository, times their network too.
 bench-all: $(INSTALLED)
-	$(MAKE) --jobs=1 bench-ops bench-mbconv bench-step bench-profile bench-precision bench-memory kernels report
+	$(MAKE) --jobs=1 bench-ops bench-mbconv bench-step bench-profile bench-host bench-precision bench-memory kernels report
 
 # One of them: make bench-step, bench-memory, bench-ops, …
 bench-step bench-profile: $(INSTALLED)

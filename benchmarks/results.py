@@ -15,7 +15,7 @@ from .lib import memory_tables, tables
 from .lib.markdown import by_device, cell, number, of_mode, ratio, table
 from .lib.record import DIRTY, ROOT, Row, git, read_rows
 
-FILES = "memory steps profile ops mbconv kernels precision published".split()
+FILES = "memory steps profile ops mbconv host kernels precision published".split()
 MARKER = re.compile(r"(<!-- begin ([\w-]+) -->)(.*?)(<!-- end \2 -->)", re.DOTALL)
 UNKNOWN = "not measured yet: `make bench-all`"
 PAGE = Path("docs") / "results.md"
@@ -111,7 +111,7 @@ def page(rows: Rows) -> str:
         section("Backbones of detectors", memory_tables.detection_table(memory)),
         section("Counts beside real steps", memory_tables.check_table(memory)),
     ]
-    timed = [r for name in ("steps", "profile", "ops", "mbconv") for r in rows[name]]
+    timed = [r for name in ("steps", "profile", "ops", "mbconv", "host") for r in rows[name]]
     for device in dict.fromkeys(row["device"] for row in timed):
         own = {name: [r for r in found if r.get("device") == device]
                for name, found in rows.items()}  # fmt: skip
@@ -144,6 +144,7 @@ def timed_sections(rows: Rows, device: str) -> list[str]:
         section("What follows a convolution, times as fast", tables.norms_table(mbconv)),
         section("Convolutions", tables.convolutions_table(mbconv)),
         section("Forward and backward of each MBConv, fused", tables.blocks_table(mbconv)),
+        section("What the host pays", tables.host_page(rows["host"])),
     ]
 
 

@@ -97,6 +97,59 @@ def host_table(rows: Sequence[Row]) -> str:
     return md.with_conditions(("op", "provider", "host time per call, µs"), lines, rows)
 
 
+# What the host pays: bench_host
+
+
+def launches_table(rows: Sequence[Row]) -> str:
+    """µs per call, and per launch beyond what Triton's launcher takes for the same launches."""
+    rows = md.of_mode(rows, "launch")
+    lines = []
+    for (op,), found in by_case(rows, "op").items():
+        call = found.get("ours") or found["Triton"]
+        launches, beyond = int(call["launches"]), ""
+        if "launcher" in found:
+            beyond = f"{1e3 * (ms(call) - ms(found['launcher'])) / launches:.1f}"
+        lines.append((f"`{op}`", launches, f"{1e3 * ms(call):.1f}", beyond))
+    header = ("op", "launches", "µs per call", "µs per launch beyond Triton's launcher")
+    return md.with_conditions(header, lines, rows, "a driver that does nothing")
+
+
+def stubbed_steps_table(rows: Sequence[Row]) -> str:
+    rows = md.of_mode(rows, "step")
+    lines = []
+    for (step,), found in by_case(rows, "op").items():
+        fused, modules = found["fused"], found["modules"]
+        times = (md.cell(ms(row), 1) for row in (fused, modules))
+        quotient = md.cell(md.ratio(ms(fused), ms(modules)))
+        lines.append((step, *times, quotient, fused["operators"], modules["operators"]))
+    header = ("step without convolutions", "fused, ms", "modules, ms", "fused / modules",
+              "operators, fused", "operators, modules")  # fmt: skip
+    return md.with_conditions(header, lines, rows, "a driver that does nothing")
+
+
+def step_counts_table(rows: Sequence[Row]) -> str:
+    rows = md.of_mode(rows, "count")
+    lines = [(r["op"], md.MODES[r["provider"]], r["launches"], r["operators"]) for r in rows]
+    header = ("training step", "mode", "launches of our kernels", "calls of our ops")
+    return md.with_conditions(header, lines, rows)
+
+
+def small_maps_table(rows: Sequence[Row]) -> str:
+    rows = md.of_mode(rows, "cpu")
+    lines = [
+        (shape.replace("x", "×"), *(f"{1e3 * ms(found[name]):.1f}" for name in ("ours", "torch")),
+         md.cell(md.ratio(ms(found["ours"]), ms(found["torch"]))))
+        for (shape,), found in by_case(rows, "shape").items()
+    ]  # fmt: skip
+    header = ("maps of S0", "`resample_add`, µs", "eager, µs", "ours / eager")
+    return md.with_conditions(header, lines, rows, "on a CPU, from all coarser streams")
+
+
+def host_page(rows: Sequence[Row]) -> str:
+    parts = launches_table, stubbed_steps_table, step_counts_table, small_maps_table
+    return "\n".join(filter(None, (part(rows) for part in parts)))
+
+
 # MBConv and its parts
 
 

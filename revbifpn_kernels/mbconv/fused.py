@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..ops.layout import Geometry
 from ..ops.norm_act.arguments import ACTIVATIONS
-from ..ops.norm_act.forward import norm_act_reference
+from ..ops.norm_act.factors import norm_factors
+from ..ops.norm_act.forward import norm_act, norm_act_reference
 from ..ops.resample.folded_norm import ScaledSource, Source
 from ..reversible import Pullback, recompute
 from .convolutions import convolve, convolve_backward
@@ -157,9 +158,9 @@ class _StagesRun:
             norm = saved.mean, saved.invstd, gamma, beta
             if self.folds_norm and k + 1 == len(self.stages):
                 if not self.is_recompute:
-                    factors += _ops.norm_factors(*norm, saved.drop_factors, len(u))
+                    factors += norm_factors(*norm, saved.drop_factors, len(u))
                 return ScaledSource(u, *factors)
-            x = _ops.norm_act(u, *norm, saved.multiplier(u.shape[1]), stage.act)
+            x = norm_act(u, *norm, saved.multiplier(u.shape[1]), stage.act)
         return x
 
     def _cast_weights(self, weights: Sequence[Tensor], dtype: torch.dtype) -> None:

@@ -1,15 +1,25 @@
 """A kernel launch as an object: planned once per geometry, run often, or compiled for any GPU."""
 
-import contextlib
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from .compiled import (
+    ALIGNMENT,
+    STREAM,
+    Compiled,
+    has_launch_hooks,
+    places_of_tensors,
+    specialised_on,
+)
 
 
 @functools.cache
@@ -33,20 +43,42 @@ class Launch:
     constants: dict[str, Any]
     # Threads per program; by default one per lane.
     threads: int | None = None
+    # By driver, device, names of the operands and what Triton specialises on of them.
+    compiled: dict[tuple, Compiled | None] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     def options(self, warp_size: int) -> dict[str, Any]:
         """Compiler options; contraction is off because the kernels write each `fma` themselves."""
         threads = self.threads or self.constants["BLOCK"]
         return {"num_warps": threads // warp_size, "enable_fp_fusion": False}
 
-    def run(self, device: torch.device, operands: dict[str, Any]) -> None:
-        """Enqueue the kernel on `device`'s current stream."""
+    def run(self, device: torch.device, operands: dict[str, Any]) -> Compiled | None:
+        """Enqueue the kernel on `device`'s current stream; return it if it need not be compiled."""
         if 0 in self.grid:
-            return
-        is_current = device.type != "cuda" or device.index == torch.cuda.current_device()
-        with contextlib.nullcontext() if is_current else torch.cuda.device(device):
-            options = self.options(_warp_size())
-            self.kernel[self.grid](**operands, **self.args, **self.constants, **options)
+            return None
+        if not isinstance(self.kernel, JITFunction):  # interpreted
+            self.run_by_triton(operands)
+            return None
+        active = driver.active
+        current = active.get_current_device()
+        if device.type == "cuda" and device.index != current:
+            with torch.cuda.device(device):
+                return self.run(device, operands)
+        key = (active, current, *operands, *specialised_on(operands.values()))
+        compiled = self.compiled.get(key)
+        if compiled is not None and not has_launch_hooks():
+            compiled.launch(active.get_current_stream(current), operands)
+            return compiled
+        kernel, given = self.run_by_triton(operands)
+        if key not in self.compiled:
+            self.compiled[key] = Compiled.of(kernel, self.grid, operands, given)
+        return self.compiled[key]
+
+    def run_by_triton(self, operands: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The kernel that was launched, and all arguments that it got."""
+        given = {**operands, **self.args, **self.constants}
+        return self.kernel[self.grid](**given, **self.options(_warp_size())), given
 
     def compile(self, target: "triton.backends.compiler.GPUTarget", operands: dict[str, Any]):
         """Compile the kernel for `target` as Triton's launcher would for these operands."""
@@ -66,7 +98,64 @@ class Launch:
         return ASTSource(self.kernel, signature, constants, attributes), options.__dict__
 
 
+def launch_of(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: dict[str, Any],
+    constants: dict[str, Any],
+    threads: int | None = None,
+) -> Launch:
+    """The same `Launch` for the same arguments, with what was compiled for it."""
+    return _launch(kernel, grid, tuple(args.items()), tuple(constants.items()), threads)
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(kernel, grid, args, constants, threads) -> Launch:
+    return Launch(kernel, grid, dict(args), dict(constants), threads)
+
+
 def run_all(planned: Iterable[tuple[Launch, dict[str, Any]]], device: torch.device) -> None:
     """Enqueue launches with their operands one after the other."""
     for launch, operands in planned:
         launch.run(device, operands)
+
+
+class Repeated:
+    """A launch on operands that differ from `like` in nothing but the memory of their tensors."""
+
+    def __init__(self, launch: Launch, like: dict[str, Any], device: torch.device) -> None:
+        self.launch, self.device = launch, device
+        places = places_of_tensors(like.values())
+        self.tensors = {name: places[k] for k, name in enumerate(like) if k in places}
+        self.others = {name: value for name, value in like.items() if name not in self.tensors}
+        self.driver = self.current = None
+
+    def run(self, tensors: tuple[Tensor, ...]) -> None:
+        """Enqueue the kernel; `tensors` are those of all operands, in `like`'s order."""
+        pointers = tuple([tensor.data_ptr() for tensor in tensors])
+        bits = 0
+        for pointer in pointers:
+            bits |= pointer
+        active = driver.active
+        current = active.get_current_device()
+        is_ready = active is self.driver and current == self.current and bits % ALIGNMENT == 0
+        if not is_ready or has_launch_hooks():
+            self._run_any(tensors, bits, active, current)
+            return
+        frame = self.frame.copy()
+        frame[STREAM] = active.get_current_stream(current)
+        for place, which in self.places:
+            frame[place] = pointers[which]
+        self.launcher(*frame)
+
+    def _run_any(self, tensors: tuple[Tensor, ...], bits: int, active: Any, current: Any) -> None:
+        """Enqueue the kernel for any tensors; keep the one that was compiled for aligned ones."""
+        operands = {name: tensors[which] for name, which in self.tensors.items()}
+        compiled = self.launch.run(self.device, operands | self.others)
+        if compiled is None or bits % ALIGNMENT or self.device.index not in (None, current):
+            return
+        self.frame, self.launcher = compiled.frame.copy(), compiled.launcher
+        for name, value in self.others.items():
+            self.frame[compiled.places[name]] = value
+        self.places = [(compiled.places[name], which) for name, which in self.tensors.items()]
+        self.driver, self.current = active, current

@@ -199,9 +199,11 @@ class _Driver(DriverBase):
     def launcher_cls(self, source, metadata):
         names, kinds = tuple(source.signature), tuple(source.signature.values())
 
-        def launch(x, y, z, stream, ptx, packed, launch_metadata, enter, leave, *arguments):
-            text = self.gpu.edit(ptx) if self.gpu.edit else ptx
-            self.gpu.launch(_parsed(text), metadata, (x, y, z), _flatten(names, kinds, arguments))
+        # Named as in Triton's launchers, by which the library knows their interface.
+        def launch(gridX, gridY, gridZ, stream, function, packed, metadata_, enter, leave, *values):
+            program = _parsed(self.gpu.edit(function) if self.gpu.edit else function)
+            triples = _flatten(names, kinds, values)
+            self.gpu.launch(program, metadata, (gridX, gridY, gridZ), triples)
 
         return launch
 

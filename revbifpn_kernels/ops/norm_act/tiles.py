@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launch import Launch
+from ..launch import Launch, launch_of
 from ..layout import Geometry, memory_format
 from ..tiling import BLOCK, VECTOR_BYTES, hidden
 
@@ -162,7 +162,7 @@ def plan_channels(kernel: Any, channels: int, args: dict, loop: str) -> Launch:
     """A launch over channels, each of which walks along `loop`, 64 at a time."""
     grid = (triton.cdiv(channels, CHANNELS_OF_TOTALS),)
     constants = {"CHANNELS": CHANNELS_OF_TOTALS, loop: 64}
-    return Launch(kernel, grid, {**args, "C": channels}, constants, threads=BLOCK)
+    return launch_of(kernel, grid, {**args, "C": channels}, constants, threads=BLOCK)
 
 
 def contiguous(values: Tensor | None) -> Tensor | None:

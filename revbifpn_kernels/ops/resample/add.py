@@ -8,7 +8,7 @@ In place it allocates nothing.
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_fusion, check_like, check_no_tangents
-from ..launch import Launch
+from ..direct import DirectCalls
+from ..launch import Launch, Repeated
 from ..layout import Geometry, in_format
 from ..library import library
 from ..tiling import cut_into_cells
@@ -151,6 +152,20 @@ def _resample_add_cuda_(x, sources, scales, shifts, *options) -> None:
     _resample_add_out_cuda(x, sources, scales, shifts, x, *options)
 
 
+def _prepare(x, sources, scales, shifts, *options) -> Callable[[tuple], Tensor]:
+    y = torch.empty_like(x)
+    launch = Repeated(*plan_resample_add(y, x, sources, scales, shifts, *options), x.device)
+
+    def run(tensors: tuple) -> Tensor:
+        y = torch.empty_like(tensors[0])
+        launch.run((y, *tensors))
+        return y
+
+    return run
+
+
+_calls = DirectCalls("resample_add", _prepare)
+
 # Called `interpolation`: `mode` would clash with an argument of PyTorch's functionalisation.
 SOURCES = "Tensor[] sources, Tensor[] scales, Tensor[] shifts"
 OPTIONS = "float alpha, str interpolation, float? lattice"
@@ -272,9 +287,14 @@ def resample_add(
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it. Nothing is written.
     """
+    options, tensors = (alpha, mode, lattice), ((x,), sources, scales, shifts)
+    y = _calls(options, *tensors)
+    if y is not NotImplemented:
+        return y
     check_fusion("resample_add", "x", x, sources, scales, shifts, alpha, mode, lattice)
     lists = list(sources), list(scales or ()), list(shifts or ())
     check_no_tangents("resample_add", [x, *itertools.chain(*lists)])
+    _calls.add((x, *lists, *options), options, *tensors)
     if torch.onnx.is_in_onnx_export():  # ONNX runtimes do not know the op
         options = {"alpha": alpha, "mode": mode, "lattice": lattice}
         return resample_add_reference(x, sources, scales=scales, shifts=shifts, **options)

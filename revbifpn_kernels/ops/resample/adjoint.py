@@ -5,7 +5,7 @@ Reads g once and writes each result once: (1 + Σ 1/f_k²)·E elements.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_adjoint, check_no_tangents
-from ..launch import Launch
+from ..direct import DirectCalls
+from ..launch import Launch, Repeated
 from ..layout import Geometry, empty_maps
 from ..library import library
 from ..tiling import cut_into_cells
@@ -124,6 +125,26 @@ def _resample_adjoint_cuda(grad, sizes, alpha, mode, dtype) -> list[Tensor]:
     return results
 
 
+def _prepare(grad, sizes, alpha, mode, dtype) -> Callable[[tuple], list[Tensor]]:
+    pairs, device = _pairs(sizes), grad.device
+    results = [empty_maps(grad, size, dtype) for size in pairs]
+    launch = Repeated(*plan_resample_adjoint(grad, results, alpha, mode), device)
+    layouts = [(result.shape, result.stride()) for result in results]
+
+    def run(tensors: tuple) -> list[Tensor]:
+        results = [
+            torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            for shape, strides in layouts
+        ]
+        launch.run((*tensors, *results))
+        return results
+
+    return run
+
+
+_calls = DirectCalls("resample_adjoint", _prepare)
+
+
 # Sizes are flat, h_0, w_0, h_1, w_1, …, because schemas have no lists of pairs.
 library.define(
     "resample_adjoint(Tensor grad, SymInt[] sizes, float alpha, str interpolation, "
@@ -189,8 +210,13 @@ def resample_adjoint(
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it.
     """
+    options = tuple(sizes) if isinstance(sizes, list) else sizes, alpha, mode, dtype
+    results = _calls(options, (grad,))
+    if results is not NotImplemented:
+        return results
     check_adjoint("resample_adjoint", grad, sizes, alpha, mode, dtype)
     check_no_tangents("resample_adjoint", [grad])
     dtype = grad.dtype if dtype is None else dtype
     flat = [side for size in sizes for side in size]
+    _calls.add((grad, flat, alpha, mode, dtype), options, (grad,))
     return torch.ops.revbifpn.resample_adjoint(grad, flat, alpha, mode, dtype)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .adjoint import resample_adjoint
 from .reference import on_planes
 
 
@@ -56,8 +57,8 @@ def _resample_gradients(
     wanted = [k for k, is_needed in enumerate(needed) if is_needed]
     for dtype in {dtypes[k]: None for k in wanted}:
         group = [k for k in wanted if dtypes[k] == dtype]
-        sizes = [side for k in group for side in ctx.sizes[k]]
-        results = torch.ops.revbifpn.resample_adjoint(grad, sizes, alpha, ctx.mode, dtype)
+        sizes = [ctx.sizes[k] for k in group]
+        results = resample_adjoint(grad, sizes, alpha=alpha, mode=ctx.mode, dtype=dtype)
         for k, result in zip(group, results, strict=True):
             grads[k] = result
     return grads

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from ..checks import check_float64_is_on_cpu, check_values
-from ..launch import Launch, run_all
+from ..launch import Launch, launch_of, run_all
 from ..library import library
 from ..norm_act.arguments import ACTIVATIONS, check_act
 from ..tiling import BLOCK
@@ -59,7 +59,7 @@ def _plan(
     args = dict(zip(("N", "C", "hidden"), sizes, strict=True))
     constants = {"ACT": act} if act else {}
     constants |= {"ROWS": ROWS, "COLUMNS": COLUMNS, "TERMS": TERMS}
-    launch = Launch(kernel, (tiles,), args, constants, threads=BLOCK)
+    launch = launch_of(kernel, (tiles,), args, constants, threads=BLOCK)
     return launch, {f"{name}_ptr": tensor for name, tensor in operands.items()}
 
 

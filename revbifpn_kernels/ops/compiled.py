@@ -1,0 +1,105 @@
+"""A compiled kernel, launched as Triton's launcher does below the Python of `kernel[grid](…)`.
+
+Triton binds, specialises and looks up all arguments of a kernel at every call. Here that is done
+for the few that change from call to call.
+"""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton.knobs import runtime
+
+ALIGNMENT = 16  # bytes
+# The parameters of a launcher of Triton 3.6 to 3.8 begin with these.
+LEADING = ("gridX", "gridY", "gridZ", "stream", "function")
+STREAM = LEADING.index("stream")
+# A launch's metadata, which are for hooks, and the hooks before and after it.
+NO_HOOKS = (None, None, None)
+
+
+def specialised_on(values: Iterable[Any]) -> list:
+    """What of operands decides, for one launch, which kernel Triton compiles for NVIDIA's GPUs."""
+    key: list = []
+    for value in values:
+        for leaf in value if isinstance(value, tuple) else (value,):
+            if isinstance(leaf, Tensor):
+                key += leaf.dtype, leaf.data_ptr() % ALIGNMENT == 0
+            else:
+                key.append(float if isinstance(leaf, float) else leaf)
+    return key
+
+
+def places_of_tensors(values: Iterable[Any]) -> dict[int, int | slice]:
+    """For each value that holds tensors which of them all it is, or which slice if it is a list."""
+    places: dict[int, int | slice] = {}
+    count = 0
+    for place, value in enumerate(values):
+        if isinstance(value, Tensor):
+            places[place] = count
+            count += 1
+        elif isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
+            places[place] = slice(count, count + len(value))
+            count += len(value)
+    return places
+
+
+def has_launch_hooks() -> bool:
+    """Whether a profiler listens to launches by Triton's hooks."""
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A kernel for one grid and one specialisation, loaded on one device."""
+
+    launcher: Any
+    frame: list  # what the launcher is called with; the operands, and the stream, are set each time
+    places: dict[str, int]  # of the operands in the frame
+
+    @classmethod
+    def of(
+        cls, kernel: Any, grid: tuple[int, ...], operands: Iterable[str], given: dict[str, Any]
+    ) -> "Compiled | None":
+        """What `kernel[grid](…)` returned for `given`, ready for others of the named operands.
+
+        None where only Triton itself can launch it.
+        """
+        if kernel is None or kernel.metadata.target.backend != "cuda":
+            return None
+        try:
+            launcher, names = kernel.run, kernel.src.fn.arg_names
+            parameters = tuple(inspect.signature(launcher).parameters)
+            if parameters[: len(LEADING)] != LEADING:
+                raise TypeError(f"its launcher takes {parameters}")
+            sides, handles = (*grid, 1, 1)[:3], (kernel.function, kernel.packed_metadata)
+        except (AttributeError, TypeError, ValueError) as problem:
+            _warn_once(str(problem))
+            return None
+        frame = [*sides, None, *handles, *NO_HOOKS]
+        places = {name: len(frame) + names.index(name) for name in operands}
+        frame += (None if name in places else given[name] for name in names)
+        return cls(launcher, frame, places)
+
+    def launch(self, stream: int, operands: dict[str, Any]) -> None:
+        """Enqueue the kernel on a stream of the device."""
+        frame = self.frame.copy()
+        frame[STREAM] = stream
+        for name, operand in operands.items():
+            frame[self.places[name]] = operand
+        self.launcher(*frame)
+
+
+@functools.cache
+def _warn_once(problem: str) -> None:
+    warnings.warn(
+        f"revbifpn_kernels: launches take the host several times as long as they could, because "
+        f"Triton {triton.__version__} launches kernels in a way that is unknown here: {problem}",
+        stacklevel=1,
+    )

@@ -1,0 +1,219 @@
+"""Which calls go around the dispatcher, and that they do what the op does."""
+
+import pytest
+import torch
+from helpers import needs_emulation, same_bits
+from launchers import recorded_launches
+from operators import Operators
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from revbifpn_kernels import resample_add, resample_adjoint, resample_undo
+from revbifpn_kernels.ops.direct import DirectCalls
+from revbifpn_kernels.ops.norm_act.factors import norm_factors
+from revbifpn_kernels.ops.norm_act.forward import norm_act
+
+SIDES = [(4, 4), (2, 2)]
+
+
+def maps(side=8, channels=3):
+    return torch.randn(2, channels, side, side)
+
+
+def fused(channels=3):
+    return maps(8, channels), [maps(4, channels), maps(2, channels)]
+
+
+def undone(channels):
+    x, sources = fused(channels)
+    return x, torch.randn_like(x), sources
+
+
+def normed(channels):
+    factors = (torch.rand(channels) for _ in range(4))
+    return maps(8, channels), *factors, torch.rand(2, channels)
+
+
+# A function of tensors alone, and some for a number of channels.
+CALLS = {
+    "resample_add": (lambda x, sources: resample_add(x, sources, alpha=0.5), fused),
+    "resample_undo": (resample_undo, undone),
+    "resample_adjoint": (
+        lambda grad: resample_adjoint(grad, SIDES),
+        lambda channels: (maps(8, channels),),
+    ),
+    "norm_act": (lambda *given: norm_act(*given, "silu"), normed),
+    "norm_factors": (
+        lambda *given: norm_factors(*given, None, 2),
+        lambda channels: normed(channels)[1:5],
+    ),
+}
+
+
+@pytest.fixture
+def direct(monkeypatch):
+    """Lists what each attempt to call an op directly came to."""
+    attempts, call = [], DirectCalls.__call__
+
+    def listed(self, *given):
+        result = call(self, *given)
+        attempts.append(result is not NotImplemented)
+        return result
+
+    monkeypatch.setattr(DirectCalls, "__call__", listed)
+    return attempts
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_calls_like_an_earlier_one_are_direct_and_give_its_bits(op, direct):
+    function, inputs = CALLS[op]
+    given = inputs(channels=4)
+    with Operators() as operators:  # which is why this one is not direct
+        wanted = function(*given)
+    assert any(name.endswith(op) for name, *_ in operators.calls)
+    for _ in range(3):
+        assert same_bits(function(*given), wanted)
+    assert direct == [False, False, True, True]
+
+
+class OnGpu(TorchDispatchMode):
+    """Ops of ours run their GPU's kernels."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        on_gpu = function.namespace == "revbifpn"
+        keys = (torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA),) if on_gpu else ()
+        call = function.redispatch if on_gpu else function
+        return call(*keys, *args, **(kwargs or {}))
+
+
+@needs_emulation
+@pytest.mark.parametrize("op", CALLS)
+def test_on_a_gpu_they_launch_what_the_op_launches(op, direct, monkeypatch):
+    function, inputs = CALLS[op]
+    given = inputs(channels=7)
+    known = {tensor.data_ptr() for tensor in tree_leaves(given)}
+    with recorded_launches() as launches:
+        with OnGpu():
+            function(*given)
+        monkeypatch.setattr("revbifpn_kernels.ops.direct.is_on_cpu", lambda tensor: False)
+        for _ in range(3):
+            function(*given)
+    assert direct == [False, False, True, True]
+    # Of the direct calls the first looks the kernel up, the second knows it.
+    by_op, *others = (tree_map(lambda v: of_result(v, known), launch) for launch in launches)
+    assert others == [by_op] * 2
+
+
+def of_result(value, known):
+    """The address of a result is another in each call."""
+    is_address = isinstance(value, int) and value > 2**32
+    return "result" if is_address and value not in known else value
+
+
+def once_direct(direct):
+    """A call that is direct."""
+    x, sources = fused()
+    resample_add(x, sources), resample_add(x, sources)
+    assert direct.pop()
+    direct.clear()
+    return x, sources
+
+
+class SeesFunctions(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class SeesOps(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "watching",
+    [SeesFunctions, SeesOps, FakeTensorMode, torch.profiler.profile,
+     torch.autograd.forward_ad.dual_level],
+)  # fmt: skip
+def test_what_watches_sees_the_op(direct, watching):
+    x, sources = once_direct(direct)
+    with watching() as mode:
+        if watching is FakeTensorMode:
+            x, *sources = (mode.from_tensor(t) for t in (x, *sources))
+        resample_add(x, sources)
+        resample_add(x, sources)
+    assert direct == [False, False]
+
+
+def test_transforms_and_tracers_see_the_op(direct):
+    x, sources = once_direct(direct)
+    traced = torch.jit.trace(resample_add_one, (x, sources[0]), check_trace=False)
+    assert "revbifpn::resample_add" in str(traced.inlined_graph)
+    with pytest.raises(RuntimeError, match="Batching rule"):
+        torch.vmap(resample_add_one)(x[None], sources[0][None])
+    program = torch.export.export(AddsOne(), (x, sources[0]))
+    assert "revbifpn.resample_add" in str(program.graph)
+    compiled = torch.compile(resample_add_one, backend="aot_eager", fullgraph=True)
+    assert same_bits(compiled(x, sources[0]), resample_add_one(x, sources[0]))
+
+
+def resample_add_one(x, source):
+    return resample_add(x, [source])
+
+
+class AddsOne(nn.Module):
+    def forward(self, x, source):
+        return resample_add(x, [source])
+
+
+def test_gradients_are_never_lost(direct):
+    x, sources = once_direct(direct)
+    x.requires_grad_()
+    with torch.no_grad():
+        assert not resample_add(x, sources).requires_grad
+        assert not resample_add(x, sources).requires_grad
+    assert direct == [False, True]
+    assert resample_add(x, sources).requires_grad
+    x.requires_grad_(False)
+    sources[1].requires_grad_()
+    assert resample_add(x, sources).requires_grad
+
+
+def test_what_differs_is_checked_anew(direct):
+    x, sources = once_direct(direct)
+    with pytest.raises(ValueError, match=r"sources\[1\] must share"):
+        resample_add(x, [sources[0], maps(2, channels=2)])
+    with pytest.raises(TypeError, match="sources must be a list or tuple"):
+        resample_add(x, 3)
+    with pytest.raises(TypeError, match="sources must be a list or tuple"):
+        resample_add(x, sources[0])
+    with pytest.raises(ValueError, match="given together"):
+        resample_add(x, sources, shifts=[torch.ones(2, 3)] * 2)
+    with pytest.raises(ValueError, match="mode must be"):
+        resample_add(x, sources, mode=["bilinear"])
+    with pytest.raises(TypeError, match="must be float32"):
+        resample_add(x, [sources[0], sources[1].double()])
+    other = x.to(memory_format=torch.channels_last)
+    assert resample_add(other, sources).is_contiguous(memory_format=torch.channels_last)
+    negative = torch.complex(x, x).conj().imag  # its sign is a bit that only the dispatcher reads
+    result = resample_add(negative, sources)
+    assert not any(direct)
+    assert same_bits(result, resample_add(-x, sources))
+
+
+def test_slices_and_their_copies_are_told_apart(direct):
+    x, sources = maps(channels=10)[:, :5], [maps(4, channels=5)]
+    results = [resample_add(given, sources) for given in (x, x.contiguous()) for _ in range(2)]
+    assert direct == [False, True] * 2
+    assert all(same_bits(result, results[0]) for result in results)
+
+
+def test_few_options_are_remembered(direct, monkeypatch):
+    monkeypatch.setattr("revbifpn_kernels.ops.direct.MOST", 3)
+    monkeypatch.setattr("revbifpn_kernels.ops.direct.known", {})
+    x, sources = fused()
+    for alpha in (1.0, 2.0, 3.0, 4.0, 1.0, 4.0):
+        resample_add(x, sources, alpha=alpha)
+    assert direct == [False] * 5 + [True]
