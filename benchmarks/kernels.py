@@ -130,7 +130,7 @@ def plan_norm_launches(
     if op == "batch_statistics":
         batches = torch.empty((), dtype=torch.int64, device="meta")
         running = channel, channel, batches
-        return plan_batch_statistics(channel, channel, x, 1e-5, *running, 0.1)
+        return [plan_batch_statistics(channel, channel, x, 1e-5, *running, 0.1)]
     if op == "norm_act":
         return [forward.plan_norm_act(x, *factors, plane, act)]
     if op == "norm_act_means":

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from triton.backends.compiler import GPUTarget
 
 from revbifpn_kernels.models.cost import fake_copy
+from revbifpn_kernels.ops import last_program
 from revbifpn_kernels.ops.launch import Launch
 
 from .networks import LATTICE, fake_network
@@ -68,6 +69,7 @@ class OpCall(NamedTuple):
             FakeTensorMode(),
             mock.patch.multiple(FakeTensor, create=True, **_IS_ON_GPU),
             mock.patch.object(Launch, "run", record),
+            mock.patch.dict(last_program._kept, clear=True),  # kept, fake ones would outlive this
         ):
             arguments = tree_map_only(Spec, lambda spec: spec.on("cpu"), self.arguments)
             getattr(torch.ops.revbifpn, self.op).default.redispatch(_CUDA, *arguments)

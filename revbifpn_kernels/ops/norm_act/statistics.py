@@ -1,7 +1,8 @@
 """The mean and 1/√(variance + eps) of each channel of a batch.
 
-Reads x once, in two launches on GPUs: programs reduce parts of a channel, then the parts are
-combined. Running statistics change as by torch.nn.functional.batch_norm, and `batches` counts up.
+Reads x once, in one launch on GPUs: programs reduce parts of a channel, and the last of them
+combines the parts. Running statistics change as by torch.nn.functional.batch_norm, and `batches`
+counts up.
 """
 
 import math
@@ -12,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_maps
-from ..launch import Launch, run_all
+from ..last_program import is_last
+from ..launch import Launch
 from ..library import library
 from .arguments import sums_dtype
 from .kernels import COUNTS, load_tile, locate, pixels_in_tile, tile_mask
-from .tiles import in_planes, plan_channels, plan_tiles
+from .tiles import in_planes, plan_tiles, shared_channels
 
 
 def batch_statistics_reference(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -27,12 +29,12 @@ def batch_statistics_reference(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return mean, (var + eps).rsqrt()
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def _batch_statistics_kernel(
-    parts_ptr, x_ptr, x_strides, N, C, pixels, blocks, chunks, images, chunk, parts,
+@triton.jit
+def part_of_batch(
+    x_ptr, x_strides, N, C, pixels, blocks, chunks, images, chunk,
     UNIT: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """(4, parts, C): two terms of the mean, sum of squares about it, and count of each part.
+    """Of this program's part: two terms of the mean, sum of squares about it, [CHANNELS, 1]; count.
 
     Values are taken about the mean of the part's first tile, the first term, so their squares
     exceed those about the part's mean at most by a factor of its tiles: nothing cancels.
@@ -59,12 +61,7 @@ def _batch_statistics_kernel(
     total = tl.sum(sums, 1, keep_dims=True)
     excess = total / count
     square = tl.fma(-total, excess, tl.sum(squares, 1, keep_dims=True))
-    ptr = parts_ptr + (tl.program_id(0) // blocks).to(tl.int64) * C + c
-    size = parts.to(tl.int64) * C
-    tl.store(ptr, shift, mask=c < C)
-    tl.store(ptr + size, excess, mask=c < C)
-    tl.store(ptr + 2 * size, tl.where(square < 0.0, 0.0, square), mask=c < C)
-    tl.store(ptr + 3 * size, tl.zeros_like(shift) + count, mask=c < C)
+    return shift, excess, tl.where(square < 0.0, 0.0, square), count
 
 
 @triton.jit
@@ -77,31 +74,16 @@ def load_parts(parts_ptr, first, parts, c, C, shift, PARTS: tl.constexpr):
     mask = (c < C) & (part < parts)
     ptr = parts_ptr + part.to(tl.int64) * C + c
     size = parts.to(tl.int64) * C
-    difference = tl.load(ptr, mask=mask, other=0.0) - shift
-    difference += tl.load(ptr + size, mask=mask, other=0.0)
-    square = tl.load(ptr + 2 * size, mask=mask, other=0.0)
-    return difference, square, tl.load(ptr + 3 * size, mask=mask, other=0.0)
+    difference = tl.load(ptr, mask, 0.0, cache_modifier=".cg") - shift
+    difference += tl.load(ptr + size, mask, 0.0, cache_modifier=".cg")
+    square = tl.load(ptr + 2 * size, mask, 0.0, cache_modifier=".cg")
+    return difference, square, tl.load(ptr + 3 * size, mask, 0.0, cache_modifier=".cg")
 
 
 @triton.jit
-def update_running(ptr, c, mask, value, momentum):
-    running = tl.load(ptr + c, mask=mask, other=0.0).to(tl.float32)
-    updated = tl.fma(value, momentum, running * (1.0 - momentum))
-    tl.store(ptr + c, updated.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def _batch_statistics_combine_kernel(
-    mean_ptr, invstd_ptr, running_mean_ptr, running_var_ptr, batches_ptr, parts_ptr,
-    eps, momentum, elements, unbiased, C, parts, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Mean and invstd from the parts by Chan's formula; updates running statistics, `batches`.
-
-    A channel has `elements` of them, and `unbiased` = elements / (elements − 1).
-    """
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
-    mask_c = c < C
-    shift = tl.load(parts_ptr + c, mask=mask_c, other=0.0)
+def combine_parts(parts_ptr, elements, c, C, parts, CHANNELS: tl.constexpr, PARTS: tl.constexpr):
+    """Mean and variance of `elements` per channel from the parts, by Chan's formula."""
+    shift = tl.load(parts_ptr + c, c < C, 0.0, cache_modifier=".cg")
     total = tl.zeros_like(shift) + elements
     sums = tl.zeros([CHANNELS, PARTS], tl.float32)
     for first in range(0, parts, PARTS):
@@ -113,46 +95,95 @@ def _batch_statistics_combine_kernel(
         difference, square, count = load_parts(parts_ptr, first, parts, c, C, shift, PARTS)
         difference -= excess
         squares += tl.fma(count * difference, difference, square)
-    mean = shift + excess
-    var = tl.div_rn(tl.sum(squares, 1, keep_dims=True), total)
+    return shift + excess, tl.div_rn(tl.sum(squares, 1, keep_dims=True), total)
+
+
+@triton.jit
+def update_running(ptr, c, mask, value, momentum):
+    running = tl.load(ptr + c, mask=mask, other=0.0).to(tl.float32)
+    updated = tl.fma(value, momentum, running * (1.0 - momentum))
+    tl.store(ptr + c, updated.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def finish_statistics(
+    mean, var, mean_ptr, invstd_ptr, running_mean_ptr, running_var_ptr, batches_ptr,
+    eps, momentum, unbiased, block, c, C,
+):  # fmt: skip
+    """Store mean and invstd, update what is not None: running statistics, `batches`."""
     invstd = tl.div_rn(tl.full(var.shape, 1.0, tl.float32), tl.sqrt_rn(var + eps))
-    tl.store(mean_ptr + c, mean, mask=mask_c)
-    tl.store(invstd_ptr + c, invstd, mask=mask_c)
+    tl.store(mean_ptr + c, mean, mask=c < C)
+    tl.store(invstd_ptr + c, invstd, mask=c < C)
     if running_mean_ptr is not None:
-        update_running(running_mean_ptr, c, mask_c, mean, momentum)
+        update_running(running_mean_ptr, c, c < C, mean, momentum)
     if running_var_ptr is not None:
-        update_running(running_var_ptr, c, mask_c, var * unbiased, momentum)
+        update_running(running_var_ptr, c, c < C, var * unbiased, momentum)
     if batches_ptr is not None:
-        if tl.program_id(0) == 0:
+        if block == 0:
             tl.store(batches_ptr, tl.load(batches_ptr) + 1)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _batch_statistics_kernel(
+    mean_ptr, invstd_ptr, running_mean_ptr, running_var_ptr, batches_ptr, parts_ptr, counters_ptr,
+    x_ptr, x_strides, eps, momentum, elements, unbiased,
+    N, C, pixels, blocks, chunks, images, chunk, parts, PARTS: tl.constexpr,
+    UNIT: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """Mean and invstd of each channel; updates running statistics and `batches`.
+
+    A channel has `elements` of them, and `unbiased` = elements / (elements − 1). Where programs
+    share channels, `parts_ptr` (4, parts, C) keeps what `part_of_batch` returns of each.
+    """
+    shift, excess, square, count = part_of_batch(
+        x_ptr, x_strides, N, C, pixels, blocks, chunks, images, chunk,
+        UNIT, CHANNELS, PIXELS, CHANNELS_LAST,
+    )  # fmt: skip
+    C = C * UNIT if CHANNELS_LAST else C
+    block = tl.program_id(0) % blocks
+    c = block * CHANNELS + tl.arange(0, CHANNELS)[:, None]
+    if counters_ptr is None:
+        var = tl.div_rn(square, tl.zeros_like(square) + elements)
+        finish_statistics(
+            shift + excess, var, mean_ptr, invstd_ptr, running_mean_ptr, running_var_ptr,
+            batches_ptr, eps, momentum, unbiased, block, c, C,
+        )  # fmt: skip
+    else:
+        ptr = parts_ptr + (tl.program_id(0) // blocks).to(tl.int64) * C + c
+        size = parts.to(tl.int64) * C
+        tl.store(ptr, shift, mask=c < C)
+        tl.store(ptr + size, excess, mask=c < C)
+        tl.store(ptr + 2 * size, square, mask=c < C)
+        tl.store(ptr + 3 * size, tl.zeros_like(shift) + count, mask=c < C)
+        if is_last(counters_ptr, block, parts):
+            mean, var = combine_parts(parts_ptr, elements, c, C, parts, CHANNELS, PARTS)
+            finish_statistics(
+                mean, var, mean_ptr, invstd_ptr, running_mean_ptr, running_var_ptr,
+                batches_ptr, eps, momentum, unbiased, block, c, C,
+            )  # fmt: skip
 
 
 def plan_batch_statistics(
     mean, invstd, x, eps, running_mean, running_var, batches, momentum
-) -> list[tuple[Launch, dict]]:
-    """The launches that write mean and invstd, for an x whose planes are dense and not empty."""
+) -> tuple[Launch, dict]:
+    """The launch that writes mean and invstd, for an x whose planes are dense and not empty."""
     launch = plan_tiles(_batch_statistics_kernel, {"x": x}, "channel")
-    count, C = x.numel() // x.shape[1], x.shape[1]
-    programs = launch.grid[0] // launch.args["blocks"]  # that share a channel
-    parts = torch.empty((4, programs, C), dtype=torch.float32, device=x.device)
-    combine = plan_channels(_batch_statistics_combine_kernel, C, {"parts": programs}, "PARTS")
+    count = x.numel() // x.shape[1]
     operands = {
         "mean_ptr": mean,
         "invstd_ptr": invstd,
         "running_mean_ptr": running_mean,
         "running_var_ptr": running_var,
         "batches_ptr": batches,
-        "parts_ptr": parts,
+        **shared_channels(launch, 4, x),
+        "x_ptr": x,
         "eps": float(eps),
         "momentum": float(momentum),
         "elements": float(count),
         # The running variance of a single element is NaN, as PyTorch's.
         "unbiased": count / (count - 1) if count > 1 else math.inf,
     }
-    return [
-        (launch, {"parts_ptr": parts, "x_ptr": x, "parts": programs}),
-        (combine, operands),
-    ]
+    return launch, operands
 
 
 def _batch_statistics_cuda(x, eps, running_mean, running_var, batches, momentum):
@@ -163,7 +194,8 @@ def _batch_statistics_cuda(x, eps, running_mean, running_var, batches, momentum)
         return mean.fill_(math.nan), invstd.fill_(math.nan)
     (x,) = in_planes(x)
     running = running_mean, running_var, batches
-    run_all(plan_batch_statistics(mean, invstd, x, eps, *running, momentum), x.device)
+    launch, operands = plan_batch_statistics(mean, invstd, x, eps, *running, momentum)
+    launch.run(x.device, operands)
     return mean, invstd
 
 
