@@ -23,10 +23,12 @@ KERNELS = {
     "_norm_act_kernel",
     "_norm_act_means_kernel",
     "_norm_act_sums_kernel",
+    "_norm_act_factor_grads_kernel",
     "_norm_act_totals_kernel",
     "_norm_act_grad_kernel",
 }
-NORM_OPS = ["batch_statistics", *("norm_act" + end for end in ("", "_means", "_sums", "_grad"))]
+NORM_ENDS = "", "_means", "_sums", "_factor_grads", "_grad"
+NORM_OPS = ["batch_statistics", *("norm_act" + end for end in NORM_ENDS)]
 
 
 def compile_rows(target, dtype, *options):
@@ -77,7 +79,7 @@ def test_aligned_rows_move_16_bytes_within_the_instruction_budget():
 def test_dense_maps_move_16_bytes_within_the_instruction_budget():
     options = ["--ops", *NORM_OPS, "--scales", "56x56", "--layouts", "channels_last"]
     rows = compile_rows("sm_90", "bf16", *options)
-    assert len(rows) == 6
+    assert len(rows) == 7
     for row in rows:
         if "totals" not in row["kernel"]:
             assert row["load_bytes"] == "16", row
