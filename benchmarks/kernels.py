@@ -19,7 +19,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
 from revbifpn_kernels.ops.launch import Launch
-from revbifpn_kernels.ops.norm_act import forward, gradient
+from revbifpn_kernels.ops.norm_act import forward, gradient, sums
 from revbifpn_kernels.ops.norm_act.statistics import plan_batch_statistics
 from revbifpn_kernels.ops.norm_act.tiles import norm_operands
 from revbifpn_kernels.ops.resample.add import plan_resample_add
@@ -132,19 +132,19 @@ def plan_norm_launches(
     if op == "batch_statistics":
         batches = torch.empty((), dtype=torch.int64, device="meta")
         running = channel, channel, batches
-        return [plan_batch_statistics(channel, channel, x, 1e-5, *running, 0.1)]
+        return [plan_batch_statistics((channel, channel), x, 1e-5, *running, 0.1)]
     if op == "norm_act":
         return [forward.plan_norm_act(x, *factors, plane, act)]
     if op == "norm_act_means":
         return [forward.plan_norm_act_means(*factors, act)[:2]]
     if op == "norm_act_sums":
-        return [gradient.plan_norm_act_sums(x, *factors, act, True)[:2]]
+        return [sums.plan_norm_act_sums(x, *factors, act, True)[:2]]
     if op == "norm_act_factor_grads":
         norm = norm_operands(*[channel] * 4)
         return [gradient.plan_factor_grads(channel, channel, x, x, norm, plane, act)]
-    sums = torch.empty((5, *shape[:2]), device="meta")
+    of_planes = torch.empty((5, *shape[:2]), device="meta")
     results = x, channel, channel
-    return gradient.plan_norm_act_grad(*results, x, *factors, plane, plane, sums, act, True)
+    return gradient.plan_norm_act_grad(*results, x, *factors, plane, plane, of_planes, act, True)
 
 
 def _unbacked(shape: Sequence[int], dtype: torch.dtype, layout: str) -> torch.Tensor:

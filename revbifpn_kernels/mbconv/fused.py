@@ -30,6 +30,8 @@ class SavedStatistics(NamedTuple):
 
     mean: Tensor  # (C,), as invstd
     invstd: Tensor
+    scale: Tensor | None  # (N, C) or (1, C), as shift, of a norm that is left to a fusion
+    shift: Tensor | None
     se_gate: Tensor | None  # (N, C), of squeeze-excite
     se_means: Tensor | None  # (N, C), from which squeeze-excite computes its gate
     drop_factors: Tensor | None  # (N,), what stochastic depth multiplies samples by
@@ -103,19 +105,22 @@ class _StagesRun:
             weight, gamma, beta, *squeeze = own
             u = convolve(stage.conv, x, _as(weight, x.dtype))
             if not self.is_recompute:
-                self.saved.append(_measure(stage, u, gamma, beta, squeeze))
+                is_folded = self.folds_norm and k + 1 == len(self.stages)
+                self.saved.append(_measure(stage, u, gamma, beta, squeeze, is_folded))
             saved = self.saved[k]
             if self.saves_maps:
                 self.maps += [x, u]
             norm = saved.mean, saved.invstd, gamma, beta
-            if self.folds_norm and k + 1 == len(self.stages):
-                return ScaledSource(u, *_ops.norm_factors(*norm, saved.drop_factors, len(u)))
+            if saved.scale is not None:
+                planes = u.shape[:2]
+                return ScaledSource(u, saved.scale.expand(planes), saved.shift.expand(planes))
             x = _ops.norm_act(u, *norm, saved.multiplier(u.shape[1]), stage.act)
         return x
 
 
-def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze) -> SavedStatistics:
-    """Return statistics and gates of a forward; update the running statistics."""
+def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze, is_folded: bool) -> SavedStatistics:
+    """Return statistics, gates or factors of a forward; update the running statistics."""
+    scale = shift = gate = means = kept = None
     norm, buffers = stage.norm, stage.norm._buffers
     mean, var = buffers["running_mean"], buffers["running_var"]
     if stage.is_batch:
@@ -124,19 +129,23 @@ def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze) -> SavedStatistics:
                 f"MBConv: batch norm needs more than 1 value per channel in training, got maps of "
                 f"{tuple(u.shape)}"
             )
-        statistics = _ops.batch_statistics(
-            u, norm.eps, mean, var, buffers["num_batches_tracked"], norm.momentum
-        )
+        options = norm.eps, mean, var, buffers["num_batches_tracked"], norm.momentum
+        if is_folded:
+            *statistics, scale, shift = _ops.batch_norm_factors(u, gamma, beta, *options)
+        else:
+            statistics = _ops.batch_statistics(u, *options)
     else:
         # Copied: the backward needs this mean, and the buffer may be updated before it runs.
         statistics = mean.clone(), (var + norm.eps).rsqrt()
-    gate = means = factors = None
     if stage.squeeze is not None:
         means = _ops.norm_act_means(u, *statistics, gamma, beta, stage.act)
         gate = _ops.squeeze_excite_gates(means, *squeeze, stage.squeeze_act)
     elif stage.drop_path > 0:
-        factors = drop_factors(stage.drop_path, len(u), statistics[0])
-    return SavedStatistics(*statistics, gate, means, factors)
+        kept = drop_factors(stage.drop_path, len(u), statistics[0])
+    if is_folded and (scale is None or kept is not None):
+        samples = 1 if kept is None else len(kept)
+        scale, shift = _ops.norm_factors(*statistics, gamma, beta, kept, samples)
+    return SavedStatistics(*statistics, scale, shift, gate, means, kept)
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -35,9 +35,12 @@ def counters(device: torch.device, groups: int) -> Tensor:
 def is_last(counters_ptr, group, programs):
     """Whether this is the last of a group's programs to come here: it sees what all have stored.
 
-    What the others have stored must be loaded with `cache_modifier=".cg"`.
+    What the others have stored must be loaded with `cache_modifier=".cg"`. Without counters groups
+    are of one program.
     """
     tl.debug_barrier()  # the atomic, by one thread, must follow the stores of all
+    if counters_ptr is None:
+        return True
     earlier = tl.atomic_add(counters_ptr + group, 1, sem="acq_rel", scope="gpu")
     last = earlier == programs - 1
     if last:

@@ -11,8 +11,9 @@ from norm_act_cases import BACKENDS, CASES, EMULATED, EPS, Case, over_backends, 
 from revbifpn_kernels.ops.norm_act import tiles
 from revbifpn_kernels.ops.norm_act.arguments import ACTIVATIONS
 from revbifpn_kernels.ops.norm_act.forward import norm_act_reference
-from revbifpn_kernels.ops.norm_act.gradient import norm_act_grad_reference, norm_act_sums_reference
+from revbifpn_kernels.ops.norm_act.gradient import norm_act_grad_reference
 from revbifpn_kernels.ops.norm_act.statistics import batch_statistics_reference
+from revbifpn_kernels.ops.norm_act.sums import norm_act_sums_reference
 
 over_acts = pytest.mark.parametrize("act", ACTIVATIONS)
 

@@ -43,6 +43,16 @@ def hasty_kernel(y_ptr, parts_ptr, x_ptr, BLOCK: tl.constexpr):
         tl.store(y_ptr, tl.sum(sums))
 
 
+@triton.jit
+def turn_kernel(y_ptr, x_ptr, BLOCK: tl.constexpr, WAITS: tl.constexpr):
+    """Reverses x by way of y."""
+    i = tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + i))
+    if WAITS:
+        tl.debug_barrier()
+    tl.store(x_ptr + i, tl.load(y_ptr + BLOCK - 1 - i))
+
+
 BLOCKS, BLOCK = 70, 128  # more than the emulator runs together
 
 
@@ -102,3 +112,13 @@ def test_no_atomic():
     x = torch.randn(BLOCKS * BLOCK)
     with pytest.raises(Fault, match=RACE), emulated_gpu():
         hasty_kernel[(BLOCKS,)](torch.empty(1), torch.empty_like(x), x, BLOCK)
+
+
+def test_a_barrier_orders_the_accesses_of_its_block():
+    x, y = torch.randn(BLOCK), torch.empty(BLOCK)
+    expected = x.flip(0)
+    with emulated_gpu():
+        turn_kernel[(1,)](y, x, BLOCK, True)
+    assert torch.equal(x, expected)
+    with pytest.raises(Fault, match=RACE), emulated_gpu():
+        turn_kernel[(1,)](y, x, BLOCK, False)

@@ -49,12 +49,14 @@ class Buffer:
     def vectors(self, width: int) -> np.ndarray:
         return self.data[: self.data.size // width * width].view(f"V{width}")
 
-    def races(self) -> np.ndarray:
+    def races(self, order: Order) -> np.ndarray:
         """(thread, element, position) of reads by this thread of what another one wrote."""
         found = [np.empty((0, 3), np.int64)]
         for stamps, elements, position in self.reads:
             writer, threads = self.writer[elements], thread_of(stamps)
-            lanes, columns = np.nonzero((writer != 0) & (thread_of(writer) != threads[:, None]))
+            is_ordered = order.has_barrier_between(writer, stamps[:, None])
+            is_other = (writer != 0) & (thread_of(writer) != threads[:, None])
+            lanes, columns = np.nonzero(is_other & ~is_ordered)
             places = np.full(len(lanes), position)
             found.append(np.stack([threads[lanes], elements[lanes, columns], places], 1))
         return np.unique(np.concatenate(found), axis=0)
@@ -72,7 +74,8 @@ class GlobalMemory:
 
     An access must lie inside the elements of a tensor, not only inside its storage; tensors that
     share a storage count as one. What is read must have been written. No element is written twice,
-    nor written by one thread and read by another, unless an atomic says which comes first.
+    nor written by one thread and read by another, unless a barrier of their block or an atomic
+    says which comes first.
     """
 
     GAP = 1 << 20
@@ -215,7 +218,7 @@ class GlobalMemory:
         """
         self.order.clear()
         stored = [buffer for buffer in self.buffers if buffer.is_stored_to]
-        races = [buffer.races() for buffer in stored]
+        races = [buffer.races(self.order) for buffer in stored]
         if not any(map(len, races)):
             return None
         for buffer, found in zip(stored, races, strict=True):

@@ -53,6 +53,11 @@ class Order:
         released.append(stamp)
         self.acquired[int(self._block(stamp))].append((stamp, released, len(released)))
 
+    def has_barrier_between(self, some: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Whether accesses of these stamps are of one block, with a barrier between them."""
+        is_one = self._block(some) == self._block(others)
+        return is_one & (some // THREADS != others // THREADS)
+
     def is_before(self, earlier: np.ndarray, later: np.ndarray) -> np.ndarray:
         """Which accesses of the first stamps come before those of the second, pair by pair."""
         earlier_block, later_block = self._block(earlier), self._block(later)

@@ -57,8 +57,8 @@ def _norm_act_kernel(
             tl.store(ptr, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def _norm_act_means_kernel(
+@triton.jit
+def store_means(
     means_ptr, x_ptr, x_strides, mean_ptr, invstd_ptr, weight_ptr, bias_ptr, share,
     N, C, pixels, blocks, chunks, images, chunk, ACT: tl.constexpr,
     UNIT: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
@@ -79,6 +79,18 @@ def _norm_act_means_kernel(
         tl.store(means_ptr + (row + n) * C + c, total, mask=c < C)
 
 
+@triton.jit(do_not_specialize=COUNTS)
+def _norm_act_means_kernel(
+    means_ptr, x_ptr, x_strides, mean_ptr, invstd_ptr, weight_ptr, bias_ptr, share,
+    N, C, pixels, blocks, chunks, images, chunk, ACT: tl.constexpr,
+    UNIT: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    store_means(
+        means_ptr, x_ptr, x_strides, mean_ptr, invstd_ptr, weight_ptr, bias_ptr, share,
+        N, C, pixels, blocks, chunks, images, chunk, ACT, UNIT, CHANNELS, PIXELS, CHANNELS_LAST,
+    )  # fmt: skip
+
+
 def plan_norm_act(y, x, mean, invstd, weight, bias, gate, act) -> tuple[Launch, dict]:
     """The launch that writes y, for maps whose planes are dense in x's format."""
     launch = plan_tiles(_norm_act_kernel, {"y": y, "x": x}, "pixel", ACT=act)
@@ -94,9 +106,11 @@ def _norm_act_cuda(x, *arguments) -> Tensor:
     return filled(result, y)
 
 
-def plan_norm_act_means(x, mean, invstd, weight, bias, act) -> tuple[Launch, dict, Tensor]:
+def plan_norm_act_means(
+    x, mean, invstd, weight, bias, act, kernel=_norm_act_means_kernel, **constants
+) -> tuple[Launch, dict, Tensor]:
     """The launch that writes the means of each chunk, its operands, the means (chunks, N, C)."""
-    launch = plan_tiles(_norm_act_means_kernel, {"x": x}, "plane", ACT=act)
+    launch = plan_tiles(kernel, {"x": x}, "plane", ACT=act, **constants)
     shape = (launch.args["chunks"], *x.shape[:2])
     means = torch.empty(shape, dtype=torch.float32, device=x.device)
     norm = norm_operands(mean, invstd, weight, bias)
@@ -104,7 +118,7 @@ def plan_norm_act_means(x, mean, invstd, weight, bias, act) -> tuple[Launch, dic
     return launch, {"means_ptr": means, "x_ptr": x, **norm, "share": share}, means
 
 
-def _norm_act_means_cuda(x, *arguments) -> Tensor:
+def norm_act_means_cuda(x, *arguments) -> Tensor:
     (x,) = in_planes(x)
     launch, operands, means = plan_norm_act_means(x, *arguments)
     launch.run(x.device, operands)
@@ -115,7 +129,7 @@ def _norm_act_means_cuda(x, *arguments) -> Tensor:
 library.define(f"norm_act({NORM}, Tensor? gate, str act) -> Tensor")
 library.define(f"norm_act_means({NORM}, str act) -> Tensor")
 library.impl("norm_act", _norm_act_cuda, "CUDA")
-library.impl("norm_act_means", _norm_act_means_cuda, "CUDA")
+library.impl("norm_act_means", norm_act_means_cuda, "CUDA")
 
 
 @torch.library.register_fake("revbifpn::norm_act", lib=library)

@@ -23,8 +23,8 @@ from ..checks import check_like
 from ..last_program import is_last
 from ..launch import Launch, run_all
 from ..library import library
-from .arguments import ACTIVATIONS, NORM, check_norm, sums_dtype
-from .forward import norm_act_reference, per_channel
+from .arguments import NORM, check_norm
+from .forward import norm_act_reference
 from .kernels import (
     COUNTS,
     activate_with_slope,
@@ -34,6 +34,7 @@ from .kernels import (
     tile_mask,
     tile_pointers,
 )
+from .sums import norm_act_sums_cuda
 from .tiles import (
     contiguous,
     empty_result,
@@ -44,30 +45,6 @@ from .tiles import (
     plan_tiles,
     shared_channels,
 )
-
-GATED_SUMS, PLAIN_SUMS = 5, 2
-OF_GATES = 4  # index of the gates' gradient among the gated sums
-
-
-def _act_and_slope(z: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
-        y = ACTIVATIONS[act](leaf) * 1
-        (slope,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
-    return y.detach(), slope
-
-
-def norm_act_sums_reference(
-    grad, x, mean, invstd, weight=None, bias=None, act: str = "identity", gated: bool = False
-) -> Tensor:
-    """The specification of the sums that the gradient needs."""
-    grad, xc = grad.to(mean.dtype), x.to(mean.dtype) - mean[:, None, None]
-    z = xc * invstd[:, None, None] * per_channel(weight, 1.0) + per_channel(bias, 0.0)
-    y, slope = _act_and_slope(z, act)
-    terms = [grad * slope, grad * slope * xc]
-    if gated:
-        terms += [slope, slope * xc, grad * y]
-    return torch.stack([term.sum((2, 3)) for term in terms])
 
 
 def norm_act_grad_reference(
@@ -94,48 +71,6 @@ def norm_act_grad_reference(
             grad = grad + grad_means[:, :, None, None] / y[0, 0].numel()
         dx, dweight, dbias = torch.autograd.grad(y, [leaf, scale, shift], grad)
     return dx.to(x.dtype), dweight, dbias
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def _norm_act_sums_kernel(
-    sums_ptr, grad_ptr, grad_strides, x_ptr, x_strides, mean_ptr, invstd_ptr, weight_ptr, bias_ptr,
-    N, C, pixels, blocks, chunks, images, chunk, ACT: tl.constexpr, GATED: tl.constexpr,
-    UNIT: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-):  # fmt: skip
-    """(chunks, 2 or 5, N, C): the gradient's sums over the pixels of each chunk."""
-    C, c, n_first, n_end, t_first, t_end = locate(
-        N, C, pixels, blocks, chunks, images, chunk, UNIT, CHANNELS, PIXELS, CHANNELS_LAST
-    )
-    mean, scale, bias = load_norm(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, c, C)
-    row = (tl.program_id(0) // blocks % chunks).to(tl.int64) * (N * (5 if GATED else 2))
-    size = N.to(tl.int64) * C
-    for n in range(n_first, n_end):
-        sum_g = tl.zeros([CHANNELS, PIXELS], tl.float32)
-        sum_gx = tl.zeros([CHANNELS, PIXELS], tl.float32)
-        if GATED:
-            sum_s = tl.zeros([CHANNELS, PIXELS], tl.float32)
-            sum_sx = tl.zeros([CHANNELS, PIXELS], tl.float32)
-            sum_gy = tl.zeros([CHANNELS, PIXELS], tl.float32)
-        for t in range(t_first, t_end):
-            mask = tile_mask(c, C, t, pixels, UNIT, PIXELS, CHANNELS_LAST)
-            xc = load_tile(x_ptr, x_strides, n, c, t, mask, UNIT, PIXELS, CHANNELS_LAST) - mean
-            grad = load_tile(grad_ptr, grad_strides, n, c, t, mask, UNIT, PIXELS, CHANNELS_LAST)
-            y, slope = activate_with_slope(tl.fma(xc, scale, bias), ACT)
-            sloped = grad * slope
-            sum_g += sloped
-            sum_gx = tl.fma(sloped, xc, sum_gx)
-            if GATED:
-                slope = tl.where(mask, slope, 0.0)
-                sum_s += slope
-                sum_sx = tl.fma(slope, xc, sum_sx)
-                sum_gy = tl.fma(grad, y, sum_gy)
-        ptr = sums_ptr + (row + n) * C + c
-        tl.store(ptr, tl.sum(sum_g, 1, keep_dims=True), mask=c < C)
-        tl.store(ptr + size, tl.sum(sum_gx, 1, keep_dims=True), mask=c < C)
-        if GATED:
-            tl.store(ptr + 2 * size, tl.sum(sum_s, 1, keep_dims=True), mask=c < C)
-            tl.store(ptr + 3 * size, tl.sum(sum_sx, 1, keep_dims=True), mask=c < C)
-            tl.store(ptr + 4 * size, tl.sum(sum_gy, 1, keep_dims=True), mask=c < C)
 
 
 @triton.jit
@@ -268,25 +203,6 @@ def _norm_act_grad_kernel(
             tl.store(ptr, (dz * scale).to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def plan_norm_act_sums(
-    grad, x, mean, invstd, weight, bias, act, gated
-) -> tuple[Launch, dict, Tensor]:
-    """The launch that writes the chunks' sums, its operands, the sums (chunks, 2 or 5, N, C)."""
-    maps, vectors = {"grad": grad, "x": x}, 1 if gated else 2
-    launch = plan_tiles(_norm_act_sums_kernel, maps, "plane", vectors, ACT=act, GATED=gated)
-    shape = (launch.args["chunks"], GATED_SUMS if gated else PLAIN_SUMS, *x.shape[:2])
-    sums = torch.empty(shape, dtype=torch.float32, device=x.device)
-    norm = norm_operands(mean, invstd, weight, bias)
-    return launch, {"sums_ptr": sums, "grad_ptr": grad, "x_ptr": x, **norm}, sums
-
-
-def norm_act_sums_cuda(grad, x, *arguments) -> Tensor:
-    x, grad = in_planes(x, grad)
-    launch, operands, sums = plan_norm_act_sums(grad, x, *arguments)
-    launch.run(x.device, operands)
-    return sums[0] if len(sums) == 1 else sums.sum(0)
-
-
 def plan_factor_grads(dweight, dbias, grad, x, norm, gate, act) -> tuple[Launch, dict]:
     """The launch that writes dweight and dbias from the maps."""
     launch = plan_tiles(_norm_act_factor_grads_kernel, {"grad": grad, "x": x}, "channel", ACT=act)
@@ -354,25 +270,13 @@ def norm_act_grad_cuda(
 
 
 # The CPU's kernel is registered in csrc/norm_act/gradient.cpp.
-# (2, N, C): Σ g·act′(z), Σ g·act′(z)·xc over the pixels; with `gated` (5, N, C): Σ act′(z),
-# Σ act′(z)·xc and Σ g·act(z), the gate's gradient, too.
-library.define(f"norm_act_sums(Tensor grad, {NORM}, str act, bool gated) -> Tensor")
 # Returns dx, dweight and dbias. Without `is_batch` the statistics are constants. `sums` are from
 # norm_act_sums, which a gate's gradient needs as well; None: they are computed here.
 library.define(
     f"norm_act_grad(Tensor grad, {NORM}, Tensor? gate, Tensor? grad_means, Tensor? sums, str act, "
     "bool is_batch) -> (Tensor, Tensor, Tensor)"
 )
-library.impl("norm_act_sums", norm_act_sums_cuda, "CUDA")
 library.impl("norm_act_grad", norm_act_grad_cuda, "CUDA")
-
-
-@torch.library.register_fake("revbifpn::norm_act_sums", lib=library)
-def _norm_act_sums_fake(grad, x, *norm_and_options):
-    *norm_and_act, gated = norm_and_options
-    check_norm("norm_act_sums", x, *norm_and_act)
-    check_like("norm_act_sums", "grad", grad, "x", x)
-    return x.new_empty((GATED_SUMS if gated else PLAIN_SUMS, *x.shape[:2]), dtype=sums_dtype(x))
 
 
 @torch.library.register_fake("revbifpn::norm_act_grad", lib=library)

@@ -2,7 +2,7 @@
 
 Reads x once, in one launch on GPUs: programs reduce parts of a channel, and the last of them
 combines the parts. Running statistics change as by torch.nn.functional.batch_norm, and `batches`
-counts up.
+counts up. `batch_norm_factors` returns the norm's scale and shift as well (factors.py).
 """
 
 import math
@@ -12,13 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import check_maps
+from ..checks import check_maps, check_values
 from ..last_program import is_last
 from ..launch import Launch
 from ..library import library
 from .arguments import sums_dtype
+from .factors import factors_of_norm
 from .kernels import COUNTS, load_tile, locate, pixels_in_tile, tile_mask
-from .tiles import in_planes, plan_tiles, shared_channels
+from .tiles import contiguous, in_planes, plan_tiles, shared_channels
 
 
 def batch_statistics_reference(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -107,13 +108,17 @@ def update_running(ptr, c, mask, value, momentum):
 
 @triton.jit
 def finish_statistics(
-    mean, var, mean_ptr, invstd_ptr, running_mean_ptr, running_var_ptr, batches_ptr,
-    eps, momentum, unbiased, block, c, C,
+    mean, var, mean_ptr, invstd_ptr, scale_ptr, shift_ptr, weight_ptr, bias_ptr,
+    running_mean_ptr, running_var_ptr, batches_ptr, eps, momentum, unbiased, block, c, C,
 ):  # fmt: skip
-    """Store mean and invstd, update what is not None: running statistics, `batches`."""
+    """Store mean and invstd; unless None scale and shift; update running statistics, `batches`."""
     invstd = tl.div_rn(tl.full(var.shape, 1.0, tl.float32), tl.sqrt_rn(var + eps))
     tl.store(mean_ptr + c, mean, mask=c < C)
     tl.store(invstd_ptr + c, invstd, mask=c < C)
+    if scale_ptr is not None:
+        scale, shift = factors_of_norm(mean, invstd, weight_ptr, bias_ptr, c, c < C)
+        tl.store(scale_ptr + c, scale, mask=c < C)
+        tl.store(shift_ptr + c, shift, mask=c < C)
     if running_mean_ptr is not None:
         update_running(running_mean_ptr, c, c < C, mean, momentum)
     if running_var_ptr is not None:
@@ -125,12 +130,13 @@ def finish_statistics(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _batch_statistics_kernel(
-    mean_ptr, invstd_ptr, running_mean_ptr, running_var_ptr, batches_ptr, parts_ptr, counters_ptr,
-    x_ptr, x_strides, eps, momentum, elements, unbiased,
+    mean_ptr, invstd_ptr, scale_ptr, shift_ptr, running_mean_ptr, running_var_ptr, batches_ptr,
+    parts_ptr, counters_ptr, x_ptr, x_strides, weight_ptr, bias_ptr,
+    eps, momentum, elements, unbiased,
     N, C, pixels, blocks, chunks, images, chunk, parts, PARTS: tl.constexpr,
     UNIT: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """Mean and invstd of each channel; updates running statistics and `batches`.
+    """Mean and invstd, scale and shift unless None; updates running statistics and `batches`.
 
     A channel has `elements` of them, and `unbiased` = elements / (elements − 1). Where programs
     share channels, `parts_ptr` (4, parts, C) keeps what `part_of_batch` returns of each.
@@ -145,8 +151,8 @@ def _batch_statistics_kernel(
     if counters_ptr is None:
         var = tl.div_rn(square, tl.zeros_like(square) + elements)
         finish_statistics(
-            shift + excess, var, mean_ptr, invstd_ptr, running_mean_ptr, running_var_ptr,
-            batches_ptr, eps, momentum, unbiased, block, c, C,
+            shift + excess, var, mean_ptr, invstd_ptr, scale_ptr, shift_ptr, weight_ptr, bias_ptr,
+            running_mean_ptr, running_var_ptr, batches_ptr, eps, momentum, unbiased, block, c, C,
         )  # fmt: skip
     else:
         ptr = parts_ptr + (tl.program_id(0) // blocks).to(tl.int64) * C + c
@@ -158,25 +164,34 @@ def _batch_statistics_kernel(
         if is_last(counters_ptr, block, parts):
             mean, var = combine_parts(parts_ptr, elements, c, C, parts, CHANNELS, PARTS)
             finish_statistics(
-                mean, var, mean_ptr, invstd_ptr, running_mean_ptr, running_var_ptr,
-                batches_ptr, eps, momentum, unbiased, block, c, C,
+                mean, var, mean_ptr, invstd_ptr, scale_ptr, shift_ptr, weight_ptr, bias_ptr,
+                running_mean_ptr, running_var_ptr, batches_ptr, eps, momentum, unbiased,
+                block, c, C,
             )  # fmt: skip
 
 
 def plan_batch_statistics(
-    mean, invstd, x, eps, running_mean, running_var, batches, momentum
+    results, x, eps, running_mean, running_var, batches, momentum, weight=None, bias=None
 ) -> tuple[Launch, dict]:
-    """The launch that writes mean and invstd, for an x whose planes are dense and not empty."""
+    """The launch that writes mean and invstd, or these, scale and shift: the `results`.
+
+    x is not empty, and its planes are dense.
+    """
     launch = plan_tiles(_batch_statistics_kernel, {"x": x}, "channel")
     count = x.numel() // x.shape[1]
+    mean, invstd, scale, shift = results if len(results) == 4 else (*results, None, None)
     operands = {
         "mean_ptr": mean,
         "invstd_ptr": invstd,
+        "scale_ptr": scale,
+        "shift_ptr": shift,
         "running_mean_ptr": running_mean,
         "running_var_ptr": running_var,
         "batches_ptr": batches,
         **shared_channels(launch, 4, x),
         "x_ptr": x,
+        "weight_ptr": contiguous(weight),
+        "bias_ptr": contiguous(bias),
         "eps": float(eps),
         "momentum": float(momentum),
         "elements": float(count),
@@ -186,28 +201,64 @@ def plan_batch_statistics(
     return launch, operands
 
 
-def _batch_statistics_cuda(x, eps, running_mean, running_var, batches, momentum):
-    mean, invstd = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
-    if x.numel() == 0:  # as in PyTorch, running statistics stay
-        if batches is not None:
-            batches.add_(1)
-        return mean.fill_(math.nan), invstd.fill_(math.nan)
-    (x,) = in_planes(x)
-    running = running_mean, running_var, batches
-    launch, operands = plan_batch_statistics(mean, invstd, x, eps, *running, momentum)
-    launch.run(x.device, operands)
-    return mean, invstd
+def _write_statistics(results, x, eps, mean, var, batches, momentum, *affine) -> None:
+    if x.numel() > 0:
+        (x,) = in_planes(x)
+        arguments = results, x, eps, mean, var, batches, momentum, *affine
+        launch, operands = plan_batch_statistics(*arguments)
+        return launch.run(x.device, operands)
+    for result in results:  # as in PyTorch, running statistics stay
+        result.fill_(math.nan)
+    if batches is not None:
+        batches.add_(1)
 
 
-# The CPU's kernel is registered in csrc/norm_act/statistics.cpp.
-library.define(
-    "batch_statistics(Tensor x, float eps, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "Tensor(c!)? batches, float momentum) -> (Tensor, Tensor)"
+def _new_statistics(x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape[1], dtype=sums_dtype(x)) for _ in range(2))
+
+
+def _new_factors(x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty((1, x.shape[1]), dtype=sums_dtype(x)) for _ in range(2))
+
+
+def batch_statistics_cuda(x, *arguments) -> tuple[Tensor, ...]:
+    results = _new_statistics(x)
+    _write_statistics(results, x, *arguments)
+    return results
+
+
+def batch_norm_factors_cuda(x, weight, bias, *arguments) -> tuple[Tensor, ...]:
+    results = *_new_statistics(x), *_new_factors(x)
+    _write_statistics(results, x, *arguments, weight, bias)
+    return results
+
+
+# The CPU's kernels are registered in csrc/norm_act/statistics.cpp.
+STATISTICS = (
+    "float eps, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches, "
+    "float momentum"
 )
-library.impl("batch_statistics", _batch_statistics_cuda, "CUDA")
+library.define(f"batch_statistics(Tensor x, {STATISTICS}) -> (Tensor, Tensor)")
+# Mean and invstd (C,); scale and shift (1, C).
+library.define(
+    f"batch_norm_factors(Tensor x, Tensor? weight, Tensor? bias, {STATISTICS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+library.impl("batch_statistics", batch_statistics_cuda, "CUDA")
+library.impl("batch_norm_factors", batch_norm_factors_cuda, "CUDA")
 
 
 @torch.library.register_fake("revbifpn::batch_statistics", lib=library)
-def _batch_statistics_fake(x, eps, running_mean, running_var, batches, momentum):
+def _batch_statistics_fake(x, *_):
     check_maps("batch_statistics", "x", x)
-    return tuple(x.new_empty(x.shape[1], dtype=sums_dtype(x)) for _ in range(2))
+    return _new_statistics(x)
+
+
+@torch.library.register_fake("revbifpn::batch_norm_factors", lib=library)
+def _batch_norm_factors_fake(x, weight, bias, *_):
+    check_maps("batch_norm_factors", "x", x)
+    for name, values in (("weight", weight), ("bias", bias)):
+        if values is not None:
+            expected = (x.shape[1],), sums_dtype(x), x.device
+            check_values("batch_norm_factors", name, values, expected)
+    return *_new_statistics(x), *_new_factors(x)
