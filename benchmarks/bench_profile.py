@@ -31,6 +31,7 @@ SPIN_CYCLES = (
 OURS = {  # by the starts of names
     "depthwise": "convolution, depthwise",
     "pointwise": "convolution, 1×1",
+    "batch_norm_factors": "batch norm, activation, gate",  # fused
     "batch_statistics": "batch norm, activation, gate",  # fused
     "norm_act": "batch norm, activation, gate",
     "norm_factors": "batch norm, activation, gate",

@@ -19,8 +19,9 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
 from revbifpn_kernels.ops.launch import Launch
-from revbifpn_kernels.ops.norm_act import forward, gradient
+from revbifpn_kernels.ops.norm_act import forward, gradient, sums
 from revbifpn_kernels.ops.norm_act.statistics import plan_batch_statistics
+from revbifpn_kernels.ops.norm_act.tiles import norm_operands
 from revbifpn_kernels.ops.resample.add import plan_resample_add
 from revbifpn_kernels.ops.resample.adjoint import plan_resample_adjoint
 from revbifpn_kernels.ops.resample.undo import plan_resample_undo
@@ -69,12 +70,13 @@ SHARES = 2
 SCALED = "+scales"
 OPS = ("resample_add", "resample_adjoint", "resample_undo")
 SCALED_OPS = ("resample_add" + SCALED, "resample_undo" + SCALED)
-# Maps that an op of the norm_act family reads and writes.
+# Maps that the kernels of the norm_act family read and write.
 NORM_PASSES = {
     "batch_statistics": 1,
     "norm_act": 2,
     "norm_act_means": 1,
     "norm_act_sums": 2,
+    "norm_act_factor_grads": 2,
     "norm_act_grad": 3,
 }
 
@@ -131,16 +133,19 @@ def plan_norm_launches(
     if op == "batch_statistics":
         batches = torch.empty((), dtype=torch.int64, device="meta")
         running = channel, channel, batches
-        return plan_batch_statistics(channel, channel, x, 1e-5, *running, 0.1)
+        return [plan_batch_statistics((channel, channel), x, 1e-5, *running, 0.1)]
     if op == "norm_act":
         return [forward.plan_norm_act(x, *factors, plane, act)]
     if op == "norm_act_means":
         return [forward.plan_norm_act_means(*factors, act)[:2]]
     if op == "norm_act_sums":
-        return [gradient.plan_norm_act_sums(x, *factors, act, True)[:2]]
-    sums = torch.empty((5, *shape[:2]), device="meta")
+        return [sums.plan_norm_act_sums(x, *factors, act, True)[:2]]
+    if op == "norm_act_factor_grads":
+        norm = norm_operands(*[channel] * 4)
+        return [gradient.plan_factor_grads(channel, channel, x, x, norm, plane, act)]
+    of_planes = torch.empty((5, *shape[:2]), device="meta")
     results = x, channel, channel
-    return gradient.plan_norm_act_grad(*results, x, *factors, plane, plane, sums, act, True)
+    return gradient.plan_norm_act_grad(*results, x, *factors, plane, plane, of_planes, act, True)
 
 
 def _unbacked(shape: Sequence[int], dtype: torch.dtype, layout: str) -> torch.Tensor:

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from triton.backends.compiler import GPUTarget
 
 from .models.cost import fake_copy
+from .ops import last_program
 from .ops.launch import Launch
 
 Planned = tuple[Launch, dict[str, Any]]
@@ -75,6 +76,7 @@ class OpCall(NamedTuple):
             FakeTensorMode(),
             mock.patch.multiple(FakeTensor, create=True, **_IS_ON_GPU),
             mock.patch.object(Launch, "run", record),
+            mock.patch.dict(last_program._kept, clear=True),  # kept, fake ones would outlive this
         ):
             arguments = tree_map_only(Spec, lambda spec: spec.on("cpu"), self.arguments)
             getattr(torch.ops.revbifpn, self.op).default.redispatch(_CUDA, *arguments)

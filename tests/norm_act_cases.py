@@ -11,16 +11,13 @@ from helpers import leaves_alone, on_this_machine
 from torch import Tensor
 
 from revbifpn_kernels.ops.norm_act.arguments import sums_dtype
-from revbifpn_kernels.ops.norm_act.forward import _norm_act_cuda, _norm_act_means_cuda
-from revbifpn_kernels.ops.norm_act.gradient import (
-    norm_act_grad_cuda,
-    norm_act_input_grad_cuda,
-    norm_act_sums_cuda,
-)
+from revbifpn_kernels.ops.norm_act.forward import _norm_act_cuda, norm_act_means_cuda
+from revbifpn_kernels.ops.norm_act.gradient import norm_act_grad_cuda, norm_act_input_grad_cuda
 from revbifpn_kernels.ops.norm_act.statistics import (
-    _batch_statistics_cuda,
+    batch_statistics_cuda,
     batch_statistics_reference,
 )
+from revbifpn_kernels.ops.norm_act.sums import norm_act_sums_cuda
 
 EPS = 1e-3
 DTYPES = {
@@ -142,9 +139,9 @@ class Backend:
 
 # C++ through the dispatcher; Triton by its launchers.
 _LAUNCHERS = {
-    "batch_statistics": _batch_statistics_cuda,
+    "batch_statistics": batch_statistics_cuda,
     "norm_act": _norm_act_cuda,
-    "norm_act_means": _norm_act_means_cuda,
+    "norm_act_means": norm_act_means_cuda,
     "norm_act_sums": norm_act_sums_cuda,
     "norm_act_grad": norm_act_grad_cuda,
     "norm_act_input_grad": norm_act_input_grad_cuda,

@@ -2,10 +2,9 @@
 
 #include <tuple>
 
-#include "../common.h"
+#include "norm_act.h"
 
 namespace revbifpn {
-namespace {
 
 std::tuple<Tensor, Tensor> norm_factors_cpu(const Tensor &mean, const Tensor &invstd,
                                             const OptionalTensor &weight,
@@ -37,8 +36,6 @@ std::tuple<Tensor, Tensor> norm_factors_cpu(const Tensor &mean, const Tensor &in
   });
   return {scale, shift};
 }
-
-} // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(revbifpn, CPU, m) {
   m.impl("norm_factors", TORCH_BOX(&norm_factors_cpu));

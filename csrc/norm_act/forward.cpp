@@ -4,6 +4,20 @@
 #include "norm_act.h"
 
 namespace revbifpn {
+
+Tensor norm_act_means_cpu(const Tensor &x_given, const Tensor &mean, const Tensor &invstd,
+                          const OptionalTensor &weight, const OptionalTensor &bias,
+                          const std::string &act) {
+  const char *op = "norm_act_means";
+  const Tensor x = walked(op, x_given);
+  const Tensor means = new_sums(op, x, {x.size(0), x.size(1)});
+  with_norm(op, x, {mean, invstd, weight, bias, act}, [&]<class T>(auto &job) {
+    const auto sums = run_sums(job, 1, REVBIFPN_BEST_KERNEL(means_units, T));
+    add_units_up(job, 0, 1.0 / static_cast<double>(job.pixels), data_of<accumulator_t<T>>(means));
+  });
+  return means;
+}
+
 namespace {
 
 Tensor norm_act_cpu(const Tensor &x_given, const Tensor &mean, const Tensor &invstd,
@@ -18,19 +32,6 @@ Tensor norm_act_cpu(const Tensor &x_given, const Tensor &mean, const Tensor &inv
     run(job, REVBIFPN_BEST_KERNEL(norm_act_units, T), {FreshMemory(y)});
   });
   return laid_out_like(x_given, y);
-}
-
-Tensor norm_act_means_cpu(const Tensor &x_given, const Tensor &mean, const Tensor &invstd,
-                          const OptionalTensor &weight, const OptionalTensor &bias,
-                          const std::string &act) {
-  const char *op = "norm_act_means";
-  const Tensor x = walked(op, x_given);
-  const Tensor means = new_sums(op, x, {x.size(0), x.size(1)});
-  with_norm(op, x, {mean, invstd, weight, bias, act}, [&]<class T>(auto &job) {
-    const auto sums = run_sums(job, 1, REVBIFPN_BEST_KERNEL(means_units, T));
-    add_units_up(job, 0, 1.0 / static_cast<double>(job.pixels), data_of<accumulator_t<T>>(means));
-  });
-  return means;
 }
 
 } // namespace

@@ -24,6 +24,12 @@ inline Act act_of(const char *op, const std::string &act) {
   return Act::silu;
 }
 
+/// Scale and shift (samples, C) of a norm and of the factors `kept` (samples,) of stochastic depth.
+std::tuple<Tensor, Tensor> norm_factors_cpu(const Tensor &mean, const Tensor &invstd,
+                                            const OptionalTensor &weight,
+                                            const OptionalTensor &bias, const OptionalTensor &kept,
+                                            int64_t samples);
+
 /// An unwritten tensor for sums over maps of x's dtype.
 inline Tensor new_sums(const char *op, const Tensor &x, const std::vector<int64_t> &shape) {
   return new_tensor(x, shape, sums_type(dtype_of(op, x.scalar_type())));
@@ -142,6 +148,10 @@ template <class Acc> void add_units_up(const NormJob<Acc> &job, int64_t k, doubl
       out[n * job.channels + c] = static_cast<Acc>(sum * scale);
     }
 }
+
+Tensor norm_act_means_cpu(const Tensor &x, const Tensor &mean, const Tensor &invstd,
+                          const OptionalTensor &weight, const OptionalTensor &bias,
+                          const std::string &act);
 
 Tensor norm_act_sums_cpu(const Tensor &grad, const Tensor &x, const Tensor &mean,
                          const Tensor &invstd, const OptionalTensor &weight,

@@ -80,10 +80,22 @@ std::tuple<Tensor, Tensor> batch_statistics_cpu(const Tensor &x_given, double ep
   return {mean, invstd};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor>
+batch_norm_factors_cpu(const Tensor &x, const OptionalTensor &weight, const OptionalTensor &bias,
+                       double eps, const OptionalTensor &running_mean,
+                       const OptionalTensor &running_var, const OptionalTensor &batches,
+                       double momentum) {
+  const auto [mean, invstd] =
+      batch_statistics_cpu(x, eps, running_mean, running_var, batches, momentum);
+  const auto [scale, shift] = norm_factors_cpu(mean, invstd, weight, bias, std::nullopt, 1);
+  return {mean, invstd, scale, shift};
+}
+
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(revbifpn, CPU, m) {
   m.impl("batch_statistics", TORCH_BOX(&batch_statistics_cpu));
+  m.impl("batch_norm_factors", TORCH_BOX(&batch_norm_factors_cpu));
 }
 
 } // namespace revbifpn

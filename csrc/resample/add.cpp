@@ -26,16 +26,21 @@ template <class Acc> Acc snap_of(const char *op, std::optional<double> lattice) 
   return snap;
 }
 
-/// The scales or shifts (N, C) of a source's planes.
+/// The scales or shifts (N, C) of a source's planes: contiguous, or one row for all images.
 template <class Acc>
-const Acc *factors_of(const char *op, const char *name, const Tensor &factors,
-                      const Tensor &source) {
+PlaneFactors<Acc> factors_of(const char *op, const char *name, const Tensor &factors,
+                             const Tensor &source) {
   const int64_t images = source.size(0), channels = source.size(1);
-  const Acc *values = values_of<Acc>(op, name, factors, images * channels);
-  STD_TORCH_CHECK(factors.dim() == 2 && factors.size(0) == images, op, ": ", name,
-                  " must be of shape (N, C) = (", images, ", ", channels, "), got ", factors.dim(),
-                  " dimensions, the first of ", factors.dim() > 0 ? factors.size(0) : 0);
-  return values;
+  const ScalarType type = std::is_same_v<Acc, double> ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(factors.is_cpu() && factors.scalar_type() == type, op, ": ", name,
+                  " must be on the CPU, in float32 or beside float64 maps in float64");
+  STD_TORCH_CHECK(factors.dim() == 2 && factors.size(0) == images && factors.size(1) == channels,
+                  op, ": ", name, " must be of shape (N, C) = (", images, ", ", channels,
+                  "), got ", factors.dim(), " dimensions, ", factors.numel(), " elements");
+  const bool is_shared = factors.stride(0) == 0 && (channels == 1 || factors.stride(1) == 1);
+  STD_TORCH_CHECK(is_shared || factors.is_contiguous(), op, ": ", name,
+                  " must be contiguous, or expanded from one row");
+  return {data_of<const Acc>(factors), is_shared ? 0 : channels};
 }
 
 template <class Acc> Source<Acc> source_of(const char *op, const Addends &addends, size_t k) {

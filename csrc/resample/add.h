@@ -204,9 +204,9 @@ private:
   }
 
   void scale(const Source<Acc> &source, const Tile &tile, int64_t pixels, Acc *values) const {
-    const int64_t plane = tile.n * job.groups.channels + tile.c;
-    if (source.scale != nullptr)
-      scale_pixels(source.scale + plane, source.shift + plane, tile.lanes, pixels, values);
+    if (source.scale.values != nullptr)
+      scale_pixels(source.scale.of(tile.n, tile.c), source.shift.of(tile.n, tile.c), tile.lanes,
+                   pixels, values);
   }
 
   void find_terms(int64_t row) {

@@ -48,9 +48,17 @@ struct PlaneGroups {
   int64_t per_image() const { return ceil_div(channels, lane_block); }
 };
 
+/// A number per plane, that of (n, c) at n * stride + c; the stride is 0 where images share them.
+template <class Acc> struct PlaneFactors {
+  const Acc *values; // null: none
+  int64_t stride;
+
+  const Acc *of(int64_t n, int64_t c) const { return values + n * stride + c; }
+};
+
 template <class Acc> struct Source {
   Maps maps;
-  const Acc *scale, *shift; // per plane, that of (n, c) at n * channels + c; or null
+  PlaneFactors<Acc> scale, shift;
   Kind kind;
   int64_t block_h, block_w; // area: the sides of the block that is averaged
   int64_t enlarge_w;        // bilinear: width of the target / width, where whole; else 0

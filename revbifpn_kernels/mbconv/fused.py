@@ -35,6 +35,8 @@ class SavedStatistics(NamedTuple):
 
     mean: Tensor  # (C,), as invstd
     invstd: Tensor
+    scale: Tensor | None  # (N, C) or (1, C), as shift, of a norm that is left to a fusion
+    shift: Tensor | None
     se_gate: Tensor | None  # (N, C), of squeeze-excite
     se_means: Tensor | None  # (N, C), from which squeeze-excite computes its gate
     drop_factors: Tensor | None  # (N,), what stochastic depth multiplies samples by
@@ -53,7 +55,6 @@ class SavedStages(NamedTuple):
 
     statistics: list[SavedStatistics]
     weights: list[Tensor]  # of the convolutions, as autocast casts them; empty if it does not
-    factors: list[Tensor]  # scale and shift of the last norm, (N, C) each; empty if not folded
 
 
 def run_stages(stages: Sequence[Stage], x: Tensor, *, folds_norm: bool = False) -> Source:
@@ -126,7 +127,7 @@ class _StagesRun:
     ) -> None:
         self.stages, self.folds_norm, self.saves_maps = stages, folds_norm, False
         self.is_recompute = saved is not None
-        self.saved = SavedStages([], [], []) if saved is None else saved
+        self.saved = SavedStages([], []) if saved is None else saved
         self.maps: list[Tensor] = []  # of each stage its input and the convolution's result
 
     def split(self, parameters: Sequence) -> list[Sequence]:
@@ -139,11 +140,7 @@ class _StagesRun:
         return parts
 
     def forward(self, x: Tensor, parameters: Sequence[Tensor | None]) -> Source:
-        statistics, factors, parts = (
-            self.saved.statistics,
-            self.saved.factors,
-            self.split(parameters),
-        )
+        statistics, parts = self.saved.statistics, self.split(parameters)
         if not self.is_recompute:
             self._cast_weights([own[0] for own in parts], x.dtype)
         weights = self.saved.weights or [own[0] for own in parts]
@@ -151,15 +148,15 @@ class _StagesRun:
             _, gamma, beta, *squeeze = own
             u = convolve(stage.conv, x, weights[k])
             if not self.is_recompute:
-                statistics.append(_measure(stage, u, gamma, beta, squeeze))
+                is_folded = self.folds_norm and k + 1 == len(self.stages)
+                statistics.append(_measure(stage, u, gamma, beta, squeeze, is_folded))
             saved = statistics[k]
             if self.saves_maps:
                 self.maps += [x, u]
             norm = saved.mean, saved.invstd, gamma, beta
-            if self.folds_norm and k + 1 == len(self.stages):
-                if not self.is_recompute:
-                    factors += norm_factors(*norm, saved.drop_factors, len(u))
-                return ScaledSource(u, *factors)
+            if saved.scale is not None:
+                planes = u.shape[:2]
+                return ScaledSource(u, saved.scale.expand(planes), saved.shift.expand(planes))
             x = norm_act(u, *norm, saved.multiplier(u.shape[1]), stage.act)
         return x
 
@@ -211,8 +208,9 @@ def _like_parameters(
     return found
 
 
-def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze) -> SavedStatistics:
-    """Return statistics and gates of a forward; update the running statistics."""
+def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze, is_folded: bool) -> SavedStatistics:
+    """Return statistics, gates or factors of a forward; update the running statistics."""
+    scale = shift = gate = means = kept = None
     norm, buffers = stage.norm, stage.norm._buffers
     mean, var = buffers["running_mean"], buffers["running_var"]
     count, group = None, recompute.group_of(norm)
@@ -224,19 +222,23 @@ def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze) -> SavedStatistics:
                 f"MBConv: batch norm needs more than 1 value per channel in training, got maps of "
                 f"{tuple(u.shape)}"
             )
-        statistics = _ops.batch_statistics(
-            u, norm.eps, mean, var, buffers["num_batches_tracked"], norm.momentum
-        )
+        options = norm.eps, mean, var, buffers["num_batches_tracked"], norm.momentum
+        if is_folded:
+            *statistics, scale, shift = _ops.batch_norm_factors(u, gamma, beta, *options)
+        else:
+            statistics = _ops.batch_statistics(u, *options)
     else:
         # Copied: the backward needs this mean, and the buffer may be updated before it runs.
         statistics = mean.clone(), (var + norm.eps).rsqrt()
-    gate = means = factors = None
     if stage.squeeze is not None:
         means = _ops.norm_act_means(u, *statistics, gamma, beta, stage.act)
         gate = _ops.squeeze_excite_gates(means, *squeeze, stage.squeeze_act)
     elif stage.drop_path > 0:
-        factors = drop_factors(stage.drop_path, len(u), statistics[0])
-    return SavedStatistics(*statistics, gate, means, factors, count, group)
+        kept = drop_factors(stage.drop_path, len(u), statistics[0])
+    if is_folded and (scale is None or kept is not None):
+        samples = 1 if kept is None else len(kept)
+        scale, shift = norm_factors(*statistics, gamma, beta, kept, samples)
+    return SavedStatistics(*statistics, scale, shift, gate, means, kept, count, group)
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..ops.norm_act.gradient import OF_GATES
+from ..ops.norm_act.sums import OF_GATES
 from ..reversible import recompute
 from .modules import BatchNorm2d
 

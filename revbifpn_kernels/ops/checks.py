@@ -176,8 +176,11 @@ def _check_per_plane(op: str, name: str, values: Tensor, x_name: str, x: Tensor)
         raise ValueError(
             f"{op}: {name} must be on {x_name}'s device {x.device}, got {values.device}"
         )
-    if not values.is_contiguous():
-        raise ValueError(f"{op}: {name} must be contiguous, got strides {values.stride()}")
+    strides = values.stride()
+    if not values.is_contiguous() and (strides[0] != 0 or (planes[1] > 1 and strides[1] != 1)):
+        raise ValueError(
+            f"{op}: {name} must be contiguous, or expanded from one row, got strides {strides}"
+        )
 
 
 def check_fusion(

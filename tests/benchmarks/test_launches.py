@@ -32,8 +32,8 @@ def test_every_kernel_of_a_step(layout, mode):
     families = {
         *(f"_resample_{op}_cells_kernel" for op in ("add", "adjoint")),
         *(f"_norm_act{part}_kernel" for part in ("", "_means", "_sums", "_totals", "_grad")),
-        *(f"_batch_statistics{part}_kernel" for part in ("", "_combine")),
-        *("_norm_factors_kernel", "_squeeze_kernel", "_excite_kernel", "_excite_backward_kernel"),
+        *("_norm_act_factor_grads_kernel", "_batch_statistics_kernel"),
+        *("_squeeze_kernel", "_excite_kernel", "_excite_backward_kernel"),
         *("_squeeze_backward_kernel", "_squeeze_excite_results_kernel"),
     }
     undone = {"_resample_undo_cells_kernel"} if mode == "reversible" else set()

@@ -10,8 +10,9 @@ from norm_act_cases import BACKENDS, CPP, EPS, TRITON, Case
 
 from revbifpn_kernels import resample_add, resample_add_, resample_adjoint, resample_undo
 from revbifpn_kernels.ops.norm_act.forward import norm_act_reference
-from revbifpn_kernels.ops.norm_act.gradient import norm_act_grad_reference, norm_act_sums_reference
+from revbifpn_kernels.ops.norm_act.gradient import norm_act_grad_reference
 from revbifpn_kernels.ops.norm_act.statistics import batch_statistics_reference
+from revbifpn_kernels.ops.norm_act.sums import norm_act_sums_reference
 from revbifpn_kernels.ops.resample.add import plan_resample_add, resample_add_reference
 from revbifpn_kernels.ops.resample.adjoint import resample_adjoint_reference
 from revbifpn_kernels.ops.resample.undo import resample_undo_reference

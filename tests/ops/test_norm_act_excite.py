@@ -6,7 +6,7 @@ from helpers import on_this_machine, same_bits
 from norm_act_cases import BACKENDS as NORM_BACKENDS
 from norm_act_cases import CASES
 
-from revbifpn_kernels.ops.norm_act.gradient import OF_GATES
+from revbifpn_kernels.ops.norm_act.sums import OF_GATES
 from revbifpn_kernels.ops.squeeze_excite.gates import squeeze_excite_gates_backward_cuda
 from revbifpn_kernels.ops.squeeze_excite.norm_act_excite_grad import norm_act_excite_grad_cuda
 

@@ -3,15 +3,24 @@
 import pytest
 import torch
 from cases import HAS_GPU
-from helpers import assert_as_accurate, leaves_alone, on_this_machine
+from helpers import assert_as_accurate, leaves_alone, on_this_machine, same_bits
 
 from revbifpn_kernels.ops.norm_act.factors import norm_factors_cuda, norm_factors_reference
 from revbifpn_kernels.ops.norm_act.forward import norm_act_reference
+from revbifpn_kernels.ops.norm_act.statistics import batch_norm_factors_cuda, batch_statistics_cuda
+
+OPS = torch.ops.revbifpn
 
 BACKENDS = {
     "cpp": ("cpu", leaves_alone(torch.ops.revbifpn.norm_factors)),
     "triton": ("cuda" if HAS_GPU else "cpu", leaves_alone(on_this_machine(norm_factors_cuda))),
 }
+
+STATISTICS = {
+    "cpp": (OPS.batch_statistics, OPS.batch_norm_factors),
+    "triton": tuple(map(on_this_machine, (batch_statistics_cuda, batch_norm_factors_cuda))),
+}
+EPS, MOMENTUM = 1e-3, 0.1
 
 
 def arguments(samples, channels, affine=True, kept=True, dtype=torch.float32, device="cpu"):
@@ -50,7 +59,34 @@ def test_they_are_the_norm():
 
 
 def test_opcheck():
-    torch.library.opcheck(torch.ops.revbifpn.norm_factors.default, arguments(3, 5))
+    mean, invstd, *affine, _, _ = given = arguments(3, 5)
+    torch.library.opcheck(OPS.norm_factors.default, given)
+    buffers = mean, invstd, torch.tensor(5)
+    given = torch.randn(3, 5, 4, 4), *affine, EPS, *buffers, MOMENTUM
+    torch.library.opcheck(OPS.batch_norm_factors.default, given)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("shape", [(3, 24, 40, 40), (2, 5, 3, 3), (0, 4, 2, 2)], ids=str)
+def test_statistics_and_factors_in_one(backend, affine, shape):
+    """The bits of `batch_statistics`, and of factors for a single sample."""
+    device, norm_factors = BACKENDS[backend]
+    statistics, both = STATISTICS[backend]
+    x, channels = torch.randn(shape, device=device), shape[1]
+    _, _, weight, bias, _, _ = arguments(1, channels, affine, device=device)
+    buffers = [
+        [torch.ones(channels, device=device) for _ in range(2)] + [torch.tensor(5, device=device)]
+        for _ in range(2)
+    ]
+    expected = statistics(x, EPS, *buffers[0], MOMENTUM)
+    ours = both(x, weight, bias, EPS, *buffers[1], MOMENTUM)
+    assert same_bits(ours[:2], expected) and same_bits(*buffers)
+    assert all(factor.shape == (1, channels) for factor in ours[2:])
+    if len(x) == 0:
+        assert all(factor.isnan().all() for factor in ours[2:])
+    else:
+        assert same_bits(ours[2:], norm_factors(*expected, weight, bias, None, 1))
 
 
 def test_bad_input():
@@ -60,6 +96,9 @@ def test_bad_input():
     norm_factors = torch.ops.revbifpn.norm_factors
     with pytest.raises(ValueError, match="norm_factors: weight must have"):
         norm_factors(*meta[:2], meta[2][:4], *meta[3:], samples)
+    with pytest.raises(ValueError, match="batch_norm_factors: bias must have"):
+        x = torch.empty(3, 5, 4, 4, device="meta")
+        OPS.batch_norm_factors(x, meta[2], meta[3][:4], EPS, None, None, None, MOMENTUM)
     with pytest.raises(ValueError, match=r"norm_factors: kept must have \(\(4,\)"):
         norm_factors(*meta, 4)
     with pytest.raises(

@@ -61,6 +61,21 @@ def test_undo(backend, case, dtypes, mode):
     assert_as_accurate(results, undo_reference, y, grad, sources, *factors, **options)
 
 
+@over(["even", "channels-last-slice", "mixed-kinds"], slow=["even"])
+def test_rows_that_all_samples_share(backend, case):
+    """The bits of a row per sample; each scale and shift is shared or not by itself."""
+    x, sources, scales, shifts = scaled_inputs(case, device=backend.device)
+    planes = x.shape[:2]
+    shared = [scale[:1].expand(planes) for scale in scales], [*shifts]
+    shared[1][0] = shifts[0][:1].expand(planes)
+    dense = [[factor.contiguous() for factor in factors] for factors in shared]
+    grad, options = random_like(x), (0.7, "bilinear", None)
+    assert same_bits(backend.add(x, sources, *options, *shared),
+                     backend.add(x, sources, *options, *dense))  # fmt: skip
+    assert same_bits(backend.undo(x, grad, sources, *options, *shared),
+                     backend.undo(x, grad, sources, *options, *dense))  # fmt: skip
+
+
 @over_modes
 @over(["x2-x4-x8-unaligned", "mixed-powers", "channels-last"], slow=["mixed-powers"])
 def test_nothing_but_the_sources_changes(backend, case, mode):

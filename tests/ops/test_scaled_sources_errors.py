@@ -74,11 +74,17 @@ BAD_FACTORS = {
         ValueError,
         r"shifts\[0\] must be on {x}'s device cpu, got meta",
     ),
-    "expanded": (
-        [maps(*PLANES), maps(1, 3).expand(*PLANES)],
+    "apart": (
+        [maps(*PLANES), maps(2, 6)[:, ::2]],
         GOOD,
         ValueError,
-        r"scales\[1\] must be contiguous, got strides \(0, 1\)",
+        r"scales\[1\] must be contiguous, or expanded from one row, got strides \(6, 2\)",
+    ),
+    "expanded-along-channels": (
+        [maps(*PLANES), maps(2, 1).expand(*PLANES)],
+        GOOD,
+        ValueError,
+        r"scales\[1\] must be contiguous, or expanded from one row, got strides \(1, 0\)",
     ),
 }
 
@@ -118,7 +124,7 @@ def test_factors_must_not_share_the_memory_that_is_written(op):
 
 
 @pytest.mark.parametrize(
-    "bad", ["no-shifts", "too-few", "batch", "transposed", "half-precision", "expanded"]
+    "bad", ["no-shifts", "too-few", "batch", "transposed", "half-precision", "apart"]
 )
 def test_the_dispatcher_ops_protect_memory_by_themselves(bad):
     """`torch.ops` can be called past the Python checks."""

@@ -9,7 +9,7 @@ import triton.language as tl
 from helpers import needs_emulation
 
 from benchmarks.lib.ptx import Fault, emulated_gpu
-from revbifpn_kernels.ops.norm_act.statistics import _batch_statistics_cuda
+from revbifpn_kernels.ops.norm_act.statistics import batch_statistics_cuda
 from revbifpn_kernels.ops.resample.add import _resample_add_cuda
 
 pytestmark = needs_emulation
@@ -138,7 +138,7 @@ def test_misaligned():
 
 
 def statistics(x):
-    return _batch_statistics_cuda(x, 1e-5, None, None, None, 0.1)
+    return batch_statistics_cuda(x, 1e-5, None, None, None, 0.1)
 
 
 def without_barrier(k):

@@ -11,7 +11,8 @@ from mutants import mutant
 from benchmarks.lib.ptx import Fault, emulated_gpu
 from revbifpn_kernels.ops import tiling
 from revbifpn_kernels.ops.norm_act import tiles
-from revbifpn_kernels.ops.norm_act.gradient import norm_act_grad_cuda, norm_act_sums_cuda
+from revbifpn_kernels.ops.norm_act.gradient import norm_act_grad_cuda
+from revbifpn_kernels.ops.norm_act.sums import norm_act_sums_cuda
 from revbifpn_kernels.ops.resample.add import _resample_add_cuda, resample_add_reference
 from revbifpn_kernels.ops.resample.adjoint import _resample_adjoint_cuda, resample_adjoint_reference
 from revbifpn_kernels.ops.resample.undo import _resample_undo_cuda, resample_undo_reference

@@ -8,8 +8,9 @@ from norm_act_cases import CASES as NORM_CASES
 from norm_act_cases import EPS
 
 from benchmarks.lib.ptx import emulated_gpu
-from revbifpn_kernels.ops.norm_act.gradient import norm_act_grad_cuda, norm_act_sums_cuda
-from revbifpn_kernels.ops.norm_act.statistics import _batch_statistics_cuda
+from revbifpn_kernels.ops.norm_act.gradient import norm_act_grad_cuda
+from revbifpn_kernels.ops.norm_act.statistics import batch_statistics_cuda
+from revbifpn_kernels.ops.norm_act.sums import norm_act_sums_cuda
 from revbifpn_kernels.ops.resample.add import _resample_add_cuda
 from revbifpn_kernels.ops.resample.adjoint import _resample_adjoint_cuda
 from revbifpn_kernels.ops.resample.undo import _resample_undo_cuda
@@ -33,8 +34,12 @@ def normed(layout):
     inputs = NORM_CASES["channels-last" if layout == "channels_last" else "revbifpn"].inputs()
     given = inputs.grad, *inputs.norm
     sums = norm_act_sums_cuda(*given, "silu", True)
-    grads = norm_act_grad_cuda(*given, inputs.gate, inputs.grad_means, sums, "silu", True)
-    return [_batch_statistics_cuda(inputs.x, EPS, None, None, None, 0.1), sums, grads]
+    return [
+        batch_statistics_cuda(inputs.x, EPS, None, None, None, 0.1),
+        sums,
+        norm_act_grad_cuda(*given, inputs.gate, inputs.grad_means, sums, "silu", True),
+        norm_act_grad_cuda(*given, inputs.gate, None, None, "silu", True),
+    ]
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])

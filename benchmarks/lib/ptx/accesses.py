@@ -1,4 +1,4 @@
-"""Instructions that touch memory: loads and stores, matrices of halves, asynchronous copies."""
+"""Instructions that touch memory: loads, stores, atomics, matrices of halves, copies."""
 
 import re
 
@@ -21,7 +21,7 @@ def _load(machine, space: str, address, width: int, lanes, number: int) -> np.nd
         if machine.traffic:
             machine.traffic.count_shared(address, width, lanes)
         return machine.shared.load(address, width, lanes)
-    data = machine.memory.load(address, width, machine.global_thread[lanes], number)
+    data = machine.memory.load(address, width, machine.stamps(lanes), number)
     if machine.traffic:
         blocks = machine.blocks[lanes]
         machine.traffic.count_global(number, address, width, lanes, blocks, is_store=False)
@@ -35,7 +35,7 @@ def _store(machine, space: str, address, data: np.ndarray, lanes, number: int) -
             machine.traffic.count_shared(address, width, lanes)
         machine.shared.store(address, data, lanes)
         return
-    machine.memory.store(address, data, machine.global_thread[lanes])
+    machine.memory.store(address, data, machine.stamps(lanes))
     if machine.traffic:
         blocks = machine.blocks[lanes]
         machine.traffic.count_global(number, address, width, lanes, blocks, is_store=True)
@@ -76,6 +76,28 @@ def compile_access(machine, instruction: Instruction, number: int):
         _store(machine, space, address, data.view(np.uint8), lanes, number)
 
     return load if is_load else store
+
+
+def compile_atomic(machine, instruction: Instruction):
+    """atom.add, lane by lane in the order of their numbers."""
+    if not re.fullmatch(r"atom\.global\.gpu\.(acq_rel|relaxed)\.add\.u32", instruction.opcode):
+        raise NotImplementedError(instruction.text)
+    target, place, value = instruction.operands
+    read_base, read_value = machine.reader(place.value[0], u64), machine.reader(value, u32)
+    is_ordering = "acq_rel" in instruction.parts
+
+    def add(mask) -> None:
+        lanes, address = machine.per_lane(read_base, mask)
+        address = address.astype(np.int64) + place.value[1]
+        _check_aligned(address, u32().itemsize)
+        before, added = np.zeros(machine.count, u32), machine.per_lane(read_value, mask)[1]
+        for at, each, lane, stamp in zip(
+            address.tolist(), added, lanes, machine.stamps(lanes).tolist(), strict=True
+        ):
+            before[lane] = machine.memory.add_atomically(at, each, stamp, is_ordering)
+        machine.put(target, before, mask)
+
+    return add
 
 
 def compile_matrix(machine, instruction: Instruction, number: int):

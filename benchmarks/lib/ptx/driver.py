@@ -96,7 +96,7 @@ class EmulatedGpu:
 
     def launch(self, program: Program, metadata: Any, grid, triples) -> None:
         """Run a program on (name, type, value) of each of its arguments."""
-        memory = GlobalMemory()
+        memory = GlobalMemory(program.threads)
 
         def address(name: str, tensor: torch.Tensor) -> int:
             return memory.add(tensor, name, self.allocations.of(tensor))

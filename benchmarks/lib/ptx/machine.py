@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from .accesses import compile_access, compile_copy, compile_matrix
+from .accesses import compile_access, compile_atomic, compile_copy, compile_matrix
 from .arithmetic import (
     F,
     S,
@@ -24,6 +24,7 @@ from .arithmetic import (
     u64,
 )
 from .memory import Fault, GlobalMemory, SharedMemory
+from .order import stamps_of
 from .program import Instruction, Operand, Program, bits_of
 from .traffic import WARP, Traffic
 
@@ -86,6 +87,11 @@ class Machine:
         # Copies under way, and the group that each lane's next copy belongs to.
         self.copies: list[tuple] = []
         self.copy_group = np.zeros(self.count, np.int64)
+
+    def stamps(self, lanes: np.ndarray) -> np.ndarray:
+        """Who accesses global memory, and when (order.py)."""
+        barriers = self.shared.barriers[lanes // self.program.threads]
+        return stamps_of(barriers, self.global_thread[lanes])
 
     def _execute(self) -> None:
         code = self.program.code
@@ -211,6 +217,8 @@ class Machine:
             return None
         if base in ("ld", "st"):
             return compile_access(self, instruction, number)
+        if base == "atom":
+            return compile_atomic(self, instruction)
         if base in ("ldmatrix", "stmatrix"):
             return compile_matrix(self, instruction, number)
         if base == "cp":

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .order import Order, thread_of
+
 NOBODY = -1
 
 
@@ -31,9 +33,9 @@ class Buffer:
     unit: int
     allowed: np.ndarray
     known: np.ndarray
-    writer: np.ndarray  # the thread's number from 1 on, or 0
+    writer: np.ndarray  # stamps (order.py)
     is_stored_to: bool = False
-    # Threads, elements, position of the instruction.
+    # Stamps, elements, position of the instruction.
     reads: list[tuple[np.ndarray, np.ndarray, int]] = field(default_factory=list)
     replaced: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # vectors, bytes
     # (thread, element) pairs whose reads give garbage.
@@ -47,12 +49,14 @@ class Buffer:
     def vectors(self, width: int) -> np.ndarray:
         return self.data[: self.data.size // width * width].view(f"V{width}")
 
-    def races(self) -> np.ndarray:
+    def races(self, order: Order) -> np.ndarray:
         """(thread, element, position) of reads by this thread of what another one wrote."""
         found = [np.empty((0, 3), np.int64)]
-        for threads, elements, position in self.reads:
-            writer = self.writer[elements]
-            lanes, columns = np.nonzero((writer != 0) & (writer != threads[:, None] + 1))
+        for stamps, elements, position in self.reads:
+            writer, threads = self.writer[elements], thread_of(stamps)
+            is_ordered = order.has_barrier_between(writer, stamps[:, None])
+            is_other = (writer != 0) & (thread_of(writer) != threads[:, None])
+            lanes, columns = np.nonzero(is_other & ~is_ordered)
             places = np.full(len(lanes), position)
             found.append(np.stack([threads[lanes], elements[lanes, columns], places], 1))
         return np.unique(np.concatenate(found), axis=0)
@@ -70,13 +74,15 @@ class GlobalMemory:
 
     An access must lie inside the elements of a tensor, not only inside its storage; tensors that
     share a storage count as one. What is read must have been written. No element is written twice,
-    nor written by one thread and read by another: between blocks nothing says which comes first.
+    nor written by one thread and read by another, unless a barrier of their block or an atomic
+    says which comes first.
     """
 
     GAP = 1 << 20
     ALIGNMENT = 256
 
-    def __init__(self) -> None:
+    def __init__(self, threads_per_block: int) -> None:
+        self.order = Order(threads_per_block)
         self.buffers: list[Buffer] = []
         self._of_storage: dict[int, Buffer] = {}
         self._next = 1 << 32
@@ -136,7 +142,7 @@ class GlobalMemory:
             )
         return elements
 
-    def load(self, address: np.ndarray, width: int, threads: np.ndarray, position: int):
+    def load(self, address: np.ndarray, width: int, stamps: np.ndarray, position: int):
         """Bytes, [lanes, width], for the instruction at `position`."""
         result = np.empty((len(address), width), np.uint8)
         for buffer, lanes in self._split(address):
@@ -145,17 +151,55 @@ class GlobalMemory:
             if not buffer.known[elements].all():
                 bad = elements[~buffer.known[elements]][0] * buffer.unit
                 raise Fault(f"unwritten memory is read: {buffer.name} + {bad}")
-            buffer.reads.append((threads[lanes], elements, position))
+            self._note_read(buffer, stamps[lanes], elements, position)
             result[lanes] = buffer.vectors(width)[local // width].view(np.uint8).reshape(-1, width)
             if buffer.poisoned is not None:
-                pairs = threads[lanes, None] << 32 | elements
+                pairs = thread_of(stamps[lanes, None]) << 32 | elements
                 result[lanes[np.isin(pairs, buffer.poisoned).any(1)]] = 0xFF
         return result
 
-    def store(self, address: np.ndarray, data: np.ndarray, threads: np.ndarray) -> None:
+    def _note_read(self, buffer: Buffer, stamps, elements: np.ndarray, position: int) -> None:
+        """Keep for `races` what no atomic has ordered."""
+        if self.order.acquired:
+            pairs = np.broadcast_to(stamps[:, None], elements.shape)
+            is_open = ~self.order.is_before(buffer.writer[elements], pairs)
+            stamps, elements = pairs[is_open], elements[is_open][:, None]
+        buffer.reads.append((stamps, elements, position))
+
+    def add_atomically(
+        self, address: int, value: np.uint32, stamp: int, is_ordering: bool
+    ) -> np.uint32:
+        """Add to the number at `address` and return what it was."""
+        ((buffer, _),) = self._split(np.array([address]))
+        local = np.array([address - buffer.start])
+        elements = self._check(buffer, local, value.itemsize)
+        self._check_order(buffer.writer[elements], stamp, buffer)
+        if is_ordering:
+            self.order.add(address, stamp)
+        vectors, places = buffer.vectors(value.itemsize), local // value.itemsize
+        before = vectors[places]
+        buffer.replaced.append((places, before))
+        buffer.is_stored_to = True
+        vectors[places] = (before.view(value.dtype) + value).view(vectors.dtype)
+        return before.view(value.dtype)[0]
+
+    def _check_order(self, earlier: np.ndarray, stamp: int, buffer: Buffer) -> None:
+        """Raise unless accesses to an element that atomics change come before another."""
+        later = np.full(earlier.shape, stamp)
+        is_ordered = thread_of(earlier) == thread_of(later)
+        is_ordered |= (earlier == 0) | self.order.is_before(earlier, later)
+        if not is_ordered.all():
+            raise Fault(f"an atomic on {buffer.name} and a store in no order")
+
+    def store(self, address: np.ndarray, data: np.ndarray, stamps: np.ndarray) -> None:
         width = data.shape[1]
+        for counter in self.order.released.keys() & set(address.tolist()):
+            for buffer, lanes in self._split(address):
+                atomics = np.array(self.order.released[counter])
+                for stamp in stamps[lanes[address[lanes] == counter]]:
+                    self._check_order(atomics, stamp, buffer)
         for buffer, lanes in self._split(address):
-            local, owner = address[lanes] - buffer.start, threads[lanes, None] + 1
+            local, owner = address[lanes] - buffer.start, stamps[lanes, None]
             elements = self._check(buffer, local, width)
             before, buffer.writer[elements] = buffer.writer[elements], owner
             if before.any() or (buffer.writer[elements] != owner).any():
@@ -172,8 +216,9 @@ class GlobalMemory:
         element again, and replicated lanes what one of them writes. Their results are not used, so
         the same launch must now compute the same bits.
         """
+        self.order.clear()
         stored = [buffer for buffer in self.buffers if buffer.is_stored_to]
-        races = [buffer.races() for buffer in stored]
+        races = [buffer.races(self.order) for buffer in stored]
         if not any(map(len, races)):
             return None
         for buffer, found in zip(stored, races, strict=True):
@@ -199,11 +244,16 @@ class NoMemory:
         self._next += -(-storage // GlobalMemory.ALIGNMENT) * GlobalMemory.ALIGNMENT
         return start + tensor.storage_offset() * tensor.itemsize
 
-    def load(self, address: np.ndarray, width: int, threads: np.ndarray, position: int):
+    def load(self, address: np.ndarray, width: int, stamps: np.ndarray, position: int):
         return np.zeros((len(address), width), np.uint8)
 
-    def store(self, address: np.ndarray, data: np.ndarray, threads: np.ndarray) -> None:
+    def store(self, address: np.ndarray, data: np.ndarray, stamps: np.ndarray) -> None:
         pass
+
+    def add_atomically(
+        self, address: int, value: np.uint32, stamp: int, is_ordering: bool
+    ) -> np.uint32:
+        return np.uint32(0)
 
     def poison_races(self) -> None:
         return None

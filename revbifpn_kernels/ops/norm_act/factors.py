@@ -4,6 +4,7 @@
 
 mean, invstd, weight, bias (C,); kept (N,), the factor of each sample in stochastic depth; scale and
 shift (N, C). The fusion that reads u applies them, so the normed map is neither written nor read.
+`batch_norm_factors` (statistics.py) writes one row of them, for all samples, with the statistics.
 """
 
 from collections.abc import Callable
@@ -30,6 +31,18 @@ def norm_factors_reference(mean, invstd, weight, bias, kept, samples: int) -> tu
 
 
 @triton.jit
+def factors_of_norm(mean, invstd, weight_ptr, bias_ptr, c, mask):
+    """Scale and shift of a norm."""
+    scale = invstd
+    if weight_ptr is not None:
+        scale *= tl.load(weight_ptr + c, mask)
+    shift = -mean * scale
+    if bias_ptr is not None:
+        shift += tl.load(bias_ptr + c, mask)
+    return scale, shift
+
+
+@triton.jit
 def _norm_factors_kernel(
     scale_ptr, shift_ptr, mean_ptr, invstd_ptr, weight_ptr, bias_ptr, kept_ptr, samples, C,
     BLOCK: tl.constexpr,
@@ -37,12 +50,8 @@ def _norm_factors_kernel(
     n = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = c < C
-    scale = tl.load(invstd_ptr + c, mask)
-    if weight_ptr is not None:
-        scale = scale * tl.load(weight_ptr + c, mask)
-    shift = -tl.load(mean_ptr + c, mask) * scale
-    if bias_ptr is not None:
-        shift = tl.load(bias_ptr + c, mask) + shift
+    mean, invstd = tl.load(mean_ptr + c, mask), tl.load(invstd_ptr + c, mask)
+    scale, shift = factors_of_norm(mean, invstd, weight_ptr, bias_ptr, c, mask)
     if kept_ptr is not None:
         kept = tl.load(kept_ptr + n)
         scale, shift = scale * kept, shift * kept

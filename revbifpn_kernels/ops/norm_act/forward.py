@@ -60,8 +60,8 @@ def _norm_act_kernel(
             tl.store(ptr, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def _norm_act_means_kernel(
+@triton.jit
+def store_means(
     means_ptr, x_ptr, x_strides, mean_ptr, invstd_ptr, weight_ptr, bias_ptr, share,
     N, C, pixels, blocks, chunks, images, chunk, ACT: tl.constexpr,
     UNIT: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
@@ -80,6 +80,18 @@ def _norm_act_means_kernel(
             sums += tl.where(mask, activate(tl.fma(x - mean, scale, bias), ACT), 0.0)
         total = tl.sum(sums, 1, keep_dims=True) * share
         tl.store(means_ptr + (row + n) * C + c, total, mask=c < C)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _norm_act_means_kernel(
+    means_ptr, x_ptr, x_strides, mean_ptr, invstd_ptr, weight_ptr, bias_ptr, share,
+    N, C, pixels, blocks, chunks, images, chunk, ACT: tl.constexpr,
+    UNIT: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    store_means(
+        means_ptr, x_ptr, x_strides, mean_ptr, invstd_ptr, weight_ptr, bias_ptr, share,
+        N, C, pixels, blocks, chunks, images, chunk, ACT, UNIT, CHANNELS, PIXELS, CHANNELS_LAST,
+    )  # fmt: skip
 
 
 def plan_norm_act(y, x, mean, invstd, weight, bias, gate, act) -> tuple[Launch, dict]:
@@ -129,9 +141,11 @@ def norm_act(x, mean, invstd, weight, bias, gate, act: str) -> Tensor:
     return torch.ops.revbifpn.norm_act(x, mean, invstd, weight, bias, gate, act)
 
 
-def plan_norm_act_means(x, mean, invstd, weight, bias, act) -> tuple[Launch, dict, Tensor]:
+def plan_norm_act_means(
+    x, mean, invstd, weight, bias, act, kernel=_norm_act_means_kernel, **constants
+) -> tuple[Launch, dict, Tensor]:
     """The launch that writes the means of each chunk, its operands, the means (chunks, N, C)."""
-    launch = plan_tiles(_norm_act_means_kernel, {"x": x}, "plane", ACT=act)
+    launch = plan_tiles(kernel, {"x": x}, "plane", ACT=act, **constants)
     shape = (launch.args["chunks"], *x.shape[:2])
     means = torch.empty(shape, dtype=torch.float32, device=x.device)
     norm = norm_operands(mean, invstd, weight, bias)
@@ -139,7 +153,7 @@ def plan_norm_act_means(x, mean, invstd, weight, bias, act) -> tuple[Launch, dic
     return launch, {"means_ptr": means, "x_ptr": x, **norm, "share": share}, means
 
 
-def _norm_act_means_cuda(x, *arguments) -> Tensor:
+def norm_act_means_cuda(x, *arguments) -> Tensor:
     (x,) = in_planes(x)
     launch, operands, means = plan_norm_act_means(x, *arguments)
     launch.run(x.device, operands)
@@ -150,7 +164,7 @@ def _norm_act_means_cuda(x, *arguments) -> Tensor:
 library.define(f"norm_act({NORM}, Tensor? gate, str act) -> Tensor")
 library.define(f"norm_act_means({NORM}, str act) -> Tensor")
 library.impl("norm_act", _norm_act_cuda, "CUDA")
-library.impl("norm_act_means", _norm_act_means_cuda, "CUDA")
+library.impl("norm_act_means", norm_act_means_cuda, "CUDA")
 
 
 @torch.library.register_fake("revbifpn::norm_act", lib=library)

@@ -1,4 +1,4 @@
-"""The gradient of batch norm, activation and gate, in two passes.
+"""The gradient of batch norm, activation and gate, in two passes over the maps.
 
 With xc = x − mean, z = xc · invstd · weight + bias and d = g·gate + m for the result's gradient g
 and m, each pixel's share of the gradient of squeeze-excite's means:
@@ -8,9 +8,10 @@ and m, each pixel's share of the gradient of squeeze-excite's means:
 `norm_act_sums` reads 2E for E elements of x, `norm_act_grad` reads 2E and writes E. Neither needs
 more than x, the statistics and the gate: z and act(z) are computed again.
 
-On GPUs a separate launch adds up the N sums of each channel. Otherwise each program of
-`norm_act_grad` would read 2 to 6 sums per channel and image, for all N images: at 64 images of
-7×7 that is more than its own part of the maps.
+On GPUs each pass is a launch. The last program of a block of channels adds up the first one's parts
+to dbias = Σdz and dweight = invstd·Σ(dz·xc). Sums of each plane, which squeeze-excite's gradient
+needs before d is known, are added up by a launch between the passes: otherwise each program of the
+second would read 2 to 6 sums per channel and image, at 64 images of 7×7 more than its own maps.
 """
 
 import torch
@@ -19,9 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_like, check_values
+from ..last_program import is_last
 from ..launch import Launch, run_all
 from ..library import library
-from .arguments import ACTIVATIONS, NORM, check_norm, sums_dtype
+from .arguments import NORM, check_norm
 from .forward import norm_act_reference, per_channel
 from .kernels import (
     COUNTS,
@@ -32,6 +34,7 @@ from .kernels import (
     tile_mask,
     tile_pointers,
 )
+from .sums import act_and_slope, norm_act_sums_cuda
 from .tiles import (
     contiguous,
     empty_result,
@@ -40,31 +43,8 @@ from .tiles import (
     norm_operands,
     plan_channels,
     plan_tiles,
+    shared_channels,
 )
-
-GATED_SUMS, PLAIN_SUMS = 5, 2
-OF_GATES = 4  # index of the gates' gradient among the gated sums
-
-
-def _act_and_slope(z: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
-        y = ACTIVATIONS[act](leaf) * 1
-        (slope,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
-    return y.detach(), slope
-
-
-def norm_act_sums_reference(
-    grad, x, mean, invstd, weight=None, bias=None, act: str = "identity", gated: bool = False
-) -> Tensor:
-    """The specification of the sums that the gradient needs."""
-    grad, xc = grad.to(mean.dtype), x.to(mean.dtype) - mean[:, None, None]
-    z = xc * invstd[:, None, None] * per_channel(weight, 1.0) + per_channel(bias, 0.0)
-    y, slope = _act_and_slope(z, act)
-    terms = [grad * slope, grad * slope * xc]
-    if gated:
-        terms += [slope, slope * xc, grad * y]
-    return torch.stack([term.sum((2, 3)) for term in terms])
 
 
 def norm_act_grad_reference(
@@ -99,7 +79,7 @@ def norm_act_input_grad_reference(
     """The specification of dx where the sums of the batch are given."""
     grad, xc = grad.to(mean.dtype), x.to(mean.dtype) - mean[:, None, None]
     scale = invstd[:, None, None] * per_channel(weight, 1.0)
-    _, slope = _act_and_slope(xc * scale + per_channel(bias, 0.0), act)
+    _, slope = act_and_slope(xc * scale + per_channel(bias, 0.0), act)
     if gate is not None:
         grad = grad * gate[:, :, None, None]
     if grad_means is not None:
@@ -108,46 +88,65 @@ def norm_act_input_grad_reference(
     return (scale * (grad * slope - mean_dbias[:, None, None] - xc * along_x)).to(x.dtype)
 
 
+@triton.jit
+def totals_of_parts(parts_ptr, parts, c, C, CHANNELS: tl.constexpr, PARTS: tl.constexpr):
+    """The two sums of each channel over all parts, [CHANNELS, 1] each."""
+    totals = tl.zeros([CHANNELS, PARTS], tl.float32)
+    totals_x = tl.zeros([CHANNELS, PARTS], tl.float32)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)[None, :]
+        mask = (c < C) & (part < parts)
+        ptr = parts_ptr + part.to(tl.int64) * C + c
+        totals += tl.load(ptr, mask=mask, other=0.0, cache_modifier=".cg")
+        ptr += parts.to(tl.int64) * C
+        totals_x += tl.load(ptr, mask=mask, other=0.0, cache_modifier=".cg")
+    return tl.sum(totals, 1, keep_dims=True), tl.sum(totals_x, 1, keep_dims=True)
+
+
+@triton.jit
+def store_factor_grads(dweight_ptr, dbias_ptr, invstd_ptr, c, C, total, total_x):
+    invstd = tl.load(invstd_ptr + c, mask=c < C, other=0.0)
+    tl.store(dbias_ptr + c, total, mask=c < C)
+    tl.store(dweight_ptr + c, total_x * invstd, mask=c < C)
+
+
 @triton.jit(do_not_specialize=COUNTS)
-def _norm_act_sums_kernel(
-    sums_ptr, grad_ptr, grad_strides, x_ptr, x_strides, mean_ptr, invstd_ptr, weight_ptr, bias_ptr,
-    N, C, pixels, blocks, chunks, images, chunk, ACT: tl.constexpr, GATED: tl.constexpr,
+def _norm_act_factor_grads_kernel(
+    dweight_ptr, dbias_ptr, parts_ptr, counters_ptr, grad_ptr, grad_strides, x_ptr, x_strides,
+    mean_ptr, invstd_ptr, weight_ptr, bias_ptr, gate_ptr,
+    N, C, pixels, blocks, chunks, images, chunk, parts, ACT: tl.constexpr, PARTS: tl.constexpr,
     UNIT: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """(chunks, 2 or 5, N, C): the gradient's sums over the pixels of each chunk."""
+    """dbias and dweight; programs that share channels leave sums in `parts_ptr` (2, parts, C)."""
     C, c, n_first, n_end, t_first, t_end = locate(
         N, C, pixels, blocks, chunks, images, chunk, UNIT, CHANNELS, PIXELS, CHANNELS_LAST
     )
     mean, scale, bias = load_norm(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, c, C)
-    row = (tl.program_id(0) // blocks % chunks).to(tl.int64) * (N * (5 if GATED else 2))
-    size = N.to(tl.int64) * C
+    sums = tl.zeros([CHANNELS, PIXELS], tl.float32)
+    sums_x = tl.zeros([CHANNELS, PIXELS], tl.float32)
     for n in range(n_first, n_end):
-        sum_g = tl.zeros([CHANNELS, PIXELS], tl.float32)
-        sum_gx = tl.zeros([CHANNELS, PIXELS], tl.float32)
-        if GATED:
-            sum_s = tl.zeros([CHANNELS, PIXELS], tl.float32)
-            sum_sx = tl.zeros([CHANNELS, PIXELS], tl.float32)
-            sum_gy = tl.zeros([CHANNELS, PIXELS], tl.float32)
+        if gate_ptr is not None:
+            gate = tl.load(gate_ptr + n * C + c, mask=c < C, other=0.0)
         for t in range(t_first, t_end):
             mask = tile_mask(c, C, t, pixels, UNIT, PIXELS, CHANNELS_LAST)
             xc = load_tile(x_ptr, x_strides, n, c, t, mask, UNIT, PIXELS, CHANNELS_LAST) - mean
-            grad = load_tile(grad_ptr, grad_strides, n, c, t, mask, UNIT, PIXELS, CHANNELS_LAST)
-            y, slope = activate_with_slope(tl.fma(xc, scale, bias), ACT)
-            sloped = grad * slope
-            sum_g += sloped
-            sum_gx = tl.fma(sloped, xc, sum_gx)
-            if GATED:
-                slope = tl.where(mask, slope, 0.0)
-                sum_s += slope
-                sum_sx = tl.fma(slope, xc, sum_sx)
-                sum_gy = tl.fma(grad, y, sum_gy)
-        ptr = sums_ptr + (row + n) * C + c
-        tl.store(ptr, tl.sum(sum_g, 1, keep_dims=True), mask=c < C)
-        tl.store(ptr + size, tl.sum(sum_gx, 1, keep_dims=True), mask=c < C)
-        if GATED:
-            tl.store(ptr + 2 * size, tl.sum(sum_s, 1, keep_dims=True), mask=c < C)
-            tl.store(ptr + 3 * size, tl.sum(sum_sx, 1, keep_dims=True), mask=c < C)
-            tl.store(ptr + 4 * size, tl.sum(sum_gy, 1, keep_dims=True), mask=c < C)
+            dz = load_tile(grad_ptr, grad_strides, n, c, t, mask, UNIT, PIXELS, CHANNELS_LAST)
+            if gate_ptr is not None:
+                dz *= gate
+            _, slope = activate_with_slope(tl.fma(xc, scale, bias), ACT)
+            dz *= slope
+            sums += dz
+            sums_x = tl.fma(dz, xc, sums_x)
+    total, total_x = tl.sum(sums, 1, keep_dims=True), tl.sum(sums_x, 1, keep_dims=True)
+    if counters_ptr is None:
+        store_factor_grads(dweight_ptr, dbias_ptr, invstd_ptr, c, C, total, total_x)
+    else:
+        ptr = parts_ptr + (tl.program_id(0) // blocks).to(tl.int64) * C + c
+        tl.store(ptr, total, mask=c < C)
+        tl.store(ptr + parts.to(tl.int64) * C, total_x, mask=c < C)
+        if is_last(counters_ptr, tl.program_id(0) % blocks, parts):
+            total, total_x = totals_of_parts(parts_ptr, parts, c, C, CHANNELS, PARTS)
+            store_factor_grads(dweight_ptr, dbias_ptr, invstd_ptr, c, C, total, total_x)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -155,7 +154,7 @@ def _norm_act_totals_kernel(
     dweight_ptr, dbias_ptr, sums_ptr, invstd_ptr, gate_ptr, grad_means_ptr, share,
     N, C, CHANNELS: tl.constexpr, IMAGES: tl.constexpr,
 ):  # fmt: skip
-    """dbias = Σdz and dweight = invstd·Σ(dz·xc), from the sums of all images."""
+    """dbias and dweight from the sums of all images."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
     size = N.to(tl.int64) * C
     totals = tl.zeros([CHANNELS, IMAGES], tl.float32)
@@ -178,9 +177,8 @@ def _norm_act_totals_kernel(
             sum_gx = tl.fma(extra, sum_sx, sum_gx)
         totals += sum_g
         totals_x += sum_gx
-    invstd = tl.load(invstd_ptr + c, mask=c < C, other=0.0)
-    tl.store(dbias_ptr + c, tl.sum(totals, 1, keep_dims=True), mask=c < C)
-    tl.store(dweight_ptr + c, tl.sum(totals_x, 1, keep_dims=True) * invstd, mask=c < C)
+    total, total_x = tl.sum(totals, 1, keep_dims=True), tl.sum(totals_x, 1, keep_dims=True)
+    store_factor_grads(dweight_ptr, dbias_ptr, invstd_ptr, c, C, total, total_x)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -220,56 +218,53 @@ def _norm_act_grad_kernel(
             tl.store(ptr, (dz * scale).to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def plan_norm_act_sums(
-    grad, x, mean, invstd, weight, bias, act, gated
-) -> tuple[Launch, dict, Tensor]:
-    """The launch that writes the chunks' sums, its operands, the sums (chunks, 2 or 5, N, C)."""
-    maps, vectors = {"grad": grad, "x": x}, 1 if gated else 2
-    launch = plan_tiles(_norm_act_sums_kernel, maps, "plane", vectors, ACT=act, GATED=gated)
-    shape = (launch.args["chunks"], GATED_SUMS if gated else PLAIN_SUMS, *x.shape[:2])
-    sums = torch.empty(shape, dtype=torch.float32, device=x.device)
-    norm = norm_operands(mean, invstd, weight, bias)
-    return launch, {"sums_ptr": sums, "grad_ptr": grad, "x_ptr": x, **norm}, sums
+def plan_factor_grads(dweight, dbias, grad, x, norm, gate, act) -> tuple[Launch, dict]:
+    """The launch that writes dweight and dbias from the maps."""
+    launch = plan_tiles(_norm_act_factor_grads_kernel, {"grad": grad, "x": x}, "channel", ACT=act)
+    operands = {"dweight_ptr": dweight, "dbias_ptr": dbias, **shared_channels(launch, 2, x)}
+    return launch, {**operands, "grad_ptr": grad, "x_ptr": x, **norm, "gate_ptr": gate}
 
 
-def norm_act_sums_cuda(grad, x, *arguments) -> Tensor:
-    x, grad = in_planes(x, grad)
-    launch, operands, sums = plan_norm_act_sums(grad, x, *arguments)
-    launch.run(x.device, operands)
-    return sums[0] if len(sums) == 1 else sums.sum(0)
+def _plan_totals(dweight, dbias, sums, norm, gates) -> tuple[Launch, dict]:
+    """The launch that writes dweight and dbias from the sums of each plane."""
+    _, N, C = sums.shape
+    operands = {"dweight_ptr": dweight, "dbias_ptr": dbias, "sums_ptr": sums.contiguous()}
+    operands["invstd_ptr"] = norm["invstd_ptr"]
+    return plan_channels(_norm_act_totals_kernel, C, {"N": N}, "IMAGES"), {**operands, **gates}
 
 
 def plan_norm_act_grad(
     dx, dweight, dbias, grad, x, mean, invstd, weight, bias, gate, grad_means, sums, act, is_batch
 ) -> list[tuple[Launch, dict]]:
-    """The launches that write dweight and dbias, then dx, for dense planes in x's format."""
+    """The launches that write dweight and dbias, then dx, for dense planes in x's format.
+
+    `sums` may be None without grad_means.
+    """
     maps = {"dx": dx, "grad": grad, "x": x}
     launch = plan_tiles(_norm_act_grad_kernel, maps, "pixel", ACT=act)
     N, C, H, W = x.shape
-    shared = {
+    norm = norm_operands(mean, invstd, weight, bias)
+    gates = {
         "gate_ptr": contiguous(gate),
         "grad_means_ptr": contiguous(grad_means),
         "share": 1.0 / (H * W),
-    }
-    totals = {
-        "dweight_ptr": dweight,
-        "dbias_ptr": dbias,
-        "sums_ptr": sums.contiguous(),
-        "invstd_ptr": invstd.contiguous(),
     }
     operands = {
         "dx_ptr": dx,
         "grad_ptr": grad,
         "x_ptr": x,
-        **norm_operands(mean, invstd, weight, bias),
+        **norm,
         "dweight_ptr": dweight if is_batch else None,
         "dbias_ptr": dbias if is_batch else None,
         "inverse_count": 1.0 / max(1, N * H * W),
     }
-    return [
-        (plan_channels(_norm_act_totals_kernel, C, {"N": N}, "IMAGES"), {**totals, **shared}),
-        (launch, {**operands, **shared}),
-    ]
+    results = dweight, dbias
+    first = (
+        plan_factor_grads(*results, grad, x, norm, gates["gate_ptr"], act)
+        if sums is None
+        else _plan_totals(*results, sums, norm, gates)
+    )
+    return [first, (launch, {**operands, **gates})]
 
 
 def norm_act_grad_cuda(
@@ -279,13 +274,13 @@ def norm_act_grad_cuda(
     result, dx = empty_result(x)
     dweight, dbias = torch.empty_like(mean), torch.empty_like(mean)
     x, grad = in_planes(x, grad)
-    if sums is None:
-        sums = norm_act_sums_cuda(grad, x, *norm, act, grad_means is not None)
+    if sums is None and grad_means is not None:
+        sums = norm_act_sums_cuda(grad, x, *norm, act, True)
     gates = gate, grad_means, sums
     planned = plan_norm_act_grad(dx, dweight, dbias, grad, x, *norm, *gates, act, is_batch)
     run_all(planned, x.device)
     if len(x) == 0:  # as in PyTorch; an empty batch's invstd is NaN
-        dweight.zero_()
+        dweight.zero_(), dbias.zero_()
     return filled(result, dx), dweight, dbias
 
 
@@ -317,9 +312,6 @@ def norm_act_input_grad_cuda(grad, x, *arguments) -> Tensor:
 
 
 # The CPU's kernel is registered in csrc/norm_act/gradient.cpp.
-# (2, N, C): Σ g·act′(z), Σ g·act′(z)·xc over the pixels; with `gated` (5, N, C): Σ act′(z),
-# Σ act′(z)·xc and Σ g·act(z), the gate's gradient, too.
-library.define(f"norm_act_sums(Tensor grad, {NORM}, str act, bool gated) -> Tensor")
 # Returns dx, dweight and dbias. Without `is_batch` the statistics are constants. `sums` are from
 # norm_act_sums, which a gate's gradient needs as well; None: they are computed here.
 library.define(
@@ -332,17 +324,8 @@ library.define(
     f"norm_act_input_grad(Tensor grad, {NORM}, Tensor? gate, Tensor? grad_means, "
     "Tensor mean_dweight, Tensor mean_dbias, str act) -> Tensor"
 )
-library.impl("norm_act_sums", norm_act_sums_cuda, "CUDA")
 library.impl("norm_act_grad", norm_act_grad_cuda, "CUDA")
 library.impl("norm_act_input_grad", norm_act_input_grad_cuda, "CUDA")
-
-
-@torch.library.register_fake("revbifpn::norm_act_sums", lib=library)
-def _norm_act_sums_fake(grad, x, *norm_and_options):
-    *norm_and_act, gated = norm_and_options
-    check_norm("norm_act_sums", x, *norm_and_act)
-    check_like("norm_act_sums", "grad", grad, "x", x)
-    return x.new_empty((GATED_SUMS if gated else PLAIN_SUMS, *x.shape[:2]), dtype=sums_dtype(x))
 
 
 @torch.library.register_fake("revbifpn::norm_act_grad", lib=library)

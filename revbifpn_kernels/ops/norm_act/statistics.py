@@ -1,7 +1,8 @@
 """The mean and 1/√(variance + eps) of each channel of a batch.
 
-Reads x once, in two launches on GPUs: programs reduce parts of a channel, then the parts are
-combined. Running statistics change as by torch.nn.functional.batch_norm, and `batches` counts up.
+Reads x once, in one launch on GPUs: programs reduce parts of a channel, and the last of them
+combines the parts. Running statistics change as by torch.nn.functional.batch_norm, and `batches`
+counts up. `batch_norm_factors` returns the norm's scale and shift as well (factors.py).
 """
 
 import math
@@ -11,12 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import check_maps
-from ..launch import Launch, run_all
+from ..checks import check_maps, check_values
+from ..last_program import is_last
+from ..launch import Launch
 from ..library import library
 from .arguments import sums_dtype
+from .factors import factors_of_norm
 from .kernels import COUNTS, load_tile, locate, pixels_in_tile, tile_mask
-from .tiles import in_planes, plan_channels, plan_tiles
+from .tiles import contiguous, in_planes, plan_tiles, shared_channels
 
 
 def batch_statistics_reference(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -27,12 +30,12 @@ def batch_statistics_reference(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return mean, (var + eps).rsqrt()
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def _batch_statistics_kernel(
-    parts_ptr, x_ptr, x_strides, N, C, pixels, blocks, chunks, images, chunk, parts,
+@triton.jit
+def part_of_batch(
+    x_ptr, x_strides, N, C, pixels, blocks, chunks, images, chunk,
     UNIT: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """(4, parts, C): two terms of the mean, sum of squares about it, and count of each part.
+    """Of this program's part: two terms of the mean, sum of squares about it, [CHANNELS, 1]; count.
 
     Values are taken about the mean of the part's first tile, the first term, so their squares
     exceed those about the part's mean at most by a factor of its tiles: nothing cancels.
@@ -59,12 +62,7 @@ def _batch_statistics_kernel(
     total = tl.sum(sums, 1, keep_dims=True)
     excess = total / count
     square = tl.fma(-total, excess, tl.sum(squares, 1, keep_dims=True))
-    ptr = parts_ptr + (tl.program_id(0) // blocks).to(tl.int64) * C + c
-    size = parts.to(tl.int64) * C
-    tl.store(ptr, shift, mask=c < C)
-    tl.store(ptr + size, excess, mask=c < C)
-    tl.store(ptr + 2 * size, tl.where(square < 0.0, 0.0, square), mask=c < C)
-    tl.store(ptr + 3 * size, tl.zeros_like(shift) + count, mask=c < C)
+    return shift, excess, tl.where(square < 0.0, 0.0, square), count
 
 
 @triton.jit
@@ -77,31 +75,16 @@ def load_parts(parts_ptr, first, parts, c, C, shift, PARTS: tl.constexpr):
     mask = (c < C) & (part < parts)
     ptr = parts_ptr + part.to(tl.int64) * C + c
     size = parts.to(tl.int64) * C
-    difference = tl.load(ptr, mask=mask, other=0.0) - shift
-    difference += tl.load(ptr + size, mask=mask, other=0.0)
-    square = tl.load(ptr + 2 * size, mask=mask, other=0.0)
-    return difference, square, tl.load(ptr + 3 * size, mask=mask, other=0.0)
+    difference = tl.load(ptr, mask, 0.0, cache_modifier=".cg") - shift
+    difference += tl.load(ptr + size, mask, 0.0, cache_modifier=".cg")
+    square = tl.load(ptr + 2 * size, mask, 0.0, cache_modifier=".cg")
+    return difference, square, tl.load(ptr + 3 * size, mask, 0.0, cache_modifier=".cg")
 
 
 @triton.jit
-def update_running(ptr, c, mask, value, momentum):
-    running = tl.load(ptr + c, mask=mask, other=0.0).to(tl.float32)
-    updated = tl.fma(value, momentum, running * (1.0 - momentum))
-    tl.store(ptr + c, updated.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def _batch_statistics_combine_kernel(
-    mean_ptr, invstd_ptr, running_mean_ptr, running_var_ptr, batches_ptr, parts_ptr,
-    eps, momentum, elements, unbiased, C, parts, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Mean and invstd from the parts by Chan's formula; updates running statistics, `batches`.
-
-    A channel has `elements` of them, and `unbiased` = elements / (elements − 1).
-    """
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
-    mask_c = c < C
-    shift = tl.load(parts_ptr + c, mask=mask_c, other=0.0)
+def combine_parts(parts_ptr, elements, c, C, parts, CHANNELS: tl.constexpr, PARTS: tl.constexpr):
+    """Mean and variance of `elements` per channel from the parts, by Chan's formula."""
+    shift = tl.load(parts_ptr + c, c < C, 0.0, cache_modifier=".cg")
     total = tl.zeros_like(shift) + elements
     sums = tl.zeros([CHANNELS, PARTS], tl.float32)
     for first in range(0, parts, PARTS):
@@ -113,69 +96,169 @@ def _batch_statistics_combine_kernel(
         difference, square, count = load_parts(parts_ptr, first, parts, c, C, shift, PARTS)
         difference -= excess
         squares += tl.fma(count * difference, difference, square)
-    mean = shift + excess
-    var = tl.div_rn(tl.sum(squares, 1, keep_dims=True), total)
+    return shift + excess, tl.div_rn(tl.sum(squares, 1, keep_dims=True), total)
+
+
+@triton.jit
+def update_running(ptr, c, mask, value, momentum):
+    running = tl.load(ptr + c, mask=mask, other=0.0).to(tl.float32)
+    updated = tl.fma(value, momentum, running * (1.0 - momentum))
+    tl.store(ptr + c, updated.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def finish_statistics(
+    mean, var, mean_ptr, invstd_ptr, scale_ptr, shift_ptr, weight_ptr, bias_ptr,
+    running_mean_ptr, running_var_ptr, batches_ptr, eps, momentum, unbiased, block, c, C,
+):  # fmt: skip
+    """Store mean and invstd; unless None scale and shift; update running statistics, `batches`."""
     invstd = tl.div_rn(tl.full(var.shape, 1.0, tl.float32), tl.sqrt_rn(var + eps))
-    tl.store(mean_ptr + c, mean, mask=mask_c)
-    tl.store(invstd_ptr + c, invstd, mask=mask_c)
+    tl.store(mean_ptr + c, mean, mask=c < C)
+    tl.store(invstd_ptr + c, invstd, mask=c < C)
+    if scale_ptr is not None:
+        scale, shift = factors_of_norm(mean, invstd, weight_ptr, bias_ptr, c, c < C)
+        tl.store(scale_ptr + c, scale, mask=c < C)
+        tl.store(shift_ptr + c, shift, mask=c < C)
     if running_mean_ptr is not None:
-        update_running(running_mean_ptr, c, mask_c, mean, momentum)
+        update_running(running_mean_ptr, c, c < C, mean, momentum)
     if running_var_ptr is not None:
-        update_running(running_var_ptr, c, mask_c, var * unbiased, momentum)
+        update_running(running_var_ptr, c, c < C, var * unbiased, momentum)
     if batches_ptr is not None:
-        if tl.program_id(0) == 0:
+        if block == 0:
             tl.store(batches_ptr, tl.load(batches_ptr) + 1)
 
 
+@triton.jit(do_not_specialize=COUNTS)
+def _batch_statistics_kernel(
+    mean_ptr, invstd_ptr, scale_ptr, shift_ptr, running_mean_ptr, running_var_ptr, batches_ptr,
+    parts_ptr, counters_ptr, x_ptr, x_strides, weight_ptr, bias_ptr,
+    eps, momentum, elements, unbiased,
+    N, C, pixels, blocks, chunks, images, chunk, parts, PARTS: tl.constexpr,
+    UNIT: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """Mean and invstd, scale and shift unless None; updates running statistics and `batches`.
+
+    A channel has `elements` of them, and `unbiased` = elements / (elements − 1). Where programs
+    share channels, `parts_ptr` (4, parts, C) keeps what `part_of_batch` returns of each.
+    """
+    shift, excess, square, count = part_of_batch(
+        x_ptr, x_strides, N, C, pixels, blocks, chunks, images, chunk,
+        UNIT, CHANNELS, PIXELS, CHANNELS_LAST,
+    )  # fmt: skip
+    C = C * UNIT if CHANNELS_LAST else C
+    block = tl.program_id(0) % blocks
+    c = block * CHANNELS + tl.arange(0, CHANNELS)[:, None]
+    if counters_ptr is None:
+        var = tl.div_rn(square, tl.zeros_like(square) + elements)
+        finish_statistics(
+            shift + excess, var, mean_ptr, invstd_ptr, scale_ptr, shift_ptr, weight_ptr, bias_ptr,
+            running_mean_ptr, running_var_ptr, batches_ptr, eps, momentum, unbiased, block, c, C,
+        )  # fmt: skip
+    else:
+        ptr = parts_ptr + (tl.program_id(0) // blocks).to(tl.int64) * C + c
+        size = parts.to(tl.int64) * C
+        tl.store(ptr, shift, mask=c < C)
+        tl.store(ptr + size, excess, mask=c < C)
+        tl.store(ptr + 2 * size, square, mask=c < C)
+        tl.store(ptr + 3 * size, tl.zeros_like(shift) + count, mask=c < C)
+        if is_last(counters_ptr, block, parts):
+            mean, var = combine_parts(parts_ptr, elements, c, C, parts, CHANNELS, PARTS)
+            finish_statistics(
+                mean, var, mean_ptr, invstd_ptr, scale_ptr, shift_ptr, weight_ptr, bias_ptr,
+                running_mean_ptr, running_var_ptr, batches_ptr, eps, momentum, unbiased,
+                block, c, C,
+            )  # fmt: skip
+
+
 def plan_batch_statistics(
-    mean, invstd, x, eps, running_mean, running_var, batches, momentum
-) -> list[tuple[Launch, dict]]:
-    """The launches that write mean and invstd, for an x whose planes are dense and not empty."""
+    results, x, eps, running_mean, running_var, batches, momentum, weight=None, bias=None
+) -> tuple[Launch, dict]:
+    """The launch that writes mean and invstd, or these, scale and shift: the `results`.
+
+    x is not empty, and its planes are dense.
+    """
     launch = plan_tiles(_batch_statistics_kernel, {"x": x}, "channel")
-    count, C = x.numel() // x.shape[1], x.shape[1]
-    programs = launch.grid[0] // launch.args["blocks"]  # that share a channel
-    parts = torch.empty((4, programs, C), dtype=torch.float32, device=x.device)
-    combine = plan_channels(_batch_statistics_combine_kernel, C, {"parts": programs}, "PARTS")
+    count = x.numel() // x.shape[1]
+    mean, invstd, scale, shift = results if len(results) == 4 else (*results, None, None)
     operands = {
         "mean_ptr": mean,
         "invstd_ptr": invstd,
+        "scale_ptr": scale,
+        "shift_ptr": shift,
         "running_mean_ptr": running_mean,
         "running_var_ptr": running_var,
         "batches_ptr": batches,
-        "parts_ptr": parts,
+        **shared_channels(launch, 4, x),
+        "x_ptr": x,
+        "weight_ptr": contiguous(weight),
+        "bias_ptr": contiguous(bias),
         "eps": float(eps),
         "momentum": float(momentum),
         "elements": float(count),
         # The running variance of a single element is NaN, as PyTorch's.
         "unbiased": count / (count - 1) if count > 1 else math.inf,
     }
-    return [
-        (launch, {"parts_ptr": parts, "x_ptr": x, "parts": programs}),
-        (combine, operands),
-    ]
+    return launch, operands
 
 
-def _batch_statistics_cuda(x, eps, running_mean, running_var, batches, momentum):
-    mean, invstd = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
-    if x.numel() == 0:  # as in PyTorch, running statistics stay
-        if batches is not None:
-            batches.add_(1)
-        return mean.fill_(math.nan), invstd.fill_(math.nan)
-    (x,) = in_planes(x)
-    running = running_mean, running_var, batches
-    run_all(plan_batch_statistics(mean, invstd, x, eps, *running, momentum), x.device)
-    return mean, invstd
+def _write_statistics(results, x, eps, mean, var, batches, momentum, *affine) -> None:
+    if x.numel() > 0:
+        (x,) = in_planes(x)
+        arguments = results, x, eps, mean, var, batches, momentum, *affine
+        launch, operands = plan_batch_statistics(*arguments)
+        return launch.run(x.device, operands)
+    for result in results:  # as in PyTorch, running statistics stay
+        result.fill_(math.nan)
+    if batches is not None:
+        batches.add_(1)
 
 
-# The CPU's kernel is registered in csrc/norm_act/statistics.cpp.
-library.define(
-    "batch_statistics(Tensor x, float eps, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "Tensor(c!)? batches, float momentum) -> (Tensor, Tensor)"
+def _new_statistics(x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape[1], dtype=sums_dtype(x)) for _ in range(2))
+
+
+def _new_factors(x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty((1, x.shape[1]), dtype=sums_dtype(x)) for _ in range(2))
+
+
+def batch_statistics_cuda(x, *arguments) -> tuple[Tensor, ...]:
+    results = _new_statistics(x)
+    _write_statistics(results, x, *arguments)
+    return results
+
+
+def batch_norm_factors_cuda(x, weight, bias, *arguments) -> tuple[Tensor, ...]:
+    results = *_new_statistics(x), *_new_factors(x)
+    _write_statistics(results, x, *arguments, weight, bias)
+    return results
+
+
+# The CPU's kernels are registered in csrc/norm_act/statistics.cpp.
+STATISTICS = (
+    "float eps, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches, "
+    "float momentum"
 )
-library.impl("batch_statistics", _batch_statistics_cuda, "CUDA")
+library.define(f"batch_statistics(Tensor x, {STATISTICS}) -> (Tensor, Tensor)")
+# Mean and invstd (C,); scale and shift (1, C).
+library.define(
+    f"batch_norm_factors(Tensor x, Tensor? weight, Tensor? bias, {STATISTICS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+library.impl("batch_statistics", batch_statistics_cuda, "CUDA")
+library.impl("batch_norm_factors", batch_norm_factors_cuda, "CUDA")
 
 
 @torch.library.register_fake("revbifpn::batch_statistics", lib=library)
-def _batch_statistics_fake(x, eps, running_mean, running_var, batches, momentum):
+def _batch_statistics_fake(x, *_):
     check_maps("batch_statistics", "x", x)
-    return tuple(x.new_empty(x.shape[1], dtype=sums_dtype(x)) for _ in range(2))
+    return _new_statistics(x)
+
+
+@torch.library.register_fake("revbifpn::batch_norm_factors", lib=library)
+def _batch_norm_factors_fake(x, weight, bias, *_):
+    check_maps("batch_norm_factors", "x", x)
+    for name, values in (("weight", weight), ("bias", bias)):
+        if values is not None:
+            expected = (x.shape[1],), sums_dtype(x), x.device
+            check_values("batch_norm_factors", name, values, expected)
+    return *_new_statistics(x), *_new_factors(x)

@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..last_program import counters
 from ..launch import Launch, launch_of
 from ..layout import Geometry, memory_format
 from ..tiling import BLOCK, VECTOR_BYTES, hidden
@@ -23,6 +24,11 @@ SHORTEST_RUN = 16
 # A tile with longer runs is preferred if it takes at most so many times the fewest lanes.
 IDLE_ALLOWED = 1.08
 CHANNELS_OF_TOTALS = 8
+# In channels_last, most channels that a program reduces: the last program of a block of channels
+# combines the parts of all others, and takes the longer the more channels it has.
+MOST_REDUCED = 32
+# Parts times channels that the last program loads at once.
+COMBINED = 1024
 
 
 def _plane_strides(maps: Geometry) -> tuple[int, int, int]:
@@ -81,11 +87,14 @@ def _strides_in_units(maps: Geometry, unit: int) -> tuple[int, ...]:
     return tuple(hidden(stride // unit) for stride in _plane_strides(maps))
 
 
-def _tile_sides(channels: int, pixels: int, channels_last: bool, size: int) -> tuple[int, int]:
+def _tile_sides(
+    channels: int, pixels: int, channels_last: bool, size: int, results: str
+) -> tuple[int, int]:
     """CHANNELS, PIXELS of a tile of `size`: long runs in memory, few lanes outside the map."""
     along, across = (channels, pixels) if channels_last else (pixels, channels)
     shortest = min(SHORTEST_RUN, triton.next_power_of_2(along), size)
-    runs = [size >> k for k in range(size.bit_length()) if size >> k >= shortest]
+    longest = MOST_REDUCED if channels_last and results == "channel" else size
+    runs = [size >> k for k in range(size.bit_length()) if shortest <= size >> k <= longest]
 
     def covered(run: int) -> int:
         other = size // run
@@ -119,7 +128,7 @@ def _plan(
     pixels = H * W
     unit = _unit(geometries, channels_last)
     size = BLOCK * max(vectors * unit, 4)
-    tile_channels, tile_pixels = _tile_sides(C, pixels, channels_last, size)
+    tile_channels, tile_pixels = _tile_sides(C, pixels, channels_last, size, results)
     blocks, tiles = triton.cdiv(C, tile_channels), triton.cdiv(pixels, tile_pixels)
     depth = _depth(N * blocks, tiles, results)
     images = max(1, min(N, depth // tiles))
@@ -142,7 +151,10 @@ def _plan(
         "PIXELS": tile_pixels,
         "CHANNELS_LAST": channels_last,
     }
-    grid = (blocks * triton.cdiv(N, images) * chunks,)
+    parts = triton.cdiv(N, images) * chunks  # programs that share a channel
+    if results == "channel":
+        args["parts"], tile["PARTS"] = parts, max(1, COMBINED // tile_channels)
+    grid = (blocks * parts,)
     return Launch(kernel, grid, args, {**dict(constants), **tile}, threads=BLOCK)
 
 
@@ -163,6 +175,16 @@ def plan_channels(kernel: Any, channels: int, args: dict, loop: str) -> Launch:
     grid = (triton.cdiv(channels, CHANNELS_OF_TOTALS),)
     constants = {"CHANNELS": CHANNELS_OF_TOTALS, loop: 64}
     return launch_of(kernel, grid, {**args, "C": channels}, constants, threads=BLOCK)
+
+
+def shared_channels(launch: Launch, rows: int, x: Tensor) -> dict[str, Tensor | None]:
+    """Operands of programs that share channels: their parts, `rows` per channel, and counters."""
+    parts, blocks = launch.args["parts"], launch.args["blocks"]
+    if parts == 1:
+        return {"parts_ptr": None, "counters_ptr": None}
+    shape = rows, parts, x.shape[1]
+    scratch = torch.empty(shape, dtype=torch.float32, device=x.device)
+    return {"parts_ptr": scratch, "counters_ptr": counters(x.device, blocks)}
 
 
 def contiguous(values: Tensor | None) -> Tensor | None:

@@ -20,7 +20,7 @@ from ..direct import DirectCalls
 from ..launch import Launch, Repeated
 from ..layout import Geometry, in_format
 from ..library import library
-from ..tiling import cut_into_cells
+from ..tiling import cut_into_cells, hidden
 from .gradients import save_for_gradients, source_gradients
 from .in_place import check_autograd_allows, check_memory
 from .kernels.add import add_cells, add_resampled, add_update
@@ -50,16 +50,19 @@ def resample_add_reference(
 
 @triton.jit(do_not_specialize=CELL_COUNTS)
 def _resample_add_cells_kernel(
-    y_ptr, y_strides, x_ptr, x_strides, source_ptrs, source_strides, scale_ptrs, shift_ptrs,
-    alpha, lattice, lanes, C, cells_h, cells_w, chain,
+    y_ptr, y_strides, x_ptr, x_strides, source_ptrs, source_strides,
+    scale_ptrs, scale_strides, shift_ptrs, shift_strides, alpha, lattice,
+    lanes, C, cells_h, cells_w, chain,
     Y_UNIT: tl.constexpr, X_UNIT: tl.constexpr, SOURCE_UNITS: tl.constexpr,
     FACTORS: tl.constexpr, MODE: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr,
     CHAINED: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_LATTICE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     mask, cell = locate_cells(lanes, C, cells_h, cells_w, chain, BLOCK, CHANNELS_LAST, OVERLAP)
-    plane = cell[0] * C + cell[1]
-    scaling = load_scaling(scale_ptrs, shift_ptrs, plane, len(FACTORS), HAS_SCALES)
+    scaling = load_scaling(
+        scale_ptrs, scale_strides, shift_ptrs, shift_strides, cell[0], cell[1],
+        len(FACTORS), HAS_SCALES,
+    )  # fmt: skip
     # With one cell per lane, a constant bound removes the loop and its registers.
     add_cells(
         y_ptr, y_strides, Y_UNIT, x_ptr, x_strides, X_UNIT,
@@ -71,13 +74,15 @@ def _resample_add_cells_kernel(
 @triton.jit(do_not_specialize=ELEMENT_COUNTS)
 def _resample_add_elements_kernel(
     y_ptr, y_strides, x_ptr, x_strides, source_ptrs, source_strides, source_sizes, size_ratios,
-    scale_ptrs, shift_ptrs, alpha, lattice, elements, C, H, W,
+    scale_ptrs, scale_strides, shift_ptrs, shift_strides, alpha, lattice, elements, C, H, W,
     HAS_SCALES: tl.constexpr, HAS_LATTICE: tl.constexpr, KINDS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     mask, place = locate_elements(elements, C, H, W, BLOCK, CHANNELS_LAST, INDEX)
     n, c, i, j = place
-    scaling = load_scaling(scale_ptrs, shift_ptrs, n * C + c, len(KINDS), HAS_SCALES)
+    scaling = load_scaling(
+        scale_ptrs, scale_strides, shift_ptrs, shift_strides, n, c, len(KINDS), HAS_SCALES
+    )
     sums = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(len(KINDS)):
         sums = add_resampled(
@@ -130,7 +135,9 @@ def fusion_operands(sources, scales, shifts, alpha, lattice) -> dict:
     return {
         "source_ptrs": tuple(sources),
         "scale_ptrs": tuple(scales),
+        "scale_strides": tuple(hidden(scale.stride(0)) for scale in scales),
         "shift_ptrs": tuple(shifts),
+        "shift_strides": tuple(hidden(shift.stride(0)) for shift in shifts),
         "alpha": float(alpha),
         # The lattice and its inverse.
         "lattice": (1.0, 1.0) if lattice is None else (float(lattice), 1.0 / lattice),

@@ -43,8 +43,8 @@ def resample_undo_reference(
 @triton.jit(do_not_specialize=CELL_COUNTS)
 def _resample_undo_cells_kernel(
     x_ptr, x_strides, y_ptr, y_strides, grad_ptr, grad_strides, source_ptrs, source_strides,
-    result_ptrs, result_strides, scale_ptrs, shift_ptrs, alpha, lattice,
-    lanes, C, cells_h, cells_w, chain,
+    result_ptrs, result_strides, scale_ptrs, scale_strides, shift_ptrs, shift_strides,
+    alpha, lattice, lanes, C, cells_h, cells_w, chain,
     X_UNIT: tl.constexpr, Y_UNIT: tl.constexpr, GRAD_UNIT: tl.constexpr,
     SOURCE_UNITS: tl.constexpr, RESULT_UNITS: tl.constexpr,
     FACTORS: tl.constexpr, MODE: tl.constexpr, CELL_H: tl.constexpr, CELL_W: tl.constexpr,
@@ -52,8 +52,10 @@ def _resample_undo_cells_kernel(
     OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     mask, cell = locate_cells(lanes, C, cells_h, cells_w, chain, BLOCK, CHANNELS_LAST, OVERLAP)
-    plane = cell[0] * C + cell[1]
-    scaling = load_scaling(scale_ptrs, shift_ptrs, plane, len(FACTORS), HAS_SCALES)
+    scaling = load_scaling(
+        scale_ptrs, scale_strides, shift_ptrs, shift_strides, cell[0], cell[1],
+        len(FACTORS), HAS_SCALES,
+    )  # fmt: skip
     add_cells(
         x_ptr, x_strides, X_UNIT, y_ptr, y_strides, Y_UNIT,
         source_ptrs, source_strides, SOURCE_UNITS, scaling, -alpha, lattice, mask, cell, chain,

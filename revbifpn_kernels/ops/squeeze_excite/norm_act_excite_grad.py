@@ -9,7 +9,8 @@ from torch import Tensor
 from ..checks import check_like
 from ..library import library
 from ..norm_act.arguments import NORM, check_norm
-from ..norm_act.gradient import OF_GATES, norm_act_grad_cuda, norm_act_sums_cuda
+from ..norm_act.gradient import norm_act_grad_cuda
+from ..norm_act.sums import OF_GATES, norm_act_sums_cuda
 from .gates import NETWORK, check_network, squeeze_excite_gates_backward_cuda
 
 

@@ -161,12 +161,17 @@ def half_weights(cell, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def load_scaling(scale_ptrs, shift_ptrs, plane, COUNT: tl.constexpr, HAS_SCALES: tl.constexpr):
-    """(scale, shift) of COUNT sources at each lane's plane n·C + c; empty tuples without scales."""
+def load_scaling(
+    scale_ptrs, scale_strides, shift_ptrs, shift_strides, n, c,
+    COUNT: tl.constexpr, HAS_SCALES: tl.constexpr,
+):  # fmt: skip
+    """(scale, shift) of COUNT sources at each lane's plane; empty tuples without scales."""
     scaling = ()
     for k in tl.static_range(COUNT):
         if HAS_SCALES:
-            scaling = scaling + ((tl.load(scale_ptrs[k] + plane), tl.load(shift_ptrs[k] + plane)),)
+            scale = tl.load(scale_ptrs[k] + n * shown(scale_strides[k]) + c)
+            shift = tl.load(shift_ptrs[k] + n * shown(shift_strides[k]) + c)
+            scaling = scaling + ((scale, shift),)
         else:
             scaling = scaling + ((),)
     return scaling

@@ -1,0 +1,48 @@
+"""Reductions across programs in one launch: the last program of a group combines all their parts.
+
+Every program writes its part to scratch memory, then counts itself with one atomic. The parts are
+read in a fixed order, so which program comes last does not change the bits of the result.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FEWEST_COUNTERS = 4096
+# Per device and stream: zeros whenever no kernel of the stream runs.
+_kept: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def counters(device: torch.device, groups: int) -> Tensor:
+    """A zero, int32, for each group of programs of the next launch on the current stream.
+
+    A CUDA graph gets its own, because it may run on several streams.
+    """
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(groups, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    kept = _kept.get((device, stream))
+    if kept is None or len(kept) < groups:
+        size = max(FEWEST_COUNTERS, triton.next_power_of_2(groups))
+        kept = _kept[device, stream] = torch.zeros(size, dtype=torch.int32, device=device)
+    return kept
+
+
+@triton.jit
+def is_last(counters_ptr, group, programs):
+    """Whether this is the last of a group's programs to come here: it sees what all have stored.
+
+    What the others have stored must be loaded with `cache_modifier=".cg"`. Without counters groups
+    are of one program.
+    """
+    tl.debug_barrier()  # the atomic, by one thread, must follow the stores of all
+    if counters_ptr is None:
+        return True
+    earlier = tl.atomic_add(counters_ptr + group, 1, sem="acq_rel", scope="gpu")
+    last = earlier == programs - 1
+    if last:
+        tl.store(counters_ptr + group, 0)
+    return last
