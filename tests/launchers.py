@@ -35,7 +35,8 @@ def recorded_launches() -> Iterator[list[tuple]]:
         def launch(gridX, gridY, gridZ, stream, function, packed, info, enter, leave, *values):
             read = [_bare(value) for value, is_ in zip(values, is_read, strict=True) if is_]
             name = source.fn.__name__
-            launches.append((name, (gridX, gridY, gridZ), stream, function, packed, *read))
+            grid, kernel = (gridX, gridY, gridZ), (name, str(source.attrs), function, packed)
+            launches.append((kernel, grid, stream, *read))
 
         return launch
 

@@ -135,7 +135,8 @@ def _split(op: str, options: tuple, maps: tuple, sources, scales, shifts) -> tup
     grad = torch.is_grad_enabled()
     if scales is shifts is None:
         return (op, grad, options, len(sources)), (*maps, *sources)
-    return (op, grad, options, len(sources), len(scales)), (*maps, *sources, *scales, *shifts)
+    counts = len(sources), len(scales), len(shifts)
+    return (op, grad, options, counts), (*maps, *sources, *scales, *shifts)
 
 
 def _of_cpu(op: str, arguments: tuple) -> Callable[[tuple], Any]:

@@ -89,22 +89,24 @@ def test_it_is_compiled_anew_for_other_alignments_and_dtypes():
 def test_a_repeated_launch_takes_tensors_of_any_alignment():
     launch, aligned = planned()
     repeated = Repeated(launch, aligned, torch.device("cpu"))
-    with emulated_gpu(), calls_of_triton(launch) as by_triton:
-        for operands in (planned(offset=1)[1], planned(offset=1)[1]):
+    unaligned = planned(offset=1)[1]
+    with recorded_launches() as launches:
+        for operands in (unaligned, aligned, aligned, unaligned, aligned):
+            launch.run_by_triton(operands)
             repeated.run(tensors_of(operands))
-            assert is_right(operands)
-    assert len(by_triton) == 1
+    assert launches[::2] == launches[1::2]
+    assert launches[0][0] != launches[2][0]  # other kernels
 
 
 def test_another_driver_gets_its_own_kernel():
     launch, operands = planned()
     repeated = Repeated(launch, operands, torch.device("cpu"))
-    with recorded_launches() as launches:
-        repeated.run(tensors_of(operands))
-        repeated.run(tensors_of(operands))
-    with emulated_gpu() as gpu:
-        launch.run(torch.device("cpu"), operands)
-    assert len(launches) == 2 and len(gpu.launches) == 1
+    for _ in range(2):
+        with recorded_launches() as launches:
+            launch.run(torch.device("cpu"), operands)
+            repeated.run(tensors_of(operands))
+            repeated.run(tensors_of(operands))
+        assert len(launches) == 3
 
 
 def test_a_profilers_hook_sees_every_launch():
