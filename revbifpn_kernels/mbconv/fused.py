@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.layout import Geometry
+from ..ops.layout import is_channels_last
 from ..ops.norm_act.arguments import ACTIVATIONS
 from ..ops.norm_act.forward import norm_act_reference
 from ..ops.resample.folded_norm import ScaledSource, Source
@@ -100,7 +100,7 @@ def _cast(x: Tensor) -> Tensor:
 
 
 def _needs_grad(x: Tensor, parameters: Sequence[Tensor | None]) -> list[bool]:
-    return [x.requires_grad, *(p is not None and p.requires_grad for p in parameters)]
+    return [x.requires_grad, *[p is not None and p.requires_grad for p in parameters]]
 
 
 def _unseen(recorder) -> contextlib.AbstractContextManager:
@@ -134,14 +134,11 @@ class _StagesRun:
         return parts
 
     def forward(self, x: Tensor, parameters: Sequence[Tensor | None]) -> Source:
-        statistics, factors, parts = (
-            self.saved.statistics,
-            self.saved.factors,
-            self.split(parameters),
-        )
+        statistics, weights, factors = self.saved
+        parts = self.split(parameters)
         if not self.is_recompute:
             self._cast_weights([own[0] for own in parts], x.dtype)
-        weights = self.saved.weights or [own[0] for own in parts]
+        weights = weights or [own[0] for own in parts]
         for k, (stage, own) in enumerate(zip(self.stages, parts, strict=True)):
             _, gamma, beta, *squeeze = own
             u = convolve(stage.conv, x, weights[k])
@@ -153,7 +150,7 @@ class _StagesRun:
             norm = saved.mean, saved.invstd, gamma, beta
             if self.folds_norm and k + 1 == len(self.stages):
                 if not self.is_recompute:
-                    factors += _ops.norm_factors(*norm, saved.drop_factors, len(u))
+                    factors += _ops.norm_factors(*norm, saved.drop_factors, u.shape[0])
                 return ScaledSource(u, *factors)
             x = _ops.norm_act(u, *norm, saved.multiplier(u.shape[1]), stage.act)
         return x
@@ -161,7 +158,7 @@ class _StagesRun:
     def _cast_weights(self, weights: Sequence[Tensor], dtype: torch.dtype) -> None:
         """Save the weights in the dtype of the maps if they have another, cast by one call."""
         if any(weight.dtype != dtype for weight in weights):
-            self.saved.weights.extend(torch.empty_like(w, dtype=dtype) for w in weights)
+            self.saved.weights.extend([torch.empty_like(w, dtype=dtype) for w in weights])
             torch._foreach_copy_(self.saved.weights, weights)
 
     def backward(
@@ -227,7 +224,7 @@ def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze) -> SavedStatistics:
         means = _ops.norm_act_means(u, *statistics, gamma, beta, stage.act)
         gate = _ops.squeeze_excite_gates(means, *squeeze, stage.squeeze_act)
     elif stage.drop_path > 0:
-        factors = drop_factors(stage.drop_path, len(u), statistics[0])
+        factors = drop_factors(stage.drop_path, u.shape[0], statistics[0])
     return SavedStatistics(*statistics, gate, means, factors)
 
 
@@ -238,7 +235,7 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _like(grad: Tensor, maps: Tensor) -> Tensor:
     """`grad` in the memory format and dtype of `maps`; not copied if they match, even a slice."""
-    is_alike = Geometry.of(grad).channels_last == Geometry.of(maps).channels_last
+    is_alike = is_channels_last(grad) == is_channels_last(maps)
     if is_alike and grad.dtype == maps.dtype:
         return grad
     return torch.empty_like(maps).copy_(grad)
