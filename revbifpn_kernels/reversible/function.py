@@ -73,8 +73,10 @@ class _Block(torch.autograd.Function):
         if call.index > call.tape.first and call.previous is None:
             call.tape.outputs[call.index - 1] = list(xs)
         replaced |= trace.stand_ins
-        used = [replaced.get(id(p), p) for p in call.parameters]
-        return None, *grad_xs, *(step.parameter_grads.get(id(p)) for p in used)
+        used = call.parameters
+        if replaced:
+            used = [replaced.get(id(p), p) for p in used]
+        return None, *grad_xs, *[step.parameter_grads.get(id(p)) for p in used]
 
 
 def run_by_engine(compute: Callable) -> Callable:

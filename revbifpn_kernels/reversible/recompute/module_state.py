@@ -16,7 +16,7 @@ from operator import is_, methodcaller
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedTensorMixin
 
 from .snapshot import Snapshot, parts_of, snapshot_of
 
@@ -107,7 +107,8 @@ class ModuleState:
         self.parameters, self.buffers = Slots(snapshot.parameters), Slots(snapshot.buffers)
         self.versions = [None if b is None else b._version for b in self.buffers.tensors]
         self.unique_parameters = unique(self.parameters.tensors)
-        if any(map(is_lazy, self.unique_parameters)):
+        kinds = set(map(type, self.unique_parameters))
+        if any([issubclass(kind, UninitializedTensorMixin) for kind in kinds]):
             raise RuntimeError(
                 f"{type(block).__name__}: a lazy module has no parameters yet; expected "
                 "one forward under torch.no_grad() before the first step"
