@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.conv.depthwise import depthwise_input_grad, depthwise_weight_grad
-from ..ops.conv.pointwise_conv import pointwise_conv, pointwise_conv_backward
-from ..ops.layout import Geometry
+from ..ops.layout import is_channels_last
+
+_ops = torch.ops.revbifpn
 
 # Whether PyTorch's convolutions of half precision take 3 to 90 times as long as those of float32
 # with both conversions, which round once as well (AMD EPYC, AVX2, torch 2.12, 2026-11-26).
@@ -31,8 +32,13 @@ def _is_product(conv: nn.Conv2d, x: Tensor) -> bool:
     Its backward then takes 0.6 to 1.1 times PyTorch's time, its forward 0.9 to 1.2 times (AMD EPYC,
     AVX2, float32); on an Intel Xeon both are faster: see `ops/conv/pointwise_conv.py`.
     """
-    is_dense = conv.kernel_size == conv.stride == (1, 1) and conv.groups == 1
-    return is_dense and conv.padding == (0, 0) and x.is_cpu and Geometry.of(x).channels_last
+    return (
+        conv.groups == 1
+        and conv.kernel_size == conv.stride == (1, 1)
+        and conv.padding == (0, 0)
+        and x.is_cpu
+        and is_channels_last(x)
+    )
 
 
 def are_slow(device: str, dtype: torch.dtype) -> bool:
@@ -45,7 +51,7 @@ def convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
     if are_slow(x.device.type, x.dtype):
         return convolve(conv, x.float(), weight.float()).to(x.dtype)
     if _is_product(conv, x):
-        return pointwise_conv(x, weight)
+        return _ops.pointwise_conv(x, weight)
     return F.conv2d(x, weight, None, conv.stride, conv.padding, groups=conv.groups)
 
 
@@ -55,7 +61,7 @@ def convolve_backward(
     """The gradients of x and weight; that of weight may be float32."""
     needs_x, needs_weight = needs
     kernel = conv.kernel_size[0]
-    is_depthwise = x.is_cpu and x.stride(1) == 1 and conv.groups == x.shape[1] == len(weight)
+    is_depthwise = x.is_cpu and x.stride(1) == 1 and conv.groups == x.shape[1] == weight.shape[0]
     sizes = {"stride": conv.stride[0], "padding": conv.padding[0]}
     grad_x = grad_weight = None
     if is_depthwise and needs_weight and kernel >= SMALLEST_OWN_KERNEL:
@@ -83,5 +89,5 @@ def _whole_backward(
             conv.groups, [*needs, False],
         )[:2]  # fmt: skip
     if needs[1]:
-        return pointwise_conv_backward(grad, x, weight)
-    return pointwise_conv(grad, weight.transpose(0, 1)), None
+        return _ops.pointwise_conv_backward(grad, x, weight)
+    return _ops.pointwise_conv(grad, weight.transpose(0, 1)), None

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.layout import Geometry
+from ..ops.layout import is_channels_last
 from ..ops.norm_act.arguments import ACTIVATIONS
 from ..ops.norm_act.factors import norm_factors
 from ..ops.norm_act.forward import norm_act, norm_act_reference
@@ -106,7 +106,7 @@ def _cast(x: Tensor) -> Tensor:
 
 
 def _needs_grad(x: Tensor, parameters: Sequence[Tensor | None]) -> list[bool]:
-    return [x.requires_grad, *(p is not None and p.requires_grad for p in parameters)]
+    return [x.requires_grad, *[p is not None and p.requires_grad for p in parameters]]
 
 
 def _unseen(recorder) -> contextlib.AbstractContextManager:
@@ -140,10 +140,11 @@ class _StagesRun:
         return parts
 
     def forward(self, x: Tensor, parameters: Sequence[Tensor | None]) -> Source:
-        statistics, parts = self.saved.statistics, self.split(parameters)
+        statistics, weights = self.saved
+        parts = self.split(parameters)
         if not self.is_recompute:
             self._cast_weights([own[0] for own in parts], x.dtype)
-        weights = self.saved.weights or [own[0] for own in parts]
+        weights = weights or [own[0] for own in parts]
         for k, (stage, own) in enumerate(zip(self.stages, parts, strict=True)):
             _, gamma, beta, *squeeze = own
             u = convolve(stage.conv, x, weights[k])
@@ -163,7 +164,7 @@ class _StagesRun:
     def _cast_weights(self, weights: Sequence[Tensor], dtype: torch.dtype) -> None:
         """Save the weights in the dtype of the maps if they have another, cast by one call."""
         if any(weight.dtype != dtype for weight in weights):
-            self.saved.weights.extend(torch.empty_like(w, dtype=dtype) for w in weights)
+            self.saved.weights.extend([torch.empty_like(w, dtype=dtype) for w in weights])
             torch._foreach_copy_(self.saved.weights, weights)
 
     def backward(
@@ -234,7 +235,7 @@ def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze, is_folded: bool) -> 
         means = _ops.norm_act_means(u, *statistics, gamma, beta, stage.act)
         gate = _ops.squeeze_excite_gates(means, *squeeze, stage.squeeze_act)
     elif stage.drop_path > 0:
-        kept = drop_factors(stage.drop_path, len(u), statistics[0])
+        kept = drop_factors(stage.drop_path, u.shape[0], statistics[0])
     if is_folded and (scale is None or kept is not None):
         samples = 1 if kept is None else len(kept)
         scale, shift = norm_factors(*statistics, gamma, beta, kept, samples)
@@ -248,7 +249,7 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _like(grad: Tensor, maps: Tensor) -> Tensor:
     """`grad` in the memory format and dtype of `maps`; not copied if they match, even a slice."""
-    is_alike = Geometry.of(grad).channels_last == Geometry.of(maps).channels_last
+    is_alike = is_channels_last(grad) == is_channels_last(maps)
     if is_alike and grad.dtype == maps.dtype:
         return grad
     return torch.empty_like(maps).copy_(grad)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..ops.layout import Geometry, in_format
+from ..ops.layout import in_format, is_channels_last
 from .recompute import BlockTrace, is_traced, sharing_draws
 from .step import Step
 from .streams import Streams, enter, identity
@@ -42,7 +42,7 @@ class _Block(torch.autograd.Function):
         streams = call.streams_to_save(xs, ys)
         tape.previous = (call, streams) if call.block.keeps_inputs else None
         ctx.call = call
-        ctx.channels_last = [y.dim() == 4 and Geometry.of(y).channels_last for y in ys]
+        ctx.channels_last = [y.dim() == 4 and is_channels_last(y) for y in ys]
         ctx.saved_streams = len(streams)
         # Parameters and buffers are saved so that autograd notices a change before the backward.
         buffers = trace.state.buffers_read(trace.updated_buffers())
@@ -73,8 +73,10 @@ class _Block(torch.autograd.Function):
         if call.index > call.tape.first and call.previous is None:
             call.tape.outputs[call.index - 1] = list(xs)
         replaced |= trace.stand_ins
-        used = [replaced.get(id(p), p) for p in call.parameters]
-        return None, *grad_xs, *(step.parameter_grads.get(id(p)) for p in used)
+        used = call.parameters
+        if replaced:
+            used = [replaced.get(id(p), p) for p in used]
+        return None, *grad_xs, *[step.parameter_grads.get(id(p)) for p in used]
 
 
 def run_by_engine(compute: Callable) -> Callable:

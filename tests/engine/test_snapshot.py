@@ -94,6 +94,15 @@ def test_changed_modules_are_not_fused(change):
         assert copy.deepcopy(net)._stages(x) is None
 
 
+def test_hooks_of_any_part():
+    net, x = make(OPTIONS["all"]), image()
+    for part in list(net.modules())[1:]:
+        assert net._stages(x) is not None
+        handle = part.register_full_backward_pre_hook(lambda *_: None)
+        assert net._stages(x) is None, part
+        handle.remove()
+
+
 def eval_of_a_norm(net):
     net.expand.norm.eval()
 

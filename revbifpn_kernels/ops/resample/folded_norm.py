@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout import Geometry, in_format
+from ..layout import in_format, is_channels_last
 from .add import resample_add, resample_add_out
 from .gradients import save_for_gradients, source_gradients
 from .undo import resample_undo
@@ -63,7 +63,7 @@ class _Fusion(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, scaling: dict, options: dict, *maps: Tensor) -> Tensor:
         ctx.alpha, ctx.mode = options.get("alpha", 1.0), options.get("mode", "bilinear")
-        ctx.channels_last = Geometry.of(x).channels_last
+        ctx.channels_last = is_channels_last(x)
         save_for_gradients(ctx, maps, [], [])  # no scales: gradients w.r.t. the scaled sources
         return resample_add(x, maps, **scaling, **options)
 

@@ -10,11 +10,13 @@ import functools
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, repeat
+from operator import is_, methodcaller
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedTensorMixin
 
 from .snapshot import Snapshot, parts_of, snapshot_of
 
@@ -30,8 +32,32 @@ _SILENT_LAYERS = {
 }
 
 
+_keys, _values = methodcaller("keys"), methodcaller("values")  # scripted modules have no dicts
 # An entry of a module's `_parameters` or `_buffers`: the dictionary, a name in it, the tensor.
 Slot = tuple[dict[str, Tensor | None], str, Tensor]
+
+
+class Slots:
+    """The entries of many modules' `_parameters` or `_buffers`, in flat lists."""
+
+    def __init__(self, owners: Sequence[dict[str, Tensor | None]]) -> None:
+        self._owners = owners
+        self._counts = [*map(len, owners)]
+        self._names = [*chain.from_iterable(map(_keys, owners))]
+        self.tensors = [*chain.from_iterable(map(_values, owners))]  # None where there is none
+
+    def are_current(self) -> bool:
+        tensors = [*chain.from_iterable(map(_values, self._owners))]
+        return (
+            len(tensors) == len(self.tensors)
+            and all(map(is_, tensors, self.tensors))
+            and [*chain.from_iterable(map(_keys, self._owners))] == self._names
+        )
+
+    def __iter__(self) -> Iterator[Slot]:
+        owners = chain.from_iterable(map(repeat, self._owners, self._counts))
+        slots = zip(owners, self._names, self.tensors, strict=True)
+        return (slot for slot in slots if slot[2] is not None)
 
 
 class Transform:
@@ -53,7 +79,9 @@ class BlockSnapshot(Snapshot):
     def __init__(self, block: nn.Module) -> None:
         super().__init__(block)
         _check_sharding(block, self.parts)
-        self.entries = [(part._parameters, part._buffers) for part in self.parts]
+        every = block, *self.parts
+        self.parameters = [part._parameters for part in every]
+        self.buffers = [part._buffers for part in every]
         self.has_opaque = any(map(is_opaque, self.parts))
         self.norms = [part for part in self.parts if isinstance(part, _NormBase)]
         self._known = set(self.parts)
@@ -74,19 +102,13 @@ class ModuleState:
     def __init__(self, block: nn.Module) -> None:
         snapshot = self.snapshot = snapshot_of(block, BlockSnapshot)
         self.has_opaque = snapshot.has_opaque or is_opaque(block)
-        self.modes = [(block, block.training)]
-        self.modes += [(part, part.training) for part in snapshot.parts]
-        self.parameters: list[Slot] = []
-        self.buffers: list[tuple[Slot, int]] = []  # with their versions
-        for parameters, buffers in ((block._parameters, block._buffers), *snapshot.entries):
-            for name, parameter in parameters.items():
-                if parameter is not None:
-                    self.parameters.append((parameters, name, parameter))
-            for name, buffer in buffers.items():
-                if buffer is not None:
-                    self.buffers.append(((buffers, name, buffer), buffer._version))
-        self.unique_parameters = list({id(p): p for _, _, p in self.parameters}.values())
-        if any(map(is_lazy, self.unique_parameters)):
+        self.modules = block, *snapshot.parts
+        self.modes = [module.training for module in self.modules]
+        self.parameters, self.buffers = Slots(snapshot.parameters), Slots(snapshot.buffers)
+        self.versions = [None if b is None else b._version for b in self.buffers.tensors]
+        self.unique_parameters = unique(self.parameters.tensors)
+        kinds = set(map(type, self.unique_parameters))
+        if any([issubclass(kind, UninitializedTensorMixin) for kind in kinds]):
             raise RuntimeError(
                 f"{type(block).__name__}: a lazy module has no parameters yet; expected "
                 "one forward under torch.no_grad() before the first step"
@@ -104,16 +126,20 @@ class ModuleState:
             RuntimeError: The forward changed another buffer, so that the recompute would differ.
         """
         moved_ids = {id(buffer) for buffer in updated}
-        read = [pair for pair in self.buffers if id(pair[0][2]) not in moved_ids]
-        for (_, name, buffer), version in read:
+        read = []
+        for buffer, version in zip(self.buffers.tensors, self.versions, strict=True):
+            if buffer is None or id(buffer) in moved_ids:
+                continue
             if buffer._version != version:
+                name = next(name for _, name, other in self.buffers if other is buffer)
                 raise RuntimeError(
                     f"the buffer {name!r} of shape {tuple(buffer.shape)} changed in the "
                     "forward, so the recompute in the backward would differ: expected transforms "
                     "to change running statistics of PyTorch's norms at most; put the module that "
                     "owns it in eval mode, or set reversible=False"
                 )
-        return [buffer for (_, _, buffer), _ in read]
+            read.append(buffer)
+        return read
 
     def stand_ins(self) -> dict[int, Tensor]:
         """Aliases of the parameters with hooks, by id: hooks must not see the inner gradient."""
@@ -126,32 +152,28 @@ class ModuleState:
             yield {}
             return
         stand_ins = _aliases(self.unique_parameters)
-        slots = [(e, n, stand_ins[id(p)]) for e, n, p in self.parameters]
-        slots += [slot for slot, _ in self.buffers]
+        slots = [(e, n, stand_ins[id(p)]) for e, n, p in self.parameters] + list(self.buffers)
         with _swapping:
-            modes = [(module, module.training) for module, _ in self.modes]
+            modes = [module.training for module in self.modules]
             present = [(entries, name, entries[name]) for entries, name, _ in slots]
             try:
-                _set(self.modes, slots)
+                self._set(self.modes, slots)
                 yield stand_ins
             finally:
-                _set(modes, present)
+                self._set(modes, present)
+
+    def _set(self, modes: Iterable[bool], slots: Iterable[Slot]) -> None:
+        for module, training in zip(self.modules, modes, strict=True):
+            module.training = training
+        for entries, name, tensor in slots:
+            entries[name] = tensor
 
     def _is_current(self) -> bool:
         """Whether modules are as they were; opaque ones must not see parameters with hooks."""
         if self.has_opaque and any(p._backward_hooks for p in self.unique_parameters):
             return False
-        slots = [*self.parameters, *(slot for slot, _ in self.buffers)]
-        return all([module.training == training for module, training in self.modes]) and all(
-            [name in entries and entries[name] is tensor for entries, name, tensor in slots]
-        )
-
-
-def _set(modes: Iterable[tuple[nn.Module, bool]], slots: Iterable[Slot]) -> None:
-    for module, training in modes:
-        module.training = training
-    for entries, name, tensor in slots:
-        entries[name] = tensor
+        modes = [module.training for module in self.modules]
+        return modes == self.modes and self.parameters.are_current() and self.buffers.are_current()
 
 
 def _aliases(parameters: Iterable[Tensor]) -> dict[int, Tensor]:
@@ -173,8 +195,11 @@ def _check_sharding(block: nn.Module, parts: Iterable[nn.Module]) -> None:
 
 def parameters_of(module: nn.Module) -> list[Tensor]:
     """`list(module.parameters())`, several times as fast."""
-    every = (p for part in parts_of(module) for p in part._parameters.values() if p is not None)
-    return list({id(p): p for p in every}.values())
+    return unique(p for part in parts_of(module) for p in part._parameters.values())
+
+
+def unique(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    return list({id(tensor): tensor for tensor in tensors if tensor is not None}.values())
 
 
 def is_opaque(module: nn.Module) -> bool:

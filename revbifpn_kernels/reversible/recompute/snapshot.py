@@ -5,7 +5,6 @@ is neither copied nor pickled. Parameters and buffers are not part of it: they m
 any time, under `torch.func.functional_call` or by FSDP, and are read anew in every call.
 """
 
-from collections.abc import Callable
 from itertools import chain
 from operator import is_
 from typing import TypeVar
@@ -47,7 +46,7 @@ class Snapshot:
         return type(None), ()
 
 
-def snapshot_of(root: nn.Module, kind: Callable[[nn.Module], T]) -> T:
+def snapshot_of(root: nn.Module, kind: type[T]) -> T:
     """Return `kind(root)`, a snapshot, made again only if something below `root` has changed."""
     snapshot = root.__dict__.get("_snapshot")
     if type(snapshot) is not kind or not snapshot.is_current(root):
