@@ -9,7 +9,7 @@ import argparse
 import functools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from revbifpn_kernels.ops.norm_act.factors import norm_factors
 from revbifpn_kernels.ops.norm_act.forward import norm_act
 
 from .lib import host, record, tables, timing, workloads
-from .lib.clocks import Call, CpuClock
+from .lib.clocks import WARM_UPS, Call, CpuClock
 from .lib.launches import calls_of_step
 from .lib.networks import UNDROPPED
 from .lib.operators import launches
@@ -70,6 +70,14 @@ def op_calls() -> dict[str, Call]:
     }
 
 
+def timed(calls: Mapping[object, Call], run: argparse.Namespace) -> dict[object, timing.Timing]:
+    """In turns, after calls that plan, compile and look up what later ones know."""
+    for call in calls.values():
+        for _ in range(WARM_UPS):
+            call()
+    return timing.measure_interleaved(calls, run.clock, seconds=run.seconds, rounds=run.rounds)
+
+
 def bench_launches(run: argparse.Namespace) -> list[Row]:
     """Each op, and the launches that it makes by Triton's launcher alone."""
     calls: dict[tuple[str, str], Call] = {}
@@ -85,7 +93,7 @@ def bench_launches(run: argparse.Namespace) -> list[Row]:
         calls["a kernel of 3 arguments", "Triton"] = lambda: _copy_kernel[(8,)](
             x, y, 1024, BLOCK=128
         )
-        times = timing.measure_interleaved(calls, run.clock, seconds=run.seconds, rounds=run.rounds)
+        times = timed(calls, run)
     return [
         record.row_of(name, provider, "launch", "fp32", workloads.S0)
         | found.columns()
@@ -109,7 +117,7 @@ def bench_steps(run: argparse.Namespace) -> list[Row]:
         for provider in ("fused", "modules"):
             calls[mode, provider] = functools.partial(_forward_backward, step, provider == "fused")
     with host.ops_launch_on_stub():
-        times = timing.measure_interleaved(calls, run.clock, seconds=run.seconds, rounds=run.rounds)
+        times = timed(calls, run)
         counts = {key: launches(call, "cpu") for key, call in calls.items()}
     shape = (batch, 3, side, side)
     return [
@@ -146,7 +154,7 @@ def bench_small(run: argparse.Namespace) -> list[Row]:
         calls[x.shape, "ours"] = functools.partial(ours.resample_add, x, sources)
         calls[x.shape, "torch"] = functools.partial(_eager, x, sources)
     with torch.no_grad():
-        times = timing.measure_interleaved(calls, run.clock, seconds=run.seconds, rounds=run.rounds)
+        times = timed(calls, run)
     return [
         record.row_of("resample_add", provider, "cpu", "fp32", shape) | found.columns()
         for (shape, provider), found in times.items()
