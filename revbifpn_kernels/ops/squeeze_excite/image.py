@@ -14,8 +14,9 @@ from .kernels import gates_of, inner_gradient
 # Most bytes of both weights, and the longest hidden vector, for which a program computes the
 # network of an image. Counted by hand: not yet tuned on a GPU.
 SMALL_BYTES, MOST_HIDDEN = 256 * 1024, 128
-# Weights that a program loads at once.
-TILE = 2048
+# Weights that a program loads at once. With 2048 the kernels need up to 40 more registers than what
+# goes over the maps does alone, on sm_90 (Triton 3.7.0).
+TILE = 1024
 
 
 def is_small(reduce_weight: Tensor) -> bool:
