@@ -123,8 +123,8 @@ def ours_forward(stage: Stage) -> tuple:
     statistics = _ops.batch_statistics(stage.u, EPS, None, None, None, MOMENTUM)
     norm, gates, means = (*statistics, *stage.norm), None, None
     if stage.network:
-        means = _ops.norm_act_means(stage.u, *norm, "hardswish")
-        gates = _ops.squeeze_excite_gates(means, *stage.network, "hardswish")
+        acts = "hardswish", "hardswish"
+        gates, means = _ops.norm_act_gates(stage.u, *norm, *stage.network, *acts)
     return _ops.norm_act(stage.u, *norm, gates, "hardswish"), norm, gates, means
 
 

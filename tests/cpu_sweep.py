@@ -113,6 +113,7 @@ def normed() -> Iterator:
         factors = [random(shape[1], dtype=sums) for _ in range(2)]
         gate, grad_means = (random(*shape[:2], dtype=sums) for _ in range(2))
         yield ops.norm_factors(*statistics, *factors, random(shape[0], dtype=sums), shape[0])
+        yield ops.batch_norm_factors(x, *factors, 1e-3, None, None, None, 0.1)
         for norm in ((x, *statistics, *factors), (x, *statistics, None, None)):
             yield ops.norm_act(*norm, gate, act)
             yield ops.norm_act_means(*norm, act)
@@ -121,6 +122,7 @@ def normed() -> Iterator:
             yield ops.norm_act_input_grad(grad, *norm, gate, grad_means, *statistics, act)
             network = gate, *network_of(shape[1], 5, sums)
             yield ops.norm_act_excite_grad(grad, *norm, gate, *network, act, "silu", True)
+            yield ops.norm_act_gates(*norm, *network[1:], act, "silu")
 
 
 def network_of(channels: int, hidden: int, dtype: torch.dtype) -> list[Tensor]:

@@ -10,6 +10,7 @@ from cases import LAYOUTS as COMMON_LAYOUTS
 from helpers import leaves_alone, on_this_machine
 from torch import Tensor
 
+from revbifpn_kernels.ops.norm_act import tiles
 from revbifpn_kernels.ops.norm_act.arguments import sums_dtype
 from revbifpn_kernels.ops.norm_act.forward import _norm_act_cuda, norm_act_means_cuda
 from revbifpn_kernels.ops.norm_act.gradient import norm_act_grad_cuda, norm_act_input_grad_cuda
@@ -115,7 +116,17 @@ CASES = {
     "many-images": Case((65, 16, 1, 2)),
     "small-maps": Case((9, 20, 7, 7)),
     "revbifpn": Case((2, 48, 56, 56)),
+    "programs-share-planes": Case((1, 16, 96, 96)),
 }
+
+
+@pytest.fixture
+def several_images(monkeypatch):
+    """A GPU that few programs fill: each walks through several images."""
+    monkeypatch.setattr(tiles, "PROGRAMS", 2)
+    tiles._plan.cache_clear()
+    yield
+    tiles._plan.cache_clear()
 
 
 class Backend:

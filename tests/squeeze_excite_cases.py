@@ -8,6 +8,8 @@ from revbifpn_kernels.ops.squeeze_excite.gates import (
     plan_squeeze_excite_gates,
     plan_squeeze_excite_gates_backward,
 )
+from revbifpn_kernels.ops.squeeze_excite.norm_act_excite_grad import plan_norm_act_excite_grad
+from revbifpn_kernels.ops.squeeze_excite.norm_act_gates import plan_norm_act_gates
 
 CASES = {  # N, C, hidden
     "even": (4, 96, 16),
@@ -41,4 +43,21 @@ def planned_launches(sizes: tuple[int, int, int]) -> list[tuple[Launch, dict]]:
     return [
         *plan_squeeze_excite_gates(means, values, *network, act),
         *plan_squeeze_excite_gates_backward(network, scratch, means, *network, act),
+    ]
+
+
+def planned_fused_launches(
+    sizes: tuple[int, int, int], side: int = 14
+) -> list[tuple[Launch, dict]]:
+    """Those of the ops that also reduce maps of side × side pixels, in bfloat16."""
+    N, C, hidden = sizes
+    x = torch.empty((N, C, side, side), dtype=torch.bfloat16, device="meta")
+    gate, channel = (torch.empty(shape, device="meta") for shape in ((N, C), (C,)))
+    shapes = (hidden, C, 1, 1), (hidden,), (C, hidden, 1, 1), (C,)
+    network = [torch.empty(shape, device="meta") for shape in shapes]
+    norm, acts = (channel,) * 4, ("hardswish", "hardswish")
+    gradient = x, channel, channel, network, x, x, norm, gate, gate, network, *acts, True
+    return [
+        plan_norm_act_gates(gate, x, *norm, *network, *acts)[:2],
+        *plan_norm_act_excite_grad(*gradient),
     ]

@@ -151,6 +151,19 @@ Tensor squeeze_excite_gates_cpu(const Tensor &means, const Tensor &reduce_weight
   return gates;
 }
 
+/// The gates of act(norm(x)), and the means that they are computed from.
+std::tuple<Tensor, Tensor>
+norm_act_gates_cpu(const Tensor &x, const Tensor &mean, const Tensor &invstd,
+                   const OptionalTensor &weight, const OptionalTensor &bias,
+                   const Tensor &reduce_weight, const Tensor &reduce_bias,
+                   const Tensor &expand_weight, const Tensor &expand_bias, const std::string &act,
+                   const std::string &squeeze_act) {
+  const Tensor means = norm_act_means_cpu(x, mean, invstd, weight, bias, act);
+  return {squeeze_excite_gates_cpu(means, reduce_weight, reduce_bias, expand_weight, expand_bias,
+                                   squeeze_act),
+          means};
+}
+
 /// The gradients of means, reduce_weight, reduce_bias, expand_weight and expand_bias.
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -217,6 +230,7 @@ norm_act_excite_grad_cpu(const Tensor &grad, const Tensor &x, const Tensor &mean
 
 STABLE_TORCH_LIBRARY_IMPL(revbifpn, CPU, m) {
   m.impl("squeeze_excite_gates", TORCH_BOX(&squeeze_excite_gates_cpu));
+  m.impl("norm_act_gates", TORCH_BOX(&norm_act_gates_cpu));
   m.impl("squeeze_excite_gates_backward", TORCH_BOX(&squeeze_excite_gates_backward_cpu));
   m.impl("norm_act_excite_grad", TORCH_BOX(&norm_act_excite_grad_cpu));
 }

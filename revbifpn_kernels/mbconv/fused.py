@@ -232,8 +232,8 @@ def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze, is_folded: bool) -> 
         # Copied: the backward needs this mean, and the buffer may be updated before it runs.
         statistics = mean.clone(), (var + norm.eps).rsqrt()
     if stage.squeeze is not None:
-        means = _ops.norm_act_means(u, *statistics, gamma, beta, stage.act)
-        gate = _ops.squeeze_excite_gates(means, *squeeze, stage.squeeze_act)
+        acts = stage.act, stage.squeeze_act
+        gate, means = _ops.norm_act_gates(u, *statistics, gamma, beta, *squeeze, *acts)
     elif stage.drop_path > 0:
         kept = drop_factors(stage.drop_path, u.shape[0], statistics[0])
     if is_folded and (scale is None or kept is not None):

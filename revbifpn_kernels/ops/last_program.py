@@ -41,8 +41,9 @@ def is_last(counters_ptr, group, programs):
     tl.debug_barrier()  # the atomic, by one thread, must follow the stores of all
     if counters_ptr is None:
         return True
-    earlier = tl.atomic_add(counters_ptr + group, 1, sem="acq_rel", scope="gpu")
-    last = earlier == programs - 1
-    if last:
-        tl.store(counters_ptr + group, 0)
-    return last
+    else:
+        earlier = tl.atomic_add(counters_ptr + group, 1, sem="acq_rel", scope="gpu")
+        last = earlier == programs - 1
+        if last:
+            tl.store(counters_ptr + group, 0)
+        return last

@@ -31,10 +31,9 @@ def test_every_kernel_of_a_step(layout, mode):
     kernels = collections.Counter(kernel for kernel, _, _ in found)
     families = {
         *(f"_resample_{op}_cells_kernel" for op in ("add", "adjoint")),
-        *(f"_norm_act{part}_kernel" for part in ("", "_means", "_sums", "_totals", "_grad")),
-        *("_norm_act_factor_grads_kernel", "_batch_statistics_kernel"),
-        *("_squeeze_kernel", "_excite_kernel", "_excite_backward_kernel"),
-        *("_squeeze_backward_kernel", "_squeeze_excite_results_kernel"),
+        *(f"_norm_act{part}_kernel" for part in ("", "_grad", "_factor_grads", "_gates")),
+        *(f"_norm_act_excite_{part}_kernel" for part in ("sums", "results")),
+        "_batch_statistics_kernel",
     }
     undone = {"_resample_undo_cells_kernel"} if mode == "reversible" else set()
     assert set(kernels) == families | undone

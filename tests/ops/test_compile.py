@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import IS_INTERPRETED
-from squeeze_excite_cases import planned_launches
+from squeeze_excite_cases import planned_fused_launches, planned_launches
 
 from benchmarks import kernels
 from benchmarks.kernels import TARGETS, inspect_cuda, inspect_hip
@@ -95,6 +95,7 @@ def test_small_kernels_compile_without_spills(target):
     planes, channels, samples = (torch.empty(s, device="meta") for s in ((3, 35), 35, 3))
     factors = plan_norm_factors(planes, planes, samples, *[channels] * 4)
     inspect = inspect_cuda if target.startswith("sm") else inspect_hip
-    for launch, operands in [*planned_launches((3, 35, 9)), factors]:
+    networks = [*planned_launches((3, 35, 9)), *planned_fused_launches((64, 256, 128))]
+    for launch, operands in [*networks, factors]:
         _, resources = inspect(launch.compile(TARGETS[target], operands))
         assert resources["spill_bytes"] == 0, (launch.kernel.__name__, resources)

@@ -61,7 +61,8 @@ def test_undo(backend, case, dtypes, mode):
     assert_as_accurate(results, undo_reference, y, grad, sources, *factors, **options)
 
 
-@over(["even", "channels-last-slice", "mixed-kinds"], slow=["even"])
+@over(["channels-last-slice", "mixed-kinds", "mixed-powers"],
+      quick=["mixed-kinds"], slow=["channels-last-slice", "mixed-powers"])  # fmt: skip
 def test_rows_that_all_samples_share(backend, case):
     """The bits of a row per sample; each scale and shift is shared or not by itself."""
     x, sources, scales, shifts = scaled_inputs(case, device=backend.device)

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from revbifpn_kernels.ops.norm_act.arguments import ACTIVATIONS
 from revbifpn_kernels.ops.squeeze_excite.gates import (
-    _squeeze_excite_gates_cuda,
     squeeze_excite_gates_backward_cuda,
     squeeze_excite_gates_backward_reference,
+    squeeze_excite_gates_cuda,
     squeeze_excite_gates_reference,
 )
 
 OPS = "squeeze_excite_gates", "squeeze_excite_gates_backward"
 LAUNCHERS = [
     on_this_machine(launcher)
-    for launcher in (_squeeze_excite_gates_cuda, squeeze_excite_gates_backward_cuda)
+    for launcher in (squeeze_excite_gates_cuda, squeeze_excite_gates_backward_cuda)
 ]
 QUICK_TRITON = ("odd", "one channel", "many images")
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
@@ -89,6 +89,18 @@ def test_gates_and_slopes_at_the_kinks_are_pytorchs(backend):
     grad = torch.arange(1.0, 9.0, device=logits.device)[None]
     expected = torch.ops.aten.hardsigmoid_backward(grad[0], logits)
     torch.testing.assert_close(backend.backward(grad, *network)[4], expected, rtol=2**-22, atol=0)
+
+
+def test_a_gate_tells_its_slope_triton():
+    """Between the kinks no gate is rounded to 0 or 1: the fused gradient asks nothing else."""
+    backend = BACKENDS["triton"]
+    kinks = torch.tensor([-3.0, 3.0])
+    logits = torch.cat([kinks, kinks.nextafter(torch.zeros(2)), kinks.nextafter(2 * kinks)])
+    logits = logits.to(backend.device)
+    zeros = logits.new_zeros
+    network = zeros(1, 6), zeros(1, 6, 1, 1), zeros(1), zeros(6, 1, 1, 1), logits, "identity"
+    gates = backend.gates(*network)[0]
+    assert torch.equal((gates > 0) & (gates < 1), logits.abs() < 3)
 
 
 @over_backends

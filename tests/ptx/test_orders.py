@@ -8,12 +8,15 @@ from norm_act_cases import CASES as NORM_CASES
 from norm_act_cases import EPS
 
 from benchmarks.lib.ptx import emulated_gpu
+from benchmarks.lib.workloads import LAYOUTS
 from revbifpn_kernels.ops.norm_act.gradient import norm_act_grad_cuda
 from revbifpn_kernels.ops.norm_act.statistics import batch_statistics_cuda
 from revbifpn_kernels.ops.norm_act.sums import norm_act_sums_cuda
 from revbifpn_kernels.ops.resample.add import _resample_add_cuda
 from revbifpn_kernels.ops.resample.adjoint import _resample_adjoint_cuda
 from revbifpn_kernels.ops.resample.undo import _resample_undo_cuda
+from revbifpn_kernels.ops.squeeze_excite.norm_act_excite_grad import norm_act_excite_grad_cuda
+from revbifpn_kernels.ops.squeeze_excite.norm_act_gates import norm_act_gates_cuda
 
 pytestmark = needs_emulation
 
@@ -42,8 +45,21 @@ def normed(layout):
     ]
 
 
+def gated(layout):
+    """With several programs per plane."""
+    shape, memory_format = NORM_CASES["programs-share-planes"].shape, LAYOUTS[layout]
+    x, grad = (torch.randn(shape).to(memory_format=memory_format) for _ in range(2))
+    C, hidden = shape[1], 6
+    shapes = (hidden, C, 1, 1), (hidden,), (C, hidden, 1, 1), (C,)
+    norm, network = torch.rand(4, C) + 0.5, [torch.randn(shape) for shape in shapes]
+    acts = "hardswish", "silu"
+    gates, means = norm_act_gates_cuda(x, *norm, *network, *acts)
+    given = grad, x, *norm, gates, means, *network, *acts, True
+    return [gates, means, *norm_act_excite_grad_cuda(*given)]
+
+
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("run", [resampled, normed])
+@pytest.mark.parametrize("run", [resampled, normed, gated])
 def test_the_last_block_first(run, layout):
     results = []
     for blocks in (None, lambda count: range(count)[::-1]):

@@ -149,13 +149,13 @@ def _norm_act_factor_grads_kernel(
             store_factor_grads(dweight_ptr, dbias_ptr, invstd_ptr, c, C, total, total_x)
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def _norm_act_totals_kernel(
-    dweight_ptr, dbias_ptr, sums_ptr, invstd_ptr, gate_ptr, grad_means_ptr, share,
+@triton.jit
+def store_totals(
+    dweight_ptr, dbias_ptr, sums_ptr, invstd_ptr, gate_ptr, grad_means_ptr, share, block,
     N, C, CHANNELS: tl.constexpr, IMAGES: tl.constexpr,
 ):  # fmt: skip
-    """dbias and dweight from the sums of all images."""
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[:, None]
+    """dbias and dweight of a block of channels from the sums of all images."""
+    c = block * CHANNELS + tl.arange(0, CHANNELS)[:, None]
     size = N.to(tl.int64) * C
     totals = tl.zeros([CHANNELS, IMAGES], tl.float32)
     totals_x = tl.zeros([CHANNELS, IMAGES], tl.float32)
@@ -179,6 +179,17 @@ def _norm_act_totals_kernel(
         totals_x += sum_gx
     total, total_x = tl.sum(totals, 1, keep_dims=True), tl.sum(totals_x, 1, keep_dims=True)
     store_factor_grads(dweight_ptr, dbias_ptr, invstd_ptr, c, C, total, total_x)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _norm_act_totals_kernel(
+    dweight_ptr, dbias_ptr, sums_ptr, invstd_ptr, gate_ptr, grad_means_ptr, share,
+    N, C, CHANNELS: tl.constexpr, IMAGES: tl.constexpr,
+):  # fmt: skip
+    store_totals(
+        dweight_ptr, dbias_ptr, sums_ptr, invstd_ptr, gate_ptr, grad_means_ptr, share,
+        tl.program_id(0), N, C, CHANNELS, IMAGES,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -228,9 +239,34 @@ def plan_factor_grads(dweight, dbias, grad, x, norm, gate, act) -> tuple[Launch,
 def _plan_totals(dweight, dbias, sums, norm, gates) -> tuple[Launch, dict]:
     """The launch that writes dweight and dbias from the sums of each plane."""
     _, N, C = sums.shape
-    operands = {"dweight_ptr": dweight, "dbias_ptr": dbias, "sums_ptr": sums.contiguous()}
-    operands["invstd_ptr"] = norm["invstd_ptr"]
+    operands = total_operands(dweight, dbias, sums, norm)
     return plan_channels(_norm_act_totals_kernel, C, {"N": N}, "IMAGES"), {**operands, **gates}
+
+
+def total_operands(dweight, dbias, sums, norm) -> dict[str, Tensor]:
+    """What `store_totals` takes beside the gates' operands."""
+    operands = {"dweight_ptr": dweight, "dbias_ptr": dbias, "sums_ptr": sums.contiguous()}
+    return operands | {"invstd_ptr": norm["invstd_ptr"]}
+
+
+def gate_operands(x: Tensor, gate: Tensor | None, grad_means: Tensor | None) -> dict:
+    """What the gradient of a gated norm takes beside the operands of the norm."""
+    share = 1.0 / (x.shape[2] * x.shape[3])
+    return {
+        "gate_ptr": contiguous(gate), "grad_means_ptr": contiguous(grad_means), "share": share
+    }  # fmt: skip
+
+
+def plan_dx(dx, dweight, dbias, grad, x, norm, gates, act, is_batch) -> tuple[Launch, dict]:
+    """The launch that writes dx, once dweight and dbias are written."""
+    maps = {"dx": dx, "grad": grad, "x": x}
+    launch = plan_tiles(_norm_act_grad_kernel, maps, "pixel", ACT=act)
+    operands = {f"{name}_ptr": tensor for name, tensor in maps.items()} | {
+        "dweight_ptr": dweight if is_batch else None,
+        "dbias_ptr": dbias if is_batch else None,
+        "inverse_count": 1.0 / max(1, x.numel() // x.shape[1]),
+    }
+    return launch, {**operands, **norm, **gates}
 
 
 def plan_norm_act_grad(
@@ -240,31 +276,14 @@ def plan_norm_act_grad(
 
     `sums` may be None without grad_means.
     """
-    maps = {"dx": dx, "grad": grad, "x": x}
-    launch = plan_tiles(_norm_act_grad_kernel, maps, "pixel", ACT=act)
-    N, C, H, W = x.shape
-    norm = norm_operands(mean, invstd, weight, bias)
-    gates = {
-        "gate_ptr": contiguous(gate),
-        "grad_means_ptr": contiguous(grad_means),
-        "share": 1.0 / (H * W),
-    }
-    operands = {
-        "dx_ptr": dx,
-        "grad_ptr": grad,
-        "x_ptr": x,
-        **norm,
-        "dweight_ptr": dweight if is_batch else None,
-        "dbias_ptr": dbias if is_batch else None,
-        "inverse_count": 1.0 / max(1, N * H * W),
-    }
+    norm, gates = norm_operands(mean, invstd, weight, bias), gate_operands(x, gate, grad_means)
     results = dweight, dbias
     first = (
         plan_factor_grads(*results, grad, x, norm, gates["gate_ptr"], act)
         if sums is None
         else _plan_totals(*results, sums, norm, gates)
     )
-    return [first, (launch, {**operands, **gates})]
+    return [first, plan_dx(dx, *results, grad, x, norm, gates, act, is_batch)]
 
 
 def norm_act_grad_cuda(

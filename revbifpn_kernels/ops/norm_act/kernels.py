@@ -6,7 +6,7 @@ along memory and all other strides, which are counted in UNITs: rows of 196 elem
 16 bytes, which Triton does not see in an argument. `CHANNELS_LAST` says which side of the tile lies
 along memory, nothing else.
 
-Sums are gathered in a fixed order, without atomics: the same bits on every run. Contraction is off
+Sums are gathered in a fixed order, never by atomics: the same bits on every run. Contraction is off
 (launch.py), so what is fused is written as `fma`.
 """
 

@@ -99,11 +99,11 @@ def _norm_act_sums_kernel(
 
 
 def plan_norm_act_sums(
-    grad, x, mean, invstd, weight, bias, act, gated
+    grad, x, mean, invstd, weight, bias, act, gated, kernel=_norm_act_sums_kernel, **constants
 ) -> tuple[Launch, dict, Tensor]:
     """The launch that writes the chunks' sums, its operands, the sums (chunks, 2 or 5, N, C)."""
     maps, vectors = {"grad": grad, "x": x}, 1 if gated else 2
-    launch = plan_tiles(_norm_act_sums_kernel, maps, "plane", vectors, ACT=act, GATED=gated)
+    launch = plan_tiles(kernel, maps, "plane", vectors, ACT=act, GATED=gated, **constants)
     shape = (launch.args["chunks"], GATED_SUMS if gated else PLAIN_SUMS, *x.shape[:2])
     sums = torch.empty(shape, dtype=torch.float32, device=x.device)
     norm = norm_operands(mean, invstd, weight, bias)

@@ -187,6 +187,12 @@ def shared_channels(launch: Launch, rows: int, x: Tensor) -> dict[str, Tensor | 
     return {"parts_ptr": scratch, "counters_ptr": counters(x.device, blocks)}
 
 
+def image_counters(launch: Launch, device: torch.device) -> Tensor | None:
+    """A counter per group of programs that share their images, or None for groups of one."""
+    programs = launch.args["blocks"] * launch.args["chunks"]
+    return None if programs == 1 else counters(device, launch.grid[0] // programs)
+
+
 def contiguous(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.contiguous()
 

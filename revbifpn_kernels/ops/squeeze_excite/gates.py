@@ -51,7 +51,7 @@ def squeeze_excite_gates_backward_reference(
         return torch.autograd.grad(squeeze_excite_gates_reference(*leaves, act), leaves, grad_gates)
 
 
-def _plan(
+def plan_products(
     kernel: Any, sides: Sequence[tuple[int, int]], sizes: tuple[int, int, int], act="", **operands
 ) -> tuple[Launch, dict]:
     """The launch of a kernel whose results are matrices of these `sides`, and its operands."""
@@ -72,8 +72,8 @@ def plan_squeeze_excite_gates(
     expand = {"weight": expand_weight, "bias": expand_bias}
     squeeze = {"values": values, "before": None, "means": means, **reduce}
     return [
-        _plan(_squeeze_kernel, [(N, hidden)], sizes, act, **squeeze),
-        _plan(_excite_kernel, [(N, C)], sizes, gates=gates, values=values, **expand),
+        plan_products(_squeeze_kernel, [(N, hidden)], sizes, act, **squeeze),
+        plan_products(_excite_kernel, [(N, C)], sizes, gates=gates, values=values, **expand),
     ]
 
 
@@ -97,20 +97,26 @@ def plan_squeeze_excite_gates_backward(
     results |= {**between, "means": means, "values": values, "reduce": reduce_weight}
     sides = [(N, C), (hidden, C), (C, hidden)]
     return [
-        _plan(_squeeze_kernel, [(N, hidden)], sizes, act, **squeeze),
-        _plan(_excite_backward_kernel, [(N, C)], sizes, **excite),
-        _plan(_squeeze_backward_kernel, [(N, hidden)], sizes, act, **back),
-        _plan(_squeeze_excite_results_kernel, sides, sizes, **results),
+        plan_products(_squeeze_kernel, [(N, hidden)], sizes, act, **squeeze),
+        plan_products(_excite_backward_kernel, [(N, C)], sizes, **excite),
+        plan_products(_squeeze_backward_kernel, [(N, hidden)], sizes, act, **back),
+        plan_products(_squeeze_excite_results_kernel, sides, sizes, **results),
     ]
 
 
-def _dense(*tensors: Tensor) -> list[Tensor]:
+def network_operands(*network: Tensor) -> dict[str, Tensor]:
+    """Contiguous weights and biases as a kernel's operands."""
+    names = "reduce_ptr", "reduce_bias_ptr", "expand_ptr", "expand_bias_ptr"
+    return dict(zip(names, network, strict=True))
+
+
+def dense(*tensors: Tensor) -> list[Tensor]:
     """The tensors, copied unless contiguous, with the strides of contiguous ones."""
     return [tensor.contiguous().view(-1).view(tensor.shape) for tensor in tensors]
 
 
-def _squeeze_excite_gates_cuda(means, *network) -> Tensor:
-    means, *parameters, act = *_dense(means, *network[:4]), network[4]
+def squeeze_excite_gates_cuda(means, *network) -> Tensor:
+    means, *parameters, act = *dense(means, *network[:4]), network[4]
     gates, values = torch.empty_like(means), means.new_empty(len(means), len(parameters[1]))
     planned = plan_squeeze_excite_gates(gates, values, means, *parameters, act)
     run_all(planned, means.device)
@@ -118,7 +124,7 @@ def _squeeze_excite_gates_cuda(means, *network) -> Tensor:
 
 
 def squeeze_excite_gates_backward_cuda(grad_gates, means, *network) -> tuple[Tensor, ...]:
-    grad_gates, means, *parameters = _dense(grad_gates, means, *network[:4])
+    grad_gates, means, *parameters = dense(grad_gates, means, *network[:4])
     grads = tuple(torch.empty_like(values) for values in (means, *parameters))
     scratch = [means.new_empty(len(means), len(parameters[1])) for _ in range(3)]
     scratch.append(torch.empty_like(means))
@@ -128,17 +134,15 @@ def squeeze_excite_gates_backward_cuda(grad_gates, means, *network) -> tuple[Ten
 
 
 # The CPU's kernel is registered in csrc/squeeze_excite/gates.cpp.
-NETWORK = (
-    "Tensor means, Tensor reduce_weight, Tensor reduce_bias, Tensor expand_weight, "
-    "Tensor expand_bias, str act"
-)
+PARAMETERS = "Tensor reduce_weight, Tensor reduce_bias, Tensor expand_weight, Tensor expand_bias"
+NETWORK = f"Tensor means, {PARAMETERS}, str act"
 library.define(f"squeeze_excite_gates({NETWORK}) -> Tensor")
 # The gradients of means, reduce_weight, reduce_bias, expand_weight and expand_bias.
 library.define(
     f"squeeze_excite_gates_backward(Tensor grad_gates, {NETWORK})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-library.impl("squeeze_excite_gates", _squeeze_excite_gates_cuda, "CUDA")
+library.impl("squeeze_excite_gates", squeeze_excite_gates_cuda, "CUDA")
 library.impl("squeeze_excite_gates_backward", squeeze_excite_gates_backward_cuda, "CUDA")
 
 

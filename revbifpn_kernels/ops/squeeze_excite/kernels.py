@@ -31,15 +31,34 @@ def load_matrix(ptr, i, j, row_stride, column_stride, rows, columns):
 
 
 @triton.jit
+def inner_gradient(grad_gates, gates):
+    """The logits' gradient; the slope is 1/6 where a gate of `gates_of` is neither 0 nor 1."""
+    return tl.where((gates > 0.0) & (gates < 1.0), grad_gates * (1.0 / 6.0), 0.0)
+
+
+@triton.jit
+def load_gradients(ptr, gates_ptr, i, j, row_stride, column_stride, rows, columns):
+    """[i, j] of a matrix, or, unless `gates_ptr` is None, of the logits' gradients from it."""
+    grad = load_matrix(ptr, i, j, row_stride, column_stride, rows, columns)
+    if gates_ptr is not None:
+        gates = load_matrix(gates_ptr, i, j, row_stride, column_stride, rows, columns)
+        grad = inner_gradient(grad, gates)
+    return grad
+
+
+@triton.jit
 def product(
-    left_ptr, left_row, left_term, right_ptr, right_term, right_column, i, j, rows, columns, terms,
-    TERMS: tl.constexpr,
+    left_ptr, gates_ptr, left_row, left_term, right_ptr, right_term, right_column,
+    i, j, rows, columns, terms, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """[i, j] of left (rows, terms) · right (terms, columns), which may lie transposed."""
+    """[i, j] of left (rows, terms) · right (terms, columns), which may lie transposed.
+
+    With `gates_ptr` left is the logits' gradients from those of gates at `left_ptr`.
+    """
     sums = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
     for first in range(0, terms, TERMS):
         k = first + tl.arange(0, TERMS)
-        left = load_matrix(left_ptr, i, k, left_row, left_term, rows, terms)
+        left = load_gradients(left_ptr, gates_ptr, i, k, left_row, left_term, rows, terms)
         right = load_matrix(right_ptr, k, j, right_term, right_column, terms, columns)
         # Added up apart, errors grow with TERMS and not with all terms. Triton would turn a plain +
         # into the first term of the product again.
@@ -56,8 +75,15 @@ def store_tile(ptr, i, j, rows, columns, values):
 @triton.jit
 def logits_tile(values_ptr, weight_ptr, bias_ptr, n, c, N, C, hidden, TERMS: tl.constexpr):
     """[n, c]: values · weightᵀ + bias."""
-    logits = product(values_ptr, hidden, 1, weight_ptr, 1, hidden, n, c, N, C, hidden, TERMS)
+    logits = product(values_ptr, None, hidden, 1, weight_ptr, 1, hidden, n, c, N, C, hidden, TERMS)
     return logits + tl.load(bias_ptr + c, mask=c < C, other=0.0)[None, :]
+
+
+@triton.jit
+def gates_of(logits):
+    """hardsigmoid, but below 1 wherever its slope is not 0: a gate tells its slope."""
+    z = tl.minimum((logits + 3.0) * (1.0 / 6.0), 1.0 - 2.0**-24, tl.PropagateNan.ALL)
+    return tl.where(logits <= -3.0, 0.0, tl.where(logits >= 3.0, 1.0, z))
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -80,9 +106,8 @@ def _excite_kernel(
 ):  # fmt: skip
     """Gates (N, C) from hidden values."""
     n, c = tile_of(tl.program_id(0), C, ROWS, COLUMNS)
-    z = logits_tile(values_ptr, weight_ptr, bias_ptr, n, c, N, C, hidden, TERMS) + 3.0
-    clamped = tl.where(z <= 0.0, 0.0, tl.where(z >= 6.0, 6.0, z))  # NaN stays
-    store_tile(gates_ptr, n, c, N, C, clamped * (1.0 / 6.0))
+    logits = logits_tile(values_ptr, weight_ptr, bias_ptr, n, c, N, C, hidden, TERMS)
+    store_tile(gates_ptr, n, c, N, C, gates_of(logits))
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -104,25 +129,30 @@ def _squeeze_backward_kernel(
 ):  # fmt: skip
     """Gradients of the activation's inputs, (N, hidden)."""
     n, h = tile_of(tl.program_id(0), hidden, ROWS, COLUMNS)
-    grad = product(grad_logits_ptr, C, 1, expand_ptr, hidden, 1, n, h, N, hidden, C, TERMS)
+    grad = product(grad_logits_ptr, None, C, 1, expand_ptr, hidden, 1, n, h, N, hidden, C, TERMS)
     _, slope = activate_with_slope(load_matrix(before_ptr, n, h, hidden, 1, N, hidden), ACT)
     store_tile(grad_before_ptr, n, h, N, hidden, grad * slope)
 
 
 @triton.jit
 def weight_gradient(
-    weight_ptr, bias_ptr, pid, grads_ptr, inputs_ptr, N, outputs, inputs,
+    weight_ptr, bias_ptr, pid, grads_ptr, gates_ptr, inputs_ptr, N, outputs, inputs,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of gradsᵀ (outputs, N) · inputs (N, inputs); a row's first also sums for the bias."""
+    """A tile of gradsᵀ (outputs, N) · inputs (N, inputs); a row's first also sums for the bias.
+
+    For `gates_ptr` see `product`.
+    """
     o, i = tile_of(pid, inputs, ROWS, COLUMNS)
-    grad = product(grads_ptr, 1, outputs, inputs_ptr, inputs, 1, o, i, outputs, inputs, N, TERMS)
+    grad = product(
+        grads_ptr, gates_ptr, 1, outputs, inputs_ptr, inputs, 1, o, i, outputs, inputs, N, TERMS
+    )
     store_tile(weight_ptr, o, i, outputs, inputs, grad)
     if pid % tl.cdiv(inputs, COLUMNS) == 0:
         sums = tl.zeros([ROWS, TERMS], tl.float32)
         for first in range(0, N, TERMS):
             n = first + tl.arange(0, TERMS)
-            sums += load_matrix(grads_ptr, o, n, 1, outputs, outputs, N)
+            sums += load_gradients(grads_ptr, gates_ptr, o, n, 1, outputs, outputs, N)
         tl.store(bias_ptr + o, tl.sum(sums, 1), mask=o < outputs)
 
 
@@ -138,15 +168,17 @@ def _squeeze_excite_results_kernel(
     tiles_reduce = tl.cdiv(hidden, ROWS) * tl.cdiv(C, COLUMNS)
     if pid < tiles_means:
         n, c = tile_of(pid, C, ROWS, COLUMNS)
-        grad = product(grad_before_ptr, hidden, 1, reduce_ptr, C, 1, n, c, N, C, hidden, TERMS)
+        grad = product(
+            grad_before_ptr, None, hidden, 1, reduce_ptr, C, 1, n, c, N, C, hidden, TERMS
+        )
         store_tile(grad_means_ptr, n, c, N, C, grad)
     elif pid < tiles_means + tiles_reduce:
         weight_gradient(
-            grad_reduce_ptr, grad_reduce_bias_ptr, pid - tiles_means, grad_before_ptr, means_ptr,
-            N, hidden, C, ROWS, COLUMNS, TERMS,
+            grad_reduce_ptr, grad_reduce_bias_ptr, pid - tiles_means, grad_before_ptr, None,
+            means_ptr, N, hidden, C, ROWS, COLUMNS, TERMS,
         )  # fmt: skip
     else:
         weight_gradient(
             grad_expand_ptr, grad_expand_bias_ptr, pid - tiles_means - tiles_reduce,
-            grad_logits_ptr, values_ptr, N, C, hidden, ROWS, COLUMNS, TERMS,
+            grad_logits_ptr, None, values_ptr, N, C, hidden, ROWS, COLUMNS, TERMS,
         )  # fmt: skip
