@@ -1,5 +1,6 @@
 """Measures memory: exactly on CPUs, by the caching allocator on GPUs, counted on fake tensors."""
 
+import gc
 import itertools
 import os
 import warnings
@@ -56,6 +57,7 @@ def _changes(call: Callable[[], object]) -> list[int]:
     """Allocations (positive) and releases (negative) of the CPU's allocator, in bytes, in order."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the profiler says that it forgets between cycles
+        gc.collect()  # what others left would be counted as released by `call`
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             call()
     events = profiler.profiler.kineto_results.events()
