@@ -50,6 +50,8 @@ def at_batch(call: OpCall, batch: int) -> OpCall:
             return spec
         shape = tuple(batch if side == MARK else side for side in spec.shape)
         stride = spec.strides[spec.shape.index(MARK)]
+        if stride == 0:  # a row that all images share
+            return dataclasses.replace(spec, shape=shape)
         return dataclasses.replace(
             spec, shape=shape, elements=spec.elements // MARK * batch + stride
         )
@@ -140,7 +142,7 @@ def random_tensor(spec: Spec) -> Tensor:
     tensor = spec.on("cpu")
     if not spec.dtype.is_floating_point:
         return tensor.zero_()
-    return tensor.copy_(torch.randn(spec.shape) + 1)
+    return fill(tensor, torch.randn(spec.shape) + 1)
 
 
 def outputs(op: str, arguments: tuple, keys=None) -> list[Tensor]:
@@ -161,7 +163,16 @@ def outputs(op: str, arguments: tuple, keys=None) -> list[Tensor]:
 
 
 def copied(tensor: Tensor) -> Tensor:
-    return Spec.of(tensor).on("cpu").copy_(tensor)
+    return fill(Spec.of(tensor).on("cpu"), tensor)
+
+
+def fill(tensor: Tensor, values: Tensor) -> Tensor:
+    """Copy values into a tensor; the first row alone where all images share one."""
+    if tensor.dim() > 0 and tensor.stride(0) == 0:
+        tensor[:1].copy_(values[:1])
+    else:
+        tensor.copy_(values)
+    return tensor
 
 
 def with_own_gate(grad, x, mean, invstd, weight, bias, gate, means, *rest) -> tuple:
