@@ -35,7 +35,7 @@ class SavedStatistics(NamedTuple):
 
     mean: Tensor  # (C,), as invstd
     invstd: Tensor
-    scale: Tensor | None  # (N, C) or (1, C), as shift, of a norm that is left to a fusion
+    scale: Tensor | None  # (N, C), as shift, of a norm that is left to a fusion
     shift: Tensor | None
     se_gate: Tensor | None  # (N, C), of squeeze-excite
     se_means: Tensor | None  # (N, C), from which squeeze-excite computes its gate
@@ -156,8 +156,7 @@ class _StagesRun:
                 self.maps += [x, u]
             norm = saved.mean, saved.invstd, gamma, beta
             if saved.scale is not None:
-                planes = u.shape[:2]
-                return ScaledSource(u, saved.scale.expand(planes), saved.shift.expand(planes))
+                return ScaledSource(u, saved.scale, saved.shift)
             x = norm_act(u, *norm, saved.multiplier(u.shape[1]), stage.act)
         return x
 
@@ -239,6 +238,8 @@ def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze, is_folded: bool) -> 
     if is_folded and (scale is None or kept is not None):
         samples = 1 if kept is None else len(kept)
         scale, shift = norm_factors(*statistics, gamma, beta, kept, samples)
+    if is_folded:
+        scale, shift = scale.expand(u.shape[:2]), shift.expand(u.shape[:2])
     return SavedStatistics(*statistics, scale, shift, gate, means, kept, count, group)
 
 
