@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..mbconv.stages import is_unwatched
 from ..ops.layout import Geometry, in_format
 from ..reversible import Reversible, ReversibleSequential
+from ..reversible.recompute import group_of
 from ..reversible.recompute.snapshot import parts_of
 from .body import body
 from .checks import whole
@@ -229,5 +230,4 @@ class RevBiFPN(nn.Module):
 
 def _needs_pixels(module: nn.Module) -> bool:
     """Whether `module` is a batch norm that normalises by the batch of this process."""
-    is_local = isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
-    return is_local and module.training
+    return isinstance(module, _BatchNorm) and module.training and group_of(module) is None

@@ -72,7 +72,7 @@ class _Block(torch.autograd.Function):
             xs, grad_xs = call.block.backward_step(ys, grads, step)
         if call.index > call.tape.first and call.previous is None:
             call.tape.outputs[call.index - 1] = list(xs)
-        replaced |= trace.stand_ins
+        replaced = trace.stand_ins | replaced  # what the modules had, where both replace
         used = call.parameters
         if replaced:
             used = [replaced.get(id(p), p) for p in used]

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from chains import mbconv, silos, streams
+from chains import conv, mbconv, silos, streams
 from helpers import same_bits
 from mbconvs import OPTIONS, image, make
 from steps import assert_same_bits, gradients_of
@@ -211,6 +211,46 @@ def test_nothing_is_made_twice_if_nothing_changes(monkeypatch):
 
     monkeypatch.setattr(Snapshot, "__init__", refuse)
     gradients_of(net, xs)
+
+
+def test_a_shallow_copy_with_other_parts_is_seen():
+    net, x = make(OPTIONS["all"]), image()
+    assert net._stages(x) is not None
+    twin = copy.copy(net)
+    twin._modules = {**net._modules, "project": nn.Identity()}
+    assert twin._stages(x) is None
+    assert net._stages(x) is not None
+
+
+class Remembers(nn.Conv2d):
+    """Keeps its last result, as feature extractors do."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        self.last, self.results = y, [y]
+        return y
+
+
+def test_maps_that_a_module_remembers_live_no_longer_than_it_keeps_them():
+    net = ReversibleSequential(RevBlock(Remembers(4, 4, 1), Remembers(4, 4, 1)))
+    x = torch.randn(2, 8, 6, 6)
+    for _ in range(2):  # the second call makes the snapshot of modules that remember
+        gradients_of(net, [x])
+    f = net[0].f
+    died = weakref.ref(f.last), weakref.ref(f.results[0])
+    f.last, f.results = None, None
+    gc.collect()
+    assert [ref() for ref in died] == [None, None]
+
+
+@pytest.mark.parametrize("change", [replace_a_transform, drop], ids=lambda change: change.__name__)
+def test_a_module_replaced_before_the_backward_is_refused(change):
+    net = ReversibleSequential(*(RevBlock(conv(4, 4), nn.Sequential(conv(4, 4))) for _ in range(2)))
+    net[0].f = nn.Sequential(conv(4, 4))
+    (y,) = net(torch.randn(2, 8, 6, 6))
+    change(net)
+    with pytest.raises(RuntimeError, match="RevBlock: a module inside .* was replaced after"):
+        y.sum().backward()
 
 
 def test_snapshots_are_neither_copied_nor_saved_nor_kept_alive():

@@ -165,13 +165,19 @@ def test_two_losses_on_one_forward():
     assert_same_bits(*results)
 
 
-def test_hooks_on_parameters_see_the_gradient_once():
+@pytest.mark.parametrize("make", [transform, mbconv], ids=["plain", "mbconv"])
+@pytest.mark.parametrize("is_evaluated", [False, True], ids=["", "then-eval"])
+def test_hooks_on_parameters_see_the_gradient_once(make, is_evaluated):
+    """Also if the modules' modes differ in the backward."""
     results, seen = [], []
-    for net in exact_pair(silos):
+    for net in exact_pair(silos, make=make):
         for p in net.parameters():
             p.register_hook(lambda grad: seen.append(1) or 2 * grad)
         torch.manual_seed(3)
-        loss_of(net(*streams(silos))).backward()
+        loss = loss_of(net(*streams(silos)))
+        if is_evaluated:
+            net.eval()
+        loss.backward()
         results.append(named_gradients(net) | dict(net.named_buffers()))
         assert len(seen) == len(list(net.parameters()))
         seen.clear()

@@ -147,7 +147,17 @@ class ModuleState:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[dict[int, Tensor]]:
-        """Give the modules this state again; yields what replaces each parameter, by its id."""
+        """Give the modules this state again; yields what replaces each parameter, by its id.
+
+        Raises:
+            RuntimeError: A module has been replaced since the forward.
+        """
+        if not self.snapshot.has_same_modules():
+            raise RuntimeError(
+                f"{type(self.modules[0]).__name__}: a module inside the block was replaced after "
+                "the forward, so the recompute in the backward would differ; expected the modules "
+                "of the forward until the backward has run"
+            )
         if self._is_current():
             yield {}
             return
