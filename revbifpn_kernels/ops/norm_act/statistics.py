@@ -103,6 +103,7 @@ def combine_parts(parts_ptr, elements, c, C, parts, CHANNELS: tl.constexpr, PART
 def update_running(ptr, c, mask, value, momentum):
     running = tl.load(ptr + c, mask=mask, other=0.0).to(tl.float32)
     updated = tl.fma(value, momentum, running * (1.0 - momentum))
+    tl.debug_barrier()  # a thread may store what another one has loaded
     tl.store(ptr + c, updated.to(ptr.dtype.element_ty), mask=mask)
 
 

@@ -17,6 +17,8 @@ from ..tiling import BLOCK, VECTOR_BYTES, hidden
 PROGRAMS = 132 * 8
 # Planes of at most so many tiles are not cut: a second launch, to add up chunks, takes longer.
 SHORT_PLANE = 4
+# Most chunks of a plane: one program adds up what they sum.
+MOST_CHUNKS = 64
 # Tiles per streaming program, which loads the factors of its channels once.
 MAX_TILES = 32
 # Fewest neighbours in memory that a tile holds, if the map has as many.
@@ -109,8 +111,9 @@ def _depth(blocks: int, tiles: int, results: str) -> int:
     depth = max(1, blocks * tiles // PROGRAMS)
     if results != "channel":
         depth = min(depth, MAX_TILES)
-    if results == "plane" and (blocks >= PROGRAMS or tiles <= SHORT_PLANE):
-        depth = max(depth, tiles)
+    if results == "plane":
+        is_whole = blocks >= PROGRAMS or tiles <= SHORT_PLANE
+        depth = max(depth, tiles if is_whole else triton.cdiv(tiles, MOST_CHUNKS))
     return depth
 
 

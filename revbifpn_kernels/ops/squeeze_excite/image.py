@@ -17,6 +17,8 @@ SMALL_BYTES, MOST_HIDDEN = 256 * 1024, 128
 # Weights that a program loads at once. With 2048 the kernels need up to 40 more registers than what
 # goes over the maps does alone, on sm_90 (Triton 3.7.0).
 TILE = 1024
+# Chunks and channels whose parts a program loads at once.
+CHUNKS, COLUMNS = tl.constexpr(32), tl.constexpr(32)
 
 
 def is_small(reduce_weight: Tensor) -> bool:
@@ -32,20 +34,20 @@ def image_constants(reduce_weight: Tensor) -> dict[str, int]:
 
 
 @triton.jit
-def add_chunks(
-    sums_ptr, parts_ptr, n, N, C, chunks, ROWS: tl.constexpr, TERMS: tl.constexpr
-):  # fmt: skip
+def add_chunks(sums_ptr, parts_ptr, n, N, C, chunks, ROWS: tl.constexpr):
     """Image n of sums (ROWS, N, C) from parts (chunks, ROWS, N, C)."""
     size = N.to(tl.int64) * C
+    chunk = tl.arange(0, CHUNKS)[:, None]
     for row in tl.static_range(ROWS):
-        for first in range(0, C, TERMS):
-            c = first + tl.arange(0, TERMS)
+        for first in range(0, C, COLUMNS):
+            c = first + tl.arange(0, COLUMNS)[None, :]
             offset = (row * N + n) * C + c
-            total = tl.zeros([TERMS], tl.float32)
-            for chunk in range(chunks):
-                ptr = parts_ptr + chunk * (ROWS * size) + offset
-                total += tl.load(ptr, mask=c < C, other=0.0, cache_modifier=".cg")
-            tl.store(sums_ptr + offset, total, mask=c < C)
+            totals = tl.zeros([CHUNKS, COLUMNS], tl.float32)
+            for begin in range(0, chunks, CHUNKS):
+                ptr = parts_ptr + (begin + chunk).to(tl.int64) * (ROWS * size) + offset
+                mask = (c < C) & (begin + chunk < chunks)
+                totals += tl.load(ptr, mask=mask, other=0.0, cache_modifier=".cg")
+            tl.store(sums_ptr + offset, tl.sum(totals, 0, keep_dims=True), mask=c < C)
     tl.debug_barrier()
 
 

@@ -71,7 +71,7 @@ def _norm_act_excite_sums_kernel(
         n_first = group.to(tl.int64) * images
         for n in range(n_first, tl.minimum(n_first + images, N)):
             if parts_ptr is not None:
-                add_chunks(sums_ptr, parts_ptr, n, N, C, chunks, 5, TERMS)
+                add_chunks(sums_ptr, parts_ptr, n, N, C, chunks, 5)
             gradient_of_image(
                 grad_means_ptr, values_ptr, grad_before_ptr, sums_ptr + 4 * N.to(tl.int64) * C,
                 gate_ptr, means_ptr, reduce_ptr, reduce_bias_ptr, expand_ptr,

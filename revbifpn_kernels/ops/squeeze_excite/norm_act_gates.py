@@ -41,7 +41,7 @@ def _norm_act_gates_kernel(
         n_first = group.to(tl.int64) * images
         for n in range(n_first, tl.minimum(n_first + images, N)):
             if parts_ptr is not None:
-                add_chunks(means_ptr, parts_ptr, n, N, C, chunks, 1, TERMS)
+                add_chunks(means_ptr, parts_ptr, n, N, C, chunks, 1)
             gates_of_image(
                 gates_ptr, means_ptr, reduce_ptr, reduce_bias_ptr, expand_ptr, expand_bias_ptr,
                 n, C, hidden, SQUEEZE_ACT, HIDDEN, TERMS,
