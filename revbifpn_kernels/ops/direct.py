@@ -202,7 +202,7 @@ def _split(
 def direct_op(op: str, on_gpu: Callable) -> Callable:
     """A function that calls an op whose arguments are tensors, None and options.
 
-    The first call on tensors of new kinds goes by the dispatcher, whose kernel checks them.
+    Calls on tensors unlike all earlier ones go by the dispatcher, whose kernel checks them.
     """
     kernel = _overload(op)
     if _written(kernel):
@@ -216,7 +216,7 @@ def direct_op(op: str, on_gpu: Callable) -> Callable:
         try:
             key = op, arguments[0].numel(), is_grad_enabled(), options_of(arguments)
             entries = known.get(key, ())
-        except (AttributeError, IndexError, TypeError):  # as above
+        except (AttributeError, IndexError, TypeError):  # which the dispatcher refuses
             return kernel(*arguments)
         for fits, run, pick, absent in entries:
             tensors = pick(arguments)

@@ -28,7 +28,7 @@ _ALLOCATIONS = {
 }  # fmt: skip
 _NEW_COUNTERS = _aten.zeros.default  # of last_program.py
 SPACING = 128  # bytes; scratch tensors start at multiples of a cache line
-_COUNTERS = 0  # its place in the list of pointers, before those of the given tensors
+_COUNTERS = 0  # their place in the list of pointers; those of the given tensors follow
 _empty_like = torch.empty_like
 
 
@@ -127,12 +127,8 @@ class Recorded:
     def _call(self, tensors: Sequence[Tensor], bits: int, active: Any, current: Any) -> Any:
         """Call the implementation; record it if that is possible and has not been done."""
         is_elsewhere = self.device.index not in (None, current)
-        if (
-            bits % ALIGNMENT
-            or has_launch_hooks()
-            or is_elsewhere
-            or (self.refused == (active, current))
-        ):
+        is_refused = is_elsewhere or self.refused == (active, current)
+        if is_refused or bits % ALIGNMENT or has_launch_hooks():
             return self.implementation(*self.given(tensors))
         recorder = _Recorder(tensors)
         with listed_launches() as listed, recorder:
