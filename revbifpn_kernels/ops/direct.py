@@ -214,7 +214,8 @@ def direct_op(op: str, on_gpu: Callable) -> Callable:
         if _is_watched():
             return kernel(*arguments)
         try:
-            key = op, arguments[0].numel(), is_grad_enabled(), options_of(arguments)
+            first, grad = arguments[0].numel(), is_grad_enabled()
+            key = op, first, grad, options_of(arguments), len(arguments)
             entries = known.get(key, ())
         except (AttributeError, IndexError, TypeError):  # which the dispatcher refuses
             return kernel(*arguments)

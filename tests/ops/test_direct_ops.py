@@ -227,6 +227,7 @@ def test_an_op_of_none_and_options_refuses_what_it_always_refused(runs):
         norm_act(x, *factors, None, "silu")
     for wrong in ((x, *factors, None, "tanh"), (3, *factors, None, "silu"), (x,), (),
                   (x, *factors, x[0], "silu"), (x, *factors, "silu", None),
+                  (x, *factors, None, "silu", 1),
                   (x, factors[0][:2], *factors[1:], None, "silu")):  # fmt: skip
         for _ in range(2):
             with pytest.raises((RuntimeError, TypeError, ValueError)):
