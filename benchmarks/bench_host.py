@@ -20,6 +20,11 @@ import revbifpn_kernels as ours
 from revbifpn_kernels import create_model
 from revbifpn_kernels.ops.norm_act.factors import norm_factors
 from revbifpn_kernels.ops.norm_act.forward import norm_act
+from revbifpn_kernels.ops.norm_act.gradient import norm_act_grad
+from revbifpn_kernels.ops.norm_act.statistics import batch_norm_factors, batch_statistics
+from revbifpn_kernels.ops.squeeze_excite.gates import squeeze_excite_gates
+from revbifpn_kernels.ops.squeeze_excite.norm_act_excite_grad import norm_act_excite_grad
+from revbifpn_kernels.ops.squeeze_excite.norm_act_gates import norm_act_gates
 
 from .lib import host, record, tables, timing, workloads
 from .lib.clocks import WARM_UPS, Call, CpuClock
@@ -50,22 +55,26 @@ def op_calls() -> dict[str, Call]:
     channels, hidden = x.shape[1], 12
     mean, invstd, weight, bias = (torch.rand(channels) for _ in range(4))
     norm, gate = (x, mean, invstd, weight, bias), torch.rand(1, channels)
+    means = torch.rand(1, channels)
     squeeze = [torch.randn(hidden, channels, 1, 1), torch.randn(hidden),
                torch.randn(channels, hidden, 1, 1), torch.randn(channels)]  # fmt: skip
     running, batches = (mean.clone(), invstd.clone()), torch.zeros((), dtype=torch.int64)
-    acts, op = ("hardswish", "hardswish"), torch.ops.revbifpn
+    update = 1e-3, *running, batches, 0.1
+    acts = "hardswish", "hardswish"
     return {
         "resample_add": lambda: ours.resample_add(x, sources),
         "resample_undo": lambda: ours.resample_undo(x, grad, sources),
         "resample_adjoint": lambda: ours.resample_adjoint(grad, inputs.sizes),
         "norm_act": lambda: norm_act(*norm, gate, acts[0]),
-        "norm_act_means": lambda: op.norm_act_means(*norm, acts[0]),
+        "norm_act_means": lambda: torch.ops.revbifpn.norm_act_means(*norm, acts[0]),
         "norm_factors": lambda: norm_factors(*norm[1:], None, 1),
-        "batch_statistics": lambda: op.batch_statistics(x, 1e-3, *running, batches, 0.1),
-        "norm_act_grad": lambda: op.norm_act_grad(grad, *norm, None, None, None, acts[0], True),
-        "squeeze_excite_gates": lambda: op.squeeze_excite_gates(gate, *squeeze, acts[0]),
-        "norm_act_excite_grad": lambda: op.norm_act_excite_grad(
-            grad, *norm, gate, gate, *squeeze, *acts, True
+        "batch_statistics": lambda: batch_statistics(x, *update),
+        "batch_norm_factors": lambda: batch_norm_factors(x, weight, bias, *update),
+        "norm_act_gates": lambda: norm_act_gates(*norm, *squeeze, *acts),
+        "norm_act_grad": lambda: norm_act_grad(grad, *norm, None, None, None, acts[0], True),
+        "squeeze_excite_gates": lambda: squeeze_excite_gates(gate, *squeeze, acts[0]),
+        "norm_act_excite_grad": lambda: norm_act_excite_grad(
+            grad, *norm, gate, means, *squeeze, *acts, True
         ),
     }
 

@@ -20,14 +20,16 @@ from ..ops.layout import is_channels_last
 from ..ops.norm_act.arguments import ACTIVATIONS
 from ..ops.norm_act.factors import norm_factors
 from ..ops.norm_act.forward import norm_act, norm_act_reference
+from ..ops.norm_act.gradient import norm_act_grad
+from ..ops.norm_act.statistics import batch_norm_factors, batch_statistics
 from ..ops.resample.folded_norm import ScaledSource, Source
+from ..ops.squeeze_excite.norm_act_excite_grad import norm_act_excite_grad
+from ..ops.squeeze_excite.norm_act_gates import norm_act_gates
 from ..reversible import Pullback, recompute
 from .convolutions import convolve, convolve_backward
 from .drop_path import drop_factors
 from .stages import Stage, is_autocast
 from .synchronised import shared_gradients, shared_statistics
-
-_ops = torch.ops.revbifpn
 
 
 class SavedStatistics(NamedTuple):
@@ -224,15 +226,15 @@ def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze, is_folded: bool) -> 
             )
         options = norm.eps, mean, var, buffers["num_batches_tracked"], norm.momentum
         if is_folded:
-            *statistics, scale, shift = _ops.batch_norm_factors(u, gamma, beta, *options)
+            *statistics, scale, shift = batch_norm_factors(u, gamma, beta, *options)
         else:
-            statistics = _ops.batch_statistics(u, *options)
+            statistics = batch_statistics(u, *options)
     else:
         # Copied: the backward needs this mean, and the buffer may be updated before it runs.
         statistics = mean.clone(), (var + norm.eps).rsqrt()
     if stage.squeeze is not None:
         acts = stage.act, stage.squeeze_act
-        gate, means = _ops.norm_act_gates(u, *statistics, gamma, beta, *squeeze, *acts)
+        gate, means = norm_act_gates(u, *statistics, gamma, beta, *squeeze, *acts)
     elif stage.drop_path > 0:
         kept = drop_factors(stage.drop_path, u.shape[0], statistics[0])
     if is_folded and (scale is None or kept is not None):
@@ -302,11 +304,11 @@ def _stage_backward(
             grad, u, norm, gates, (*means, *squeeze), acts, saved.count, saved.group
         )
     elif stage.squeeze is None:
-        grad_u, *norm_grads = _ops.norm_act_grad(
+        grad_u, *norm_grads = norm_act_grad(
             grad, u, *norm, gates, None, None, stage.act, stage.is_batch
         )
     else:
-        grad_u, *norm_grads = _ops.norm_act_excite_grad(
+        grad_u, *norm_grads = norm_act_excite_grad(
             grad, u, *norm, gates, saved.se_means, *squeeze, *acts, stage.is_batch
         )
     grad_x, grad_weight = convolve_backward(stage.conv, grad_u, x, weight, needs)

@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..ops.norm_act.sums import OF_GATES
+from ..ops.norm_act.forward import norm_act
+from ..ops.norm_act.gradient import norm_act_input_grad
+from ..ops.norm_act.statistics import batch_statistics
+from ..ops.norm_act.sums import OF_GATES, norm_act_sums
+from ..ops.squeeze_excite.gates import squeeze_excite_gates_backward
 from ..reversible import recompute
 from .modules import BatchNorm2d
-
-_ops = torch.ops.revbifpn
 
 
 class SharedStatistics(NamedTuple):
@@ -84,7 +86,7 @@ class _Normalise(torch.autograd.Function):
     def forward(ctx, x, weight, bias, statistics: SharedStatistics, group):
         ctx.save_for_backward(x, weight, bias)
         ctx.statistics, ctx.group = statistics, group
-        return _ops.norm_act(x, *statistics[:2], weight, bias, None, "identity")
+        return norm_act(x, *statistics[:2], weight, bias, None, "identity")
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -101,7 +103,7 @@ class _Normalise(torch.autograd.Function):
 def shared_statistics(x: Tensor, norm: nn.BatchNorm2d, group) -> SharedStatistics:
     """The statistics over the processes of `group`; updates the running ones as PyTorch does."""
     batches, momentum = norm._buffers["num_batches_tracked"], norm.momentum
-    mean, invstd = _ops.batch_statistics(x, 0.0, None, None, batches, 0.0)
+    mean, invstd = batch_statistics(x, 0.0, None, None, batches, 0.0)
     C, count = len(mean), x.numel() // x.shape[1]
     # A row per process, zeros but for its own: any backend adds them up.
     rows = mean.new_zeros(dist.get_world_size(group), 2 * C + 1, dtype=torch.float64)
@@ -145,12 +147,10 @@ def shared_gradients(
         count: Values per channel over all processes, ().
     """
     act, squeeze_act = acts
-    sums = _ops.norm_act_sums(grad, x, *norm, act, bool(squeeze))
+    sums = norm_act_sums(grad, x, *norm, act, bool(squeeze))
     grad_means, grads = None, []
     if squeeze:
-        grad_means, *grads = _ops.squeeze_excite_gates_backward(
-            sums[OF_GATES], *squeeze, squeeze_act
-        )
+        grad_means, *grads = squeeze_excite_gates_backward(sums[OF_GATES], *squeeze, squeeze_act)
     totals = sums[:2] if gate is None else sums[:2] * gate
     if grad_means is not None:
         totals = totals + sums[2:4] * (grad_means / x[0, 0].numel())
@@ -158,5 +158,5 @@ def shared_gradients(
     dweight = along_x * norm[1]
     shared = torch.stack([dweight, dbias])
     dist.all_reduce(shared, group=group)
-    dx = _ops.norm_act_input_grad(grad, x, *norm, gate, grad_means, *(shared / count), act)
+    dx = norm_act_input_grad(grad, x, *norm, gate, grad_means, *(shared / count), act)
     return dx, dweight, dbias, *grads

@@ -35,20 +35,6 @@ def specialised_on(values: Iterable[Any]) -> list:
     return key
 
 
-def places_of_tensors(values: Iterable[Any]) -> dict[int, int | slice]:
-    """For each value that holds tensors which of them all it is, or which slice if it is a list."""
-    places: dict[int, int | slice] = {}
-    count = 0
-    for place, value in enumerate(values):
-        if isinstance(value, Tensor):
-            places[place] = count
-            count += 1
-        elif isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
-            places[place] = slice(count, count + len(value))
-            count += len(value)
-    return places
-
-
 def has_launch_hooks() -> bool:
     """Whether a profiler listens to launches by Triton's hooks."""
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook

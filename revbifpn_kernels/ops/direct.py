@@ -4,16 +4,19 @@ An op is called directly only where the dispatcher would do nothing else than ru
 plain tensors, where no gradient is wanted and no mode, transform, tracer or profiler is active.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._C import DispatchKey, DispatchKeySet, _is_torch_function_mode_enabled
 from torch.autograd import _profiler_enabled, forward_ad
+from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
-from .compiled import places_of_tensors
+from .library import library
+from .recorded import Recorded, picker
 
 try:  # how torch.compile checks that its compiled code fits; a private interface
     from torch._C._dynamo.guards import TensorGuards
@@ -47,7 +50,7 @@ def _holds_only(keys: DispatchKeySet, allowed: DispatchKeySet) -> bool:
 
 def _is_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether the dispatcher would only find the kernel of the tensors' device."""
-    wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    wants_grad = is_grad_enabled() and any(t.requires_grad for t in tensors)
     return (
         not wants_grad
         and _holds_only(torch._C._dispatch_tls_local_include_set(), _PLAIN_THREAD)
@@ -55,9 +58,9 @@ def _is_plain(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def is_on_cpu(tensor: Tensor) -> bool:
-    """Whether a C++ kernel computes for it."""
-    return tensor.is_cpu
+def is_on_cpu(device: torch.device) -> bool:
+    """Whether a C++ kernel computes there."""
+    return device.type == "cpu"
 
 
 def _is_watched() -> bool:
@@ -70,15 +73,81 @@ def _is_watched() -> bool:
     )
 
 
-class DirectCalls:
-    """Runs an op on tensors like those of earlier calls, whose arguments it has checked.
+def _places_of_tensors(values: Iterable[Any]) -> dict[int, int | slice]:
+    """For each value that holds tensors which of them all it is, or which slice if it is a list."""
+    places: dict[int, int | slice] = {}
+    count = 0
+    for place, value in enumerate(values):
+        if isinstance(value, Tensor):
+            places[place] = count
+            count += 1
+        elif isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
+            places[place] = slice(count, count + len(value))
+            count += len(value)
+    return places
 
-    `prepare` takes an op's arguments on a GPU. It returns a function of all their tensors, which is
-    then called with others of the same devices, dtypes, sizes and strides.
+
+def _overload(op: str) -> torch._ops.OpOverload:
+    return getattr(torch.ops.revbifpn, op).default
+
+
+def _written(kernel: torch._ops.OpOverload) -> list[int]:
+    """The places of the arguments that an op writes to."""
+    arguments = kernel._schema.arguments
+    return [k for k, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
+
+
+def _runner(op: str, on_gpu: Callable, arguments: tuple, device: torch.device) -> Callable:
+    """What runs an op's kernel with these arguments, but with other tensors, and no dispatcher."""
+    places = _places_of_tensors(arguments)
+    frame = [None if place in places else value for place, value in enumerate(arguments)]
+    kernel = _overload(op)
+    written = [places[place] for place in _written(kernel) if place in places]
+
+    def given(tensors: tuple) -> list:
+        others = frame.copy()
+        for place, which in places.items():
+            others[place] = tensors[which]
+        return others
+
+    def on_cpu(tensors: tuple) -> Any:
+        return kernel.redispatch(_CPU, *given(tensors))
+
+    run = on_cpu if is_on_cpu(device) else Recorded(on_gpu, given, device)
+
+    def run_and_count(tensors: tuple) -> Any:
+        results = run(tensors)
+        increment_version([tensors[which] for which in written])
+        return results
+
+    return run_and_count if written else run
+
+
+def _add(
+    key: tuple, op: str, on_gpu: Callable, arguments: tuple, tensors: Sequence[Tensor], *more: Any
+) -> None:
+    """Prepare for calls like this one, if they may go around the dispatcher."""
+    if TensorGuards is None or _is_watched() or not tensors or not _is_plain(tensors):
+        return
+    sides, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    guard = TensorGuards(*tensors, dynamic_dims_sizes=sides, dynamic_dims_strides=strides)
+    if not guard.check(*tensors):  # as where a tensor is given twice
+        return
+    if len(known) >= MOST:
+        known.clear()
+    run = _runner(op, on_gpu, arguments, tensors[0].device)
+    known.setdefault(key, []).append((guard.check, run, *more))
+
+
+class DirectCalls:
+    """Runs an op on lists of tensors like those of earlier calls, whose arguments it has checked.
+
+    On a GPU by `on_gpu`, the op's implementation there. Tensors are like earlier ones if devices,
+    dtypes, sizes and strides are the same.
     """
 
-    def __init__(self, op: str, prepare: Callable[..., Callable[[tuple], Any]]) -> None:
-        self.op, self.prepare = op, prepare
+    def __init__(self, op: str, on_gpu: Callable) -> None:
+        self.op, self.on_gpu = op, on_gpu
 
     def __call__(
         self,
@@ -97,58 +166,81 @@ class DirectCalls:
         try:
             key, tensors = _split(self.op, options, maps, sources, scales, shifts)
             entries = known.get(key, ())
-        except TypeError:  # no lists, or options that cannot be hashed
+        except (AttributeError, TypeError):  # no tensors or lists; options that cannot be hashed
             return NotImplemented
         for fits, run in entries:
             if fits(*tensors):
                 return run(tensors)
         return NotImplemented
 
-    def add(
-        self, arguments: tuple, options: tuple, maps: tuple, sources=(), scales=None, shifts=None
-    ) -> None:
-        """Prepare for calls like this one, if they may go around the dispatcher.
+    def add(self, arguments: tuple, options: tuple, *tensors: Any) -> None:
+        """Prepare for calls like this one, whose arguments have been checked.
 
         `arguments` are all of the op's; the others are as in a call.
         """
-        if TensorGuards is None or _is_watched():
+        if _is_watched():
             return
         try:
-            key, tensors = _split(self.op, options, maps, sources, scales, shifts)
+            key, tensors = _split(self.op, options, *tensors)
             hash(key)
-        except TypeError:  # such as a list of lists
+        except (AttributeError, TypeError):  # such as a list of lists
             return
-        if not _is_plain(tensors):
-            return
-        sides, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-        guard = TensorGuards(*tensors, dynamic_dims_sizes=sides, dynamic_dims_strides=strides)
-        if not guard.check(*tensors):  # as where a tensor is given twice
-            return
-        if len(known) >= MOST:
-            known.clear()
-        run = _of_cpu(self.op, arguments) if is_on_cpu(tensors[0]) else self.prepare(*arguments)
-        known.setdefault(key, []).append((guard.check, run))
+        _add(key, self.op, self.on_gpu, arguments, tensors)
 
 
-def _split(op: str, options: tuple, maps: tuple, sources, scales, shifts) -> tuple[tuple, tuple]:
+def _split(
+    op: str, options: tuple, maps: tuple, sources=(), scales=None, shifts=None
+) -> tuple[tuple, tuple]:
     """What calls have in common that differ in nothing but tensors, and the tensors."""
-    grad = torch.is_grad_enabled()
+    first, grad = maps[0].numel(), is_grad_enabled()
     if scales is shifts is None:
-        return (op, grad, options, len(sources)), (*maps, *sources)
+        return (op, first, grad, options, len(sources)), (*maps, *sources)
     counts = len(sources), len(scales), len(shifts)
-    return (op, grad, options, counts), (*maps, *sources, *scales, *shifts)
+    return (op, first, grad, options, counts), (*maps, *sources, *scales, *shifts)
 
 
-def _of_cpu(op: str, arguments: tuple) -> Callable[[tuple], Any]:
-    """The C++ kernel of an op, for other tensors in the places of those among the arguments."""
-    kernel = getattr(torch.ops.revbifpn, op).default.redispatch
-    places = list(places_of_tensors(arguments).items())
-    frame = [None if place in dict(places) else value for place, value in enumerate(arguments)]
+def direct_op(op: str, on_gpu: Callable) -> Callable:
+    """A function that calls an op whose arguments are tensors, None and options.
 
-    def run(tensors: tuple) -> Any:
-        given = frame.copy()
-        for place, which in places:
-            given[place] = tensors[which]
-        return kernel(_CPU, *given)
+    Calls on tensors unlike all earlier ones go by the dispatcher, whose kernel checks them.
+    """
+    kernel = _overload(op)
+    if _written(kernel):
+        library.impl(op, functools.partial(_run_and_count, kernel), "ADInplaceOrView")
+    kinds = [str(argument.type) for argument in kernel._schema.arguments]
+    options_of = picker([k for k, kind in enumerate(kinds) if "Tensor" not in kind])
 
-    return run
+    def call(*arguments: Any) -> Any:
+        if _is_watched():
+            return kernel(*arguments)
+        try:
+            first, grad = arguments[0].numel(), is_grad_enabled()
+            key = op, first, grad, options_of(arguments), len(arguments)
+            entries = known.get(key, ())
+        except (AttributeError, IndexError, TypeError):  # which the dispatcher refuses
+            return kernel(*arguments)
+        for fits, run, pick, absent in entries:
+            tensors = pick(arguments)
+            if fits(*tensors):
+                for place in absent:
+                    if arguments[place] is not None:
+                        break
+                else:
+                    return run(tensors)
+        results = kernel(*arguments)
+        present = [k for k, value in enumerate(arguments) if isinstance(value, Tensor)]
+        absent = [k for k, value in enumerate(arguments) if value is None]
+        pick = picker(present)
+        _add(key, op, on_gpu, arguments, pick(arguments), pick, absent)
+        return results
+
+    return call
+
+
+def _run_and_count(kernel: torch._ops.OpOverload, *arguments: Any) -> Any:
+    """Run an op that writes to arguments, and count that in their versions."""
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        results = kernel(*arguments)
+    written = (arguments[place] for place in _written(kernel))
+    increment_version([tensor for tensor in written if tensor is not None])
+    return results

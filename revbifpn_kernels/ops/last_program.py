@@ -14,18 +14,19 @@ FEWEST_COUNTERS = 4096
 _kept: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def counters(device: torch.device, groups: int) -> Tensor:
+def counters(device: torch.device, groups: int, stream: int | None = None) -> Tensor:
     """A zero, int32, for each group of programs of the next launch on the current stream.
 
-    A CUDA graph gets its own, because it may run on several streams.
+    A CUDA graph gets its own, because it may run on several streams. `stream` is the current one's
+    address, if it is known.
     """
-    stream = 0
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return torch.zeros(groups, dtype=torch.int32, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream
+        if stream is None:
+            stream = torch.cuda.current_stream(device).cuda_stream
     kept = _kept.get((device, stream))
-    if kept is None or len(kept) < groups:
+    if kept is None or kept.numel() < groups:
         size = max(FEWEST_COUNTERS, triton.next_power_of_2(groups))
         kept = _kept[device, stream] = torch.zeros(size, dtype=torch.int32, device=device)
     return kept

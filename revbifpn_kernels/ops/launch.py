@@ -1,25 +1,42 @@
 """A kernel launch as an object: planned once per geometry, run often, or compiled for any GPU."""
 
+import contextlib
 import functools
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from .compiled import (
-    ALIGNMENT,
-    STREAM,
     Compiled,
     has_launch_hooks,
-    places_of_tensors,
     specialised_on,
 )
+
+
+class _Listening(threading.local):
+    def __init__(self) -> None:
+        self.lists: list[list] = []
+
+
+_listening = _Listening()
+
+
+@contextlib.contextmanager
+def listed_launches() -> Iterator[list[tuple[Compiled | None, dict[str, Any]]]]:
+    """Lists the launches of this thread: their kernels, as from `Compiled.of`, and operands."""
+    listed: list[tuple[Compiled | None, dict[str, Any]]] = []
+    _listening.lists.append(listed)
+    try:
+        yield listed
+    finally:
+        _listening.lists.pop()
 
 
 @functools.cache
@@ -53,8 +70,14 @@ class Launch:
         threads = self.threads or self.constants["BLOCK"]
         return {"num_warps": threads // warp_size, "enable_fp_fusion": False}
 
-    def run(self, device: torch.device, operands: dict[str, Any]) -> Compiled | None:
-        """Enqueue the kernel on `device`'s current stream; return it if it need not be compiled."""
+    def run(self, device: torch.device, operands: dict[str, Any]) -> None:
+        """Enqueue the kernel on `device`'s current stream."""
+        compiled = self._run(device, operands)
+        for listed in _listening.lists:
+            listed.append((compiled, operands))
+
+    def _run(self, device: torch.device, operands: dict[str, Any]) -> Compiled | None:
+        """The kernel that was enqueued, if it can be without Triton's Python."""
         if 0 in self.grid:
             return None
         if not isinstance(self.kernel, JITFunction):  # interpreted
@@ -64,7 +87,7 @@ class Launch:
         current = active.get_current_device()
         if device.type == "cuda" and device.index != current:
             with torch.cuda.device(device):
-                return self.run(device, operands)
+                return self._run(device, operands)
         key = (active, current, *operands, *specialised_on(operands.values()))
         compiled = self.compiled.get(key)
         if compiled is not None and not has_launch_hooks():
@@ -118,44 +141,3 @@ def run_all(planned: Iterable[tuple[Launch, dict[str, Any]]], device: torch.devi
     """Enqueue launches with their operands one after the other."""
     for launch, operands in planned:
         launch.run(device, operands)
-
-
-class Repeated:
-    """A launch on operands that differ from `like` in nothing but the memory of their tensors."""
-
-    def __init__(self, launch: Launch, like: dict[str, Any], device: torch.device) -> None:
-        self.launch, self.device = launch, device
-        places = places_of_tensors(like.values())
-        self.tensors = {name: places[k] for k, name in enumerate(like) if k in places}
-        self.others = {name: value for name, value in like.items() if name not in self.tensors}
-        self.driver = self.current = None
-
-    def run(self, tensors: tuple[Tensor, ...]) -> None:
-        """Enqueue the kernel; `tensors` are those of all operands, in `like`'s order."""
-        pointers = tuple([tensor.data_ptr() for tensor in tensors])
-        bits = 0
-        for pointer in pointers:
-            bits |= pointer
-        active = driver.active
-        current = active.get_current_device()
-        is_ready = active is self.driver and current == self.current and bits % ALIGNMENT == 0
-        if not is_ready or has_launch_hooks():
-            self._run_any(tensors, bits, active, current)
-            return
-        frame = self.frame.copy()
-        frame[STREAM] = active.get_current_stream(current)
-        for place, which in self.places:
-            frame[place] = pointers[which]
-        self.launcher(*frame)
-
-    def _run_any(self, tensors: tuple[Tensor, ...], bits: int, active: Any, current: Any) -> None:
-        """Enqueue the kernel for any tensors; keep the one that was compiled for aligned ones."""
-        operands = {name: tensors[which] for name, which in self.tensors.items()}
-        compiled = self.launch.run(self.device, operands | self.others)
-        if compiled is None or bits % ALIGNMENT or self.device.index not in (None, current):
-            return
-        self.frame, self.launcher = compiled.frame.copy(), compiled.launcher
-        for name, value in self.others.items():
-            self.frame[compiled.places[name]] = value
-        self.places = [(compiled.places[name], which) for name, which in self.tensors.items()]
-        self.driver, self.current = active, current

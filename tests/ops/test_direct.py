@@ -1,22 +1,15 @@
-"""Which calls go around the dispatcher, and that they do what the op does."""
+"""Which calls go around the dispatcher."""
 
 import pytest
 import torch
-from helpers import needs_emulation, same_bits
-from launchers import recorded_launches
-from operators import Operators
+from helpers import same_bits
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
-from revbifpn_kernels import resample_add, resample_adjoint, resample_undo
+from revbifpn_kernels import resample_add
 from revbifpn_kernels.ops.direct import DirectCalls
-from revbifpn_kernels.ops.norm_act.factors import norm_factors
-from revbifpn_kernels.ops.norm_act.forward import norm_act
-
-SIDES = [(4, 4), (2, 2)]
 
 
 def maps(side=8, channels=3):
@@ -25,37 +18,6 @@ def maps(side=8, channels=3):
 
 def fused(channels=3):
     return maps(8, channels), [maps(4, channels), maps(2, channels)]
-
-
-def sliced(channels):
-    return maps(8, 2 * channels)[:, :channels], [maps(4, channels)]
-
-
-def undone(channels):
-    x, sources = fused(channels)
-    return x, torch.randn_like(x), sources
-
-
-def normed(channels):
-    factors = (torch.rand(channels) for _ in range(4))
-    return maps(8, channels), *factors, torch.rand(2, channels)
-
-
-# A function of tensors alone, and some for a number of channels.
-CALLS = {
-    "resample_add": (lambda x, sources: resample_add(x, sources, alpha=0.5), fused),
-    "resample_add of a slice": (resample_add, sliced),
-    "resample_undo": (resample_undo, undone),
-    "resample_adjoint": (
-        lambda grad: resample_adjoint(grad, SIDES),
-        lambda channels: (maps(8, channels),),
-    ),
-    "norm_act": (lambda *given: norm_act(*given, "silu"), normed),
-    "norm_factors": (
-        lambda *given: norm_factors(*given, None, 2),
-        lambda channels: normed(channels)[1:5],
-    ),
-}
 
 
 @pytest.fixture
@@ -70,50 +32,6 @@ def direct(monkeypatch):
 
     monkeypatch.setattr(DirectCalls, "__call__", listed)
     return attempts
-
-
-@pytest.mark.parametrize("op", CALLS)
-def test_calls_like_an_earlier_one_are_direct_and_give_its_bits(op, direct):
-    function, inputs = CALLS[op]
-    given = inputs(channels=4)
-    with Operators() as operators:  # which is why this one is not direct
-        wanted = function(*given)
-    assert any(name == op.split()[0] for name, *_ in operators.calls)
-    for _ in range(3):
-        assert same_bits(function(*given), wanted)
-    assert direct == [False, False, True, True]
-
-
-class OnGpu(TorchDispatchMode):
-    """Ops of ours run their GPU's kernels."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        on_gpu = function.namespace == "revbifpn"
-        keys = (torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA),) if on_gpu else ()
-        call = function.redispatch if on_gpu else function
-        return call(*keys, *args, **(kwargs or {}))
-
-
-@needs_emulation
-@pytest.mark.parametrize("op", CALLS)
-def test_on_a_gpu_they_launch_what_the_op_launches(op, direct, monkeypatch):
-    function, inputs = CALLS[op]
-    given = inputs(channels=7)
-
-    def named_call():
-        """What the launcher was given, results by their order instead of their addresses."""
-        results = tree_leaves(function(*given))
-        names = {result.data_ptr(): f"result {k}" for k, result in enumerate(results)}
-        return tree_map(lambda value: names.get(value, value), launches[-1])
-
-    with recorded_launches() as launches:
-        with OnGpu():
-            by_op = named_call()
-        monkeypatch.setattr("revbifpn_kernels.ops.direct.is_on_cpu", lambda tensor: False)
-        function(*given)
-        # The first direct call looks the kernel up, the second knows it.
-        assert [named_call(), named_call()] == [by_op] * 2
-    assert direct == [False, False, True, True] and len(launches) == 3
 
 
 def once_direct(direct):

@@ -13,7 +13,6 @@ from triton import knobs
 
 from benchmarks.lib.ptx import emulated_gpu
 from revbifpn_kernels.ops import compiled
-from revbifpn_kernels.ops.launch import Repeated
 from revbifpn_kernels.ops.resample.add import plan_resample_add, resample_add_reference
 
 pytestmark = needs_emulation
@@ -26,10 +25,6 @@ def planned(dtype=torch.float32, offset=0):
     sources = [torch.randn(2, 3, 4, 4).to(dtype), torch.randn(2, 3, 2, 2).to(dtype)]
     launch, operands = plan_resample_add(torch.empty_like(x), x, sources, [], [], *OPTIONS)
     return dataclasses.replace(launch), operands  # none that was compiled before
-
-
-def tensors_of(operands):
-    return operands["y_ptr"], operands["x_ptr"], *operands["source_ptrs"]
 
 
 def is_right(operands):
@@ -57,16 +52,13 @@ def calls_of_triton(launch):
 
 def test_the_launcher_gets_what_triton_gives_it():
     launch, operands = planned()
-    repeated = Repeated(launch, operands, torch.device("cpu"))
     with recorded_launches() as launches, calls_of_triton(launch) as by_triton:
         launch.run_by_triton(operands)
         by_triton.clear()
         for _ in range(2):
             launch.run(torch.device("cpu"), operands)
-        for _ in range(2):
-            repeated.run(tensors_of(operands))
     assert len(by_triton) == 1
-    assert launches == launches[:1] * 5
+    assert launches == launches[:1] * 3
 
 
 def test_it_is_compiled_anew_for_other_alignments_and_dtypes():
@@ -86,27 +78,13 @@ def test_it_is_compiled_anew_for_other_alignments_and_dtypes():
             assert is_right(as_dtype)
 
 
-def test_a_repeated_launch_takes_tensors_of_any_alignment():
-    launch, aligned = planned()
-    repeated = Repeated(launch, aligned, torch.device("cpu"))
-    unaligned = planned(offset=1)[1]
-    with recorded_launches() as launches:
-        for operands in (unaligned, aligned, aligned, unaligned, aligned):
-            launch.run_by_triton(operands)
-            repeated.run(tensors_of(operands))
-    assert launches[::2] == launches[1::2]
-    assert launches[0][0] != launches[2][0]  # other kernels
-
-
 def test_another_driver_gets_its_own_kernel():
     launch, operands = planned()
-    repeated = Repeated(launch, operands, torch.device("cpu"))
     for _ in range(2):
         with recorded_launches() as launches:
             launch.run(torch.device("cpu"), operands)
-            repeated.run(tensors_of(operands))
-            repeated.run(tensors_of(operands))
-        assert len(launches) == 3
+            launch.run(torch.device("cpu"), operands)
+        assert len(launches) == 2
 
 
 def test_a_profilers_hook_sees_every_launch():

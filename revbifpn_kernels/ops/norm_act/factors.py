@@ -7,16 +7,14 @@ shift (N, C). The fusion that reads u applies them, so the normed map is neither
 `batch_norm_factors` (statistics.py) writes one row of them, for all samples, with the statistics.
 """
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_values
-from ..direct import DirectCalls
-from ..launch import Launch, Repeated, launch_of
+from ..direct import direct_op
+from ..launch import Launch, launch_of
 from ..library import library
 from ..tiling import BLOCK
 from .tiles import contiguous, norm_operands
@@ -75,44 +73,13 @@ def norm_factors_cuda(mean, invstd, weight, bias, kept, samples) -> tuple[Tensor
     return scale, shift
 
 
-def _prepare(mean, invstd, weight, bias, kept, samples) -> Callable[[tuple], tuple]:
-    given = [factor for factor in (mean, invstd, weight, bias, kept) if factor is not None]
-    if any(not factor.is_contiguous() for factor in given):
-        last = (samples,) if kept is not None else (None, samples)
-        return lambda tensors: norm_factors_cuda(*tensors, *last)
-    scale, shift = (mean.new_empty(samples, len(mean)) for _ in range(2))
-    planned = plan_norm_factors(scale, shift, kept, mean, invstd, weight, bias)
-    launch = Repeated(*planned, mean.device)
-
-    def run(tensors: tuple) -> tuple[Tensor, Tensor]:
-        scale, shift = (tensors[0].new_empty(samples, len(tensors[0])) for _ in range(2))
-        launch.run((scale, shift, *tensors))
-        return scale, shift
-
-    return run
-
-
-_calls = DirectCalls("norm_factors", _prepare)
-
-
-def norm_factors(mean, invstd, weight, bias, kept, samples: int) -> tuple[Tensor, Tensor]:
-    """Scale and shift, by the shortest way to their kernel."""
-    given = mean, invstd, weight, bias, kept
-    if weight is not None and bias is not None:
-        tensors, options = given if kept is not None else given[:4], (samples, kept is None)
-        factors = _calls(options, tensors)
-        if factors is not NotImplemented:
-            return factors
-        _calls.add((*given, samples), options, tensors)
-    return torch.ops.revbifpn.norm_factors(*given, samples)
-
-
 # Scale and shift in mean's dtype: float32, or float64 on CPUs (csrc/norm_act/factors.cpp).
 library.define(
     "norm_factors(Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor? kept, "
     "int samples) -> (Tensor, Tensor)"
 )
 library.impl("norm_factors", norm_factors_cuda, "CUDA")
+norm_factors = direct_op("norm_factors", norm_factors_cuda)
 
 
 @torch.library.register_fake("revbifpn::norm_factors", lib=library)

@@ -7,15 +7,13 @@ E elements of x `norm_act` reads and writes E, `norm_act_means` reads E. Where t
 leave a GPU idle, planes are cut into chunks, and a second launch adds up their means.
 """
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..direct import DirectCalls
-from ..launch import Launch, Repeated
+from ..direct import direct_op
+from ..launch import Launch
 from ..library import library
 from .arguments import ACTIVATIONS, NORM, check_norm, sums_dtype
 from .kernels import COUNTS, activate, load_norm, load_tile, locate, tile_mask, tile_pointers
@@ -109,38 +107,6 @@ def _norm_act_cuda(x, *arguments) -> Tensor:
     return filled(result, y)
 
 
-def _prepare(x, mean, invstd, weight, bias, gate, act) -> Callable[[tuple], Tensor]:
-    norm = mean, invstd, weight, bias
-    (result, y), (dense,) = empty_result(x), in_planes(x)
-    factors = [factor for factor in (*norm, gate) if factor is not None]
-    if y is not result or dense is not x or any(not f.is_contiguous() for f in factors):
-        last = (act,) if gate is not None else (None, act)
-        return lambda tensors: _norm_act_cuda(*tensors, *last)
-    launch = Repeated(*plan_norm_act(y, x, *norm, gate, act), x.device)
-
-    def run(tensors: tuple) -> Tensor:
-        y = torch.empty_like(tensors[0])
-        launch.run((y, *tensors))
-        return y
-
-    return run
-
-
-_calls = DirectCalls("norm_act", _prepare)
-
-
-def norm_act(x, mean, invstd, weight, bias, gate, act: str) -> Tensor:
-    """y, by the shortest way to its kernel."""
-    if weight is not None and bias is not None:
-        given = x, mean, invstd, weight, bias
-        tensors, options = given if gate is None else (*given, gate), (act, gate is None)
-        y = _calls(options, tensors)
-        if y is not NotImplemented:
-            return y
-        _calls.add((*given, gate, act), options, tensors)
-    return torch.ops.revbifpn.norm_act(x, mean, invstd, weight, bias, gate, act)
-
-
 def plan_norm_act_means(
     x, mean, invstd, weight, bias, act, kernel=_norm_act_means_kernel, **constants
 ) -> tuple[Launch, dict, Tensor]:
@@ -165,6 +131,7 @@ library.define(f"norm_act({NORM}, Tensor? gate, str act) -> Tensor")
 library.define(f"norm_act_means({NORM}, str act) -> Tensor")
 library.impl("norm_act", _norm_act_cuda, "CUDA")
 library.impl("norm_act_means", norm_act_means_cuda, "CUDA")
+norm_act = direct_op("norm_act", _norm_act_cuda)
 
 
 @torch.library.register_fake("revbifpn::norm_act", lib=library)

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_like, check_values
+from ..direct import direct_op
 from ..last_program import is_last
 from ..launch import Launch, run_all
 from ..library import library
@@ -345,6 +346,8 @@ library.define(
 )
 library.impl("norm_act_grad", norm_act_grad_cuda, "CUDA")
 library.impl("norm_act_input_grad", norm_act_input_grad_cuda, "CUDA")
+norm_act_grad = direct_op("norm_act_grad", norm_act_grad_cuda)
+norm_act_input_grad = direct_op("norm_act_input_grad", norm_act_input_grad_cuda)
 
 
 @torch.library.register_fake("revbifpn::norm_act_grad", lib=library)

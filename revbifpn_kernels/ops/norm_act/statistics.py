@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_maps, check_values
+from ..direct import direct_op
 from ..last_program import is_last
 from ..launch import Launch
 from ..library import library
@@ -247,6 +248,8 @@ library.define(
 )
 library.impl("batch_statistics", batch_statistics_cuda, "CUDA")
 library.impl("batch_norm_factors", batch_norm_factors_cuda, "CUDA")
+batch_statistics = direct_op("batch_statistics", batch_statistics_cuda)
+batch_norm_factors = direct_op("batch_norm_factors", batch_norm_factors_cuda)
 
 
 @torch.library.register_fake("revbifpn::batch_statistics", lib=library)

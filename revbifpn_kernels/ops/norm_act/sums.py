@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_like
+from ..direct import direct_op
 from ..launch import Launch
 from ..library import library
 from .arguments import ACTIVATIONS, NORM, check_norm, sums_dtype
@@ -121,6 +122,7 @@ def norm_act_sums_cuda(grad, x, *arguments) -> Tensor:
 # (2, N, C), with `gated` (5, N, C).
 library.define(f"norm_act_sums(Tensor grad, {NORM}, str act, bool gated) -> Tensor")
 library.impl("norm_act_sums", norm_act_sums_cuda, "CUDA")
+norm_act_sums = direct_op("norm_act_sums", norm_act_sums_cuda)
 
 
 @torch.library.register_fake("revbifpn::norm_act_sums", lib=library)

@@ -8,7 +8,7 @@ In place it allocates nothing.
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checks import check_fusion, check_like, check_no_tangents
 from ..direct import DirectCalls
-from ..launch import Launch, Repeated
+from ..launch import Launch
 from ..layout import Geometry, in_format
 from ..library import library
 from ..tiling import cut_into_cells, hidden
@@ -159,19 +159,7 @@ def _resample_add_cuda_(x, sources, scales, shifts, *options) -> None:
     _resample_add_out_cuda(x, sources, scales, shifts, x, *options)
 
 
-def _prepare(x, sources, scales, shifts, *options) -> Callable[[tuple], Tensor]:
-    y = torch.empty_like(x)
-    launch = Repeated(*plan_resample_add(y, x, sources, scales, shifts, *options), x.device)
-
-    def run(tensors: tuple) -> Tensor:
-        y = torch.empty_like(tensors[0])
-        launch.run((y, *tensors))
-        return y
-
-    return run
-
-
-_calls = DirectCalls("resample_add", _prepare)
+_calls = DirectCalls("resample_add", _resample_add_cuda)
 
 # Called `interpolation`: `mode` would clash with an argument of PyTorch's functionalisation.
 SOURCES = "Tensor[] sources, Tensor[] scales, Tensor[] shifts"

@@ -5,7 +5,7 @@ Reads g once and writes each result once: (1 + Σ 1/f_k²)·E elements.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import check_adjoint, check_no_tangents
 from ..direct import DirectCalls
-from ..launch import Launch, Repeated
+from ..launch import Launch
 from ..layout import Geometry, empty_maps
 from ..library import library
 from ..tiling import cut_into_cells
@@ -125,24 +125,7 @@ def _resample_adjoint_cuda(grad, sizes, alpha, mode, dtype) -> list[Tensor]:
     return results
 
 
-def _prepare(grad, sizes, alpha, mode, dtype) -> Callable[[tuple], list[Tensor]]:
-    pairs, device = _pairs(sizes), grad.device
-    results = [empty_maps(grad, size, dtype) for size in pairs]
-    launch = Repeated(*plan_resample_adjoint(grad, results, alpha, mode), device)
-    layouts = [(result.shape, result.stride()) for result in results]
-
-    def run(tensors: tuple) -> list[Tensor]:
-        results = [
-            torch.empty_strided(shape, strides, dtype=dtype, device=device)
-            for shape, strides in layouts
-        ]
-        launch.run((*tensors, *results))
-        return results
-
-    return run
-
-
-_calls = DirectCalls("resample_adjoint", _prepare)
+_calls = DirectCalls("resample_adjoint", _resample_adjoint_cuda)
 
 
 # Sizes are flat, h_0, w_0, h_1, w_1, …, because schemas have no lists of pairs.

@@ -6,7 +6,7 @@ One launch does both: 2E elements read, E written, each source and its gradient 
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..checks import check_fusion, check_like, check_maps, check_no_tangents
 from ..direct import DirectCalls
-from ..launch import Launch, Repeated, run_all
+from ..launch import Launch, run_all
 from ..layout import Geometry
 from ..library import library
 from ..tiling import cut_into_cells
@@ -114,27 +114,7 @@ def _resample_undo_cuda(y, grad, sources, *arguments) -> tuple[Tensor, list[Tens
     return x, results
 
 
-def _prepare(y, grad, sources, scales, shifts, *options) -> Callable[[tuple], tuple]:
-    x, results = torch.empty_like(y), [torch.empty_like(source) for source in sources]
-    planned = plan_resample_undo(x, results, y, grad, sources, scales, shifts, *options)
-    launches = [Repeated(*launch, y.device) for launch in planned]
-    end = 2 + len(sources)
-
-    def run(tensors: tuple) -> tuple[Tensor, list[Tensor]]:
-        y, grad, *fused = tensors
-        x, results = torch.empty_like(y), [torch.empty_like(source) for source in tensors[2:end]]
-        if len(launches) == 1:
-            launches[0].run((x, y, grad, *results, *fused))
-        else:
-            restore, adjoint = launches
-            restore.run((x, y, *fused))
-            adjoint.run((grad, *results))
-        return x, results
-
-    return run
-
-
-_calls = DirectCalls("resample_undo", _prepare)
+_calls = DirectCalls("resample_undo", _resample_undo_cuda)
 
 library.define(f"resample_undo(Tensor y, Tensor grad, {SOURCES}, {OPTIONS}) -> (Tensor, Tensor[])")
 # The CPU's kernel is registered in csrc/resample/undo.cpp.

@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from ..checks import check_float64_is_on_cpu, check_values
+from ..direct import direct_op
 from ..launch import Launch, launch_of, run_all
 from ..library import library
 from ..norm_act.arguments import ACTIVATIONS, check_act
@@ -144,6 +145,10 @@ library.define(
 )
 library.impl("squeeze_excite_gates", squeeze_excite_gates_cuda, "CUDA")
 library.impl("squeeze_excite_gates_backward", squeeze_excite_gates_backward_cuda, "CUDA")
+squeeze_excite_gates = direct_op("squeeze_excite_gates", squeeze_excite_gates_cuda)
+squeeze_excite_gates_backward = direct_op(
+    "squeeze_excite_gates_backward", squeeze_excite_gates_backward_cuda
+)
 
 
 def check_network(

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_like
+from ..direct import direct_op
 from ..last_program import is_last
 from ..launch import Launch, run_all
 from ..library import library
@@ -187,6 +188,7 @@ library.define(
     "bool is_batch) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.impl("norm_act_excite_grad", norm_act_excite_grad_cuda, "CUDA")
+norm_act_excite_grad = direct_op("norm_act_excite_grad", norm_act_excite_grad_cuda)
 
 
 @torch.library.register_fake("revbifpn::norm_act_excite_grad", lib=library)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..direct import direct_op
 from ..last_program import is_last
 from ..launch import Launch
 from ..library import library
@@ -87,6 +88,7 @@ library.define(
     f"norm_act_gates({NORM}, {PARAMETERS}, str act, str squeeze_act) -> (Tensor, Tensor)"
 )
 library.impl("norm_act_gates", norm_act_gates_cuda, "CUDA")
+norm_act_gates = direct_op("norm_act_gates", norm_act_gates_cuda)
 
 
 @torch.library.register_fake("revbifpn::norm_act_gates", lib=library)
