@@ -1,6 +1,7 @@
 """MBConvs of every kind, and what a training step of one gives."""
 
 import copy
+import functools
 
 import torch
 from torch import nn
@@ -16,6 +17,10 @@ OPTIONS = {
     "large kernel": {"kernel_size": 5, "stride": 2, "se_ratio": 0.5, "act_layer": nn.SiLU},
     "larger kernel": {"kernel_size": 7, "stride": 4, "act_layer": nn.ReLU},
     "no activation": {"act_layer": nn.Identity},
+    "no affine map": {
+        "norm_layer": functools.partial(nn.BatchNorm2d, affine=False),
+        "se_ratio": 0.5,
+    },
 }
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 
@@ -24,7 +29,8 @@ def make(options, dtype=torch.float64, channels=(16, 24)) -> MBConv:
     net = MBConv(*channels, **options).to(dtype)
     for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
         for tensor in (norm.weight, norm.bias, norm.running_mean):
-            nn.init.normal_(tensor)
+            if tensor is not None:
+                nn.init.normal_(tensor)
         nn.init.uniform_(norm.running_var, 0.5, 2.0)
     return net
 

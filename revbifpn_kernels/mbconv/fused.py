@@ -29,7 +29,7 @@ from ..reversible import Pullback, recompute
 from .convolutions import convolve, convolve_backward
 from .drop_path import drop_factors
 from .stages import Stage, is_autocast
-from .synchronised import shared_gradients, shared_statistics
+from .synchronised import group_gradients, group_statistics
 
 
 class SavedStatistics(NamedTuple):
@@ -198,7 +198,7 @@ def _like_parameters(
 ) -> list[Tensor | None]:
     """The gradients in the shapes and dtypes of their parameters, cast by one call."""
     found = [
-        g if g is None or p is None or g.shape == p.shape else g.view_as(p)
+        None if g is None or p is None else g if g.shape == p.shape else g.view_as(p)
         for g, p in zip(grads, parameters, strict=True)
     ]
     halves = [k for k, g in enumerate(found) if g is not None and g.dtype != parameters[k].dtype]
@@ -217,7 +217,7 @@ def _measure(stage: Stage, u: Tensor, gamma, beta, squeeze, is_folded: bool) -> 
     mean, var = buffers["running_mean"], buffers["running_var"]
     count, group = None, recompute.group_of(norm)
     if group is not None:
-        *statistics, count = shared_statistics(u, norm, group)
+        *statistics, count = group_statistics(u, norm, group)
     elif stage.is_batch:
         if u.numel() == u.shape[1]:
             raise ValueError(
@@ -300,7 +300,7 @@ def _stage_backward(
     acts = stage.act, stage.squeeze_act
     if saved.group is not None:
         means = () if stage.squeeze is None else (saved.se_means,)
-        grad_u, *norm_grads = shared_gradients(
+        grad_u, *norm_grads = group_gradients(
             grad, u, norm, gates, (*means, *squeeze), acts, saved.count, saved.group
         )
     elif stage.squeeze is None:

@@ -20,7 +20,9 @@ from .modules import BatchNorm2d, ConvNorm, SqueezeExcite
 from .synchronised import SyncBatchNorm2d
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-NORMS = (BatchNorm2d, nn.BatchNorm2d, SyncBatchNorm2d, nn.SyncBatchNorm)
+# Not nn.SyncBatchNorm: its processes exchange other messages than a stage's, so that one process
+# with a hook, which runs module by module, would wait for the others for ever.
+NORMS = (BatchNorm2d, nn.BatchNorm2d, SyncBatchNorm2d)
 _CONVS = ("expand", "depthwise", "project")
 _ORDER = ("expand", "depthwise", "squeeze_excite", "project", "drop_path")
 _ACTS = {nn.Hardswish: "hardswish", nn.ReLU: "relu", nn.SiLU: "silu"}

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..ops.checks import check_float64_is_on_cpu
+from ..ops.norm_act.arguments import sums_dtype
 from ..ops.norm_act.forward import norm_act
 from ..ops.norm_act.gradient import norm_act_input_grad
 from ..ops.norm_act.statistics import batch_statistics
@@ -21,7 +23,7 @@ from ..reversible import recompute
 from .modules import BatchNorm2d
 
 
-class SharedStatistics(NamedTuple):
+class GroupStatistics(NamedTuple):
     """Mean and 1/√(variance + eps), (C,), and the number of values per channel, ()."""
 
     mean: Tensor
@@ -53,15 +55,18 @@ def convert_sync_batchnorm(
     """Return the module with each BatchNorm2d in it replaced by a `SyncBatchNorm2d`.
 
     As torch.nn.SyncBatchNorm.convert_sync_batchnorm: parameters and buffers are the same tensors,
-    names in the `state_dict` stay. Call it before DDP, FSDP and the optimizer.
+    names in the `state_dict` stay. Norms that are synchronised already are replaced, too. Call it
+    before DDP, FSDP and the optimizer.
 
     Args:
-        process_group: The processes that share statistics; None: all.
+        process_group: The processes that share statistics. None: those of a norm that is
+            synchronised already, else all.
     """
-    if type(module) in (BatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm):
+    if type(module) in (BatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm2d):
         norm = SyncBatchNorm2d.__new__(SyncBatchNorm2d)
-        norm.__dict__.update(module.__dict__)
-        norm.process_group = process_group
+        for name, value in module.__dict__.items():
+            norm.__dict__[name] = value.copy() if isinstance(value, dict) else value
+        norm.process_group = process_group or getattr(module, "process_group", None)
         return norm
     for name, child in module.named_children():
         module.add_module(name, convert_sync_batchnorm(child, process_group))
@@ -70,20 +75,26 @@ def convert_sync_batchnorm(
 
 @torch._disable_dynamo
 def _normalise(norm: SyncBatchNorm2d, x: Tensor, group) -> Tensor:
+    norm._check_input_dim(x)
+    check_float64_is_on_cpu("SyncBatchNorm2d", x)
     recorder = recompute.current_recorder()
     with torch._C.DisableTorchFunction():  # recorded here
         if recorder is not None and not recorder.is_recording:
-            statistics = recorder.saved(SharedStatistics)
+            statistics = recorder.saved(GroupStatistics)
         else:
-            statistics = shared_statistics(x.detach(), norm, group)
+            statistics = group_statistics(x.detach(), norm, group)
             if recorder is not None:
                 recorder.save(statistics, updated=norm._buffers.values())
-        return _Normalise.apply(x, norm.weight, norm.bias, statistics, group)
+        return _NormaliseInGroup.apply(x, norm.weight, norm.bias, statistics, group)
 
 
-class _Normalise(torch.autograd.Function):
+class _NormaliseInGroup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, statistics: SharedStatistics, group):
+    def forward(ctx, x, weight, bias, statistics: GroupStatistics, group):
+        if weight is not None:
+            weight = weight.to(statistics.mean.dtype)
+        if bias is not None:
+            bias = bias.to(statistics.mean.dtype)
         ctx.save_for_backward(x, weight, bias)
         ctx.statistics, ctx.group = statistics, group
         return norm_act(x, *statistics[:2], weight, bias, None, "identity")
@@ -95,19 +106,23 @@ class _Normalise(torch.autograd.Function):
         mean, invstd, count = ctx.statistics
         norm, acts = (mean, invstd, weight, bias), ("identity", "identity")
         grad = grad.contiguous() if 0 in grad.stride() else grad
-        grads = shared_gradients(grad, x, norm, None, (), acts, count, ctx.group)
+        grads = group_gradients(grad, x, norm, None, (), acts, count, ctx.group)
         needs = zip(grads, ctx.needs_input_grad, strict=False)
         return *(grad if needed else None for grad, needed in needs), None, None
 
 
-def shared_statistics(x: Tensor, norm: nn.BatchNorm2d, group) -> SharedStatistics:
+def group_statistics(x: Tensor, norm: nn.BatchNorm2d, group) -> GroupStatistics:
     """The statistics over the processes of `group`; updates the running ones as PyTorch does."""
     batches, momentum = norm._buffers["num_batches_tracked"], norm.momentum
-    mean, invstd = batch_statistics(x, 0.0, None, None, batches, 0.0)
-    C, count = len(mean), x.numel() // x.shape[1]
+    C, dtype = x.shape[1], sums_dtype(x)
     # A row per process, zeros but for its own: any backend adds them up.
-    rows = mean.new_zeros(dist.get_world_size(group), 2 * C + 1, dtype=torch.float64)
-    rows[dist.get_rank(group)] = torch.cat([mean, invstd.pow(-2), mean.new_full((1,), count)])
+    rows = x.new_zeros(dist.get_world_size(group), 2 * C + 1, dtype=torch.float64)
+    if x.numel() > 0:
+        mean, invstd = batch_statistics(x, 0.0, None, None, batches, 0.0)
+        count = mean.new_full((1,), x.numel() // C)
+        rows[dist.get_rank(group)] = torch.cat([mean, invstd.pow(-2), count])
+    elif batches is not None:
+        batches.add_(1)
     dist.all_reduce(rows, group=group)
     means, variances, counts = rows.split([C, C, 1], dim=1)
     total = counts.sum()
@@ -115,17 +130,17 @@ def shared_statistics(x: Tensor, norm: nn.BatchNorm2d, group) -> SharedStatistic
     shared_mean = (shares * means).sum(0)
     variance = (shares * (variances + (means - shared_mean).square())).sum(0)
     running = norm._buffers["running_mean"], norm._buffers["running_var"]
-    unbiased = variance * (total / (total - 1))
-    if momentum is None:  # a cumulative average
-        momentum = 1.0 / float(batches)
+    unbiased = variance * (total / (total - 1).clamp(min=1))
+    if momentum is None:  # a cumulative average, if there is one
+        momentum = 0.0 if batches is None else 1.0 / float(batches)
     for buffer, value in zip(running, (shared_mean, unbiased), strict=True):
         if buffer is not None:
             buffer.lerp_(value.to(buffer.dtype), momentum)
     found = shared_mean, (variance + norm.eps).rsqrt(), total
-    return SharedStatistics(*(values.to(mean.dtype) for values in found))
+    return GroupStatistics(*(values.to(dtype) for values in found))
 
 
-def shared_gradients(
+def group_gradients(
     grad: Tensor,
     x: Tensor,
     norm: Sequence[Tensor | None],

@@ -15,7 +15,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from revbifpn_kernels import MBConv, RevBlock, convert_sync_batchnorm
-from revbifpn_kernels.mbconv.modules import ConvNorm
 
 
 def batches(kind, count: int = 1) -> list:
@@ -194,39 +193,81 @@ def check_synchronised_norms_under_autocast(rank: int) -> None:
     assert_same_bits(named_gradients(net), named_gradients(reference))
 
 
-def check_synchronised_norms_outside_of_mbconv(rank: int) -> None:
-    """In any module, with and without an affine map, one image per process."""
-    images = torch.randn(2, 6, 5, 5, dtype=torch.float64)
-    layers = nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4, affine=False, momentum=None)
-    whole = nn.Sequential(*layers).double()
+def check_as_one_process(whole: nn.Module, images, rank: int, split: int, adapt=None) -> None:
+    """Outputs, gradients and buffers; the first process has `split` of the images."""
+    mine = slice(0, split) if rank == 0 else slice(split, len(images))
+    whole = whole.double()
     shared = convert_sync_batchnorm(copy.deepcopy(whole))
     assert list(shared.state_dict()) == list(whole.state_dict())
+    if adapt is not None:
+        adapt(shared)
     ddp = DistributedDataParallel(shared)
-    inputs = [images[rank : rank + 1].clone().requires_grad_(), images.clone().requires_grad_()]
+    inputs = images[mine].clone().requires_grad_(), images.clone().requires_grad_()
     for net, x in zip((ddp, whole), inputs, strict=True):
         net(x).sin().sum().backward()
     grads = {name: 2 * grad for name, grad in clean(named_gradients(ddp)).items()}
     assert relative_error(*without_zeros(grads, named_gradients(whole))) < 1e-9
-    pair = ({"x": inputs[0].grad}, {"x": inputs[1].grad[rank : rank + 1]})
-    assert relative_error(*pair) < 1e-9
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad[mine], rtol=1e-9, atol=1e-9)
     buffers = [dict(net.named_buffers()) for net in (shared, whole)]
     torch.testing.assert_close(*buffers, rtol=1e-9, atol=1e-9)
 
 
+def check_synchronised_norms_of_any_module(rank: int) -> None:
+    """With and without an affine map and running statistics; one process may have no image."""
+    images = torch.randn(3, 6, 5, 5, dtype=torch.float64)
+    untracked = nn.BatchNorm2d(4, momentum=None, track_running_stats=False)
+    for last in (nn.BatchNorm2d(4, affine=False, momentum=None), untracked):
+        for split in (1, 3):
+            whole = nn.Sequential(nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3), copy.deepcopy(last))
+            check_as_one_process(whole, images, rank, split)
+
+
+def check_processes_that_run_different_paths(rank: int) -> None:
+    """One MBConv is fused; that of the other process has a hook, or no image."""
+
+    def hook(net):
+        if rank == 0:
+            net.project.conv.register_forward_hook(lambda *call: None)
+
+    images = torch.randn(3, 6, 5, 5, dtype=torch.float64)
+    for split, adapt in ((1, hook), (3, None), (3, hook)):
+        check_as_one_process(MBConv(6, 4, se_ratio=0.5), images, rank, split, adapt)
+
+
+def check_synchronised_norms_in_half_precision(rank: int) -> None:
+    """Parameters as well, for which fused stages have no kernels."""
+    net = convert_sync_batchnorm(MBConv(6, 4)).to(torch.bfloat16)
+    x = torch.randn(2, 6, 5, 5, dtype=torch.bfloat16, requires_grad=True)
+    net(x).float().square().sum().backward()
+    assert all(g.dtype == torch.bfloat16 for g in (x.grad, *named_gradients(net).values()))
+
+
+def check_converted_norms(rank: int) -> None:
+    """A converted norm shares tensors with the given one, but neither hooks nor entries."""
+    group = dist.new_group([0, 1])
+    norm = nn.SyncBatchNorm(4, process_group=group)
+    first = convert_sync_batchnorm(norm)
+    assert first.process_group is group and first.weight is norm.weight
+    first.register_forward_hook(lambda *call: None)
+    first.weight = nn.Parameter(torch.zeros(4))
+    assert not norm._forward_hooks and norm.weight.all()
+    other = dist.new_group([0, 1])
+    assert convert_sync_batchnorm(first, other).process_group is other
+    with pytest.raises(ValueError, match="4D"):
+        first(torch.ones(2, 4))
+
+
 def check_synchronised_norms_refuse(rank: int) -> None:
-    block = nn.SyncBatchNorm.convert_sync_batchnorm(MBConv(4, 4))
+    block = convert_sync_batchnorm(MBConv(4, 4))
     x = torch.randn(2, 4, 6, 6, requires_grad=True)
     with pytest.raises(RuntimeError, match="synchronised batch norm has no gradient of gradients"):
         torch.autograd.grad(block(x).sum(), x, create_graph=True)
 
 
 def check_synchronised_batch_norm(rank: int) -> None:
-    """Against the plain network, and with fewer gathers than two runs would make."""
+    """PyTorch's, against the plain network, and with fewer gathers than two runs would make."""
     run_synchronised_batch_norm_on_cpus()
     chain = nn.SyncBatchNorm.convert_sync_batchnorm(silos(2, mbconv))
-    for module in chain.modules():  # a hook makes MBConv run module by module
-        if isinstance(module, ConvNorm):
-            module.register_forward_hook(lambda *call: None)
     chain.lattice = LATTICE
     reference = stored(chain)
     norms = sum(isinstance(module, nn.SyncBatchNorm) for module in chain.modules())
@@ -306,7 +347,10 @@ def test_two_processes(tmp_path):
         check_batch_norm_under_ddp,
         check_fused_synchronised_batch_norm,
         check_synchronised_norms_under_autocast,
-        check_synchronised_norms_outside_of_mbconv,
+        check_synchronised_norms_of_any_module,
+        check_processes_that_run_different_paths,
+        check_synchronised_norms_in_half_precision,
+        check_converted_norms,
         check_synchronised_norms_refuse,
         check_synchronised_batch_norm,
     )
