@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import triton
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -117,6 +118,7 @@ def calls_of_step(
         FakeTensorMode() as fakes,
         mock.patch.multiple(FakeTensor, create=True, **_IS_ON_GPU),
         _Calls() as recorder,
+        mock.patch.object(dist, "all_reduce"),  # of synchronised norms
     ):
         twin = fake_copy(model, fakes).train()
         image = torch.empty(shape).to(memory_format=layout)

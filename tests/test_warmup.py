@@ -2,16 +2,19 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import IS_INTERPRETED
 from tiny import tiny
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from trainings import TINY
 from triton import knobs
 
 from benchmarks.lib.ptx import emulated_gpu
-from revbifpn_kernels import warmup
+from revbifpn_kernels import convert_sync_batchnorm, warmup
 from revbifpn_kernels.__main__ import main
 from revbifpn_kernels.recipes.classify import networks
 from revbifpn_kernels.recipes.classify.options import parse
+from revbifpn_kernels.recipes.run.processes import World
 
 pytestmark = pytest.mark.skipif(IS_INTERPRETED, reason="interpreted kernels cannot be compiled")
 SM_90 = warmup.target_of("sm_90")
@@ -49,6 +52,17 @@ def test_steps_differ_in_their_kernels():
     assert len(fp32) > 10 and not fp32 <= bf16 and not fp32 <= channels_last
 
 
+def test_of_synchronised_norms():
+    """Which run other kernels, and whose processes are not asked."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        net = convert_sync_batchnorm(tiny())
+        ops = {call.op for call in warmup.calls_of_step(net, (2, 3, 64, 64))}
+    finally:
+        dist.destroy_process_group()
+    assert {"norm_act_sums", "norm_act_input_grad"} <= ops and "norm_act_grad" not in ops
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -74,5 +88,6 @@ def test_the_command_and_the_training_compile_on_all_cores(cached, capsys, monke
     assert said.startswith("revbifpn_s0, 2×3×64×64, bf16: ") and " kernels for sm_90 ready" in said
     assert len(cached()) >= int(said.split()[3])
     run = parse(TINY)
-    line = networks.compile_kernels(run, networks.config(run, 10), 2, 64, "sm_90")
+    world = World(0, 1, torch.device("cuda", 0))
+    line = networks.compile_kernels(run, world, networks.config(run, 10), 2, 64, "sm_90")
     assert " kernels for sm_90 ready after " in line

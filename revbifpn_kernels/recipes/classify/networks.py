@@ -16,6 +16,7 @@ from ...models.revbifpn import RevBiFPN
 from ...models.sizes import Config
 from ..run.errors import RunError
 from ..run.networks import dtype_of, freeze, hint_of, refuse_settings
+from ..run.processes import World, synchronised
 from .data import MODES
 from .options import Options
 
@@ -85,10 +86,12 @@ def compile_parts(model: RevBiFPN, backend: str) -> None:
             module.compile(backend=backend)
 
 
-def compile_kernels(options: Options, numbers: Config, images: int, side: int, gpu=None) -> str:
+def compile_kernels(
+    options: Options, world: World, numbers: Config, images: int, side: int, gpu: str | None = None
+) -> str:
     """Compiles a step's GPU kernels, for the current GPU unless named; a line about it."""
     with torch.device("meta"):
-        model = RevBiFPN(numbers, reversible=options.reversible)
+        model = synchronised(RevBiFPN(numbers, reversible=options.reversible), world)
     calls = warmup.calls_of_step(
         model,
         (images, numbers.in_chans, side, side),

@@ -74,9 +74,9 @@ def _train(run: ClassifierState, found: data.Data, side: int, report: Report, ke
     )
     report.skip(found.skipped)
     if run.world.device.type == "cuda" and options.compile is None:
-        if run.world.is_first:
+        if run.world.is_first_of_machine:  # the kernels' cache is on its disk
             images = options.batch_size // options.accumulate // run.world.size
-            report.say(networks.compile_kernels(options, run.config, images, side))
+            report.say(networks.compile_kernels(options, run.world, run.config, images, side))
         run.world.any(False)  # the others wait
     views = data.Training(found.train, augment.for_training(options, mode, side), options.seed)
     collate = augment.Collate(len(found.classes), options.mixup, options.cutmix)

@@ -38,6 +38,10 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def is_first_of_machine(self) -> bool:
+        return self.device.index in (None, 0)
+
     def any(self, *flags: bool) -> list[bool]:
         """Returns whether each flag is set on any process; over gloo, without waiting for a GPU."""
         if self.size == 1:
