@@ -1,7 +1,11 @@
-"""A driver of Triton whose launchers only note what they are given."""
+"""A driver of Triton whose launchers only note what they are given.
+
+Its devices are two, `driver.active.current` and the next number; their streams are 0 and 1.
+"""
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from unittest import mock
 
@@ -9,6 +13,9 @@ from torch import Tensor
 from triton.runtime.driver import driver
 
 from benchmarks.lib.ptx import emulated_gpu
+from revbifpn_kernels.ops.launch import Launch
+
+_numbers = itertools.count(1000, 2)  # of devices: Triton keeps what it compiled by them
 
 
 @contextlib.contextmanager
@@ -18,8 +25,10 @@ def launchers_made_by(launcher_cls: Callable) -> Iterator[None]:
         another = copy.copy(driver.active)
     another.utils = copy.copy(another.utils)
     another.utils.ptx = "not run"
-    # Triton keeps what it compiled by device.
-    another.launcher_cls, another.get_current_device = launcher_cls, lambda: id(another)
+    another.launcher_cls = launcher_cls
+    another.current = first = next(_numbers)
+    another.get_current_device = lambda: another.current
+    another.get_current_stream = lambda device: device - first
     with mock.patch.object(driver, "_active", another):
         yield
 
@@ -42,6 +51,19 @@ def recorded_launches() -> Iterator[list[tuple]]:
 
     with launchers_made_by(launcher_cls):
         yield launches
+
+
+@contextlib.contextmanager
+def calls_of_triton() -> Iterator[list[Launch]]:
+    """Lists the launches that go through `kernel[grid]`."""
+    calls, before = [], Launch.run_by_triton
+
+    def counted(self, operands):
+        calls.append(self)
+        return before(self, operands)
+
+    with mock.patch.object(Launch, "run_by_triton", counted):
+        yield calls
 
 
 def _bare(value):

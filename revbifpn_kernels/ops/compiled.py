@@ -1,7 +1,9 @@
 """A compiled kernel, launched as Triton's launcher does below the Python of `kernel[grid](…)`.
 
 Triton binds, specialises and looks up all arguments of a kernel at every call. Here that is done
-for the few that change from call to call.
+for the few that change from call to call. Later calls ignore a kernel's own hooks
+(`add_pre_run_hook`), and changes of Triton's knobs and of globals that the kernel reads. With hooks
+of launches (`has_launch_hooks`), which profilers use, every call goes through Triton's Python.
 """
 
 import functools
@@ -48,6 +50,7 @@ class Compiled:
     launcher: Any
     frame: list  # what the launcher is called with; the operands, and the stream, are set each time
     places: dict[str, int]  # of the operands in the frame
+    kernel: Any  # Triton's, which owns the code that `frame` points to
 
     @classmethod
     def of(
@@ -57,21 +60,23 @@ class Compiled:
 
         None where only Triton itself can launch it.
         """
-        if kernel is None or kernel.metadata.target.backend != "cuda":
+        if kernel is None:
             return None
         try:
+            if kernel.metadata.target.backend != "cuda":
+                return None
             launcher, names = kernel.run, kernel.src.fn.arg_names
             parameters = tuple(inspect.signature(launcher).parameters)
             if parameters[: len(LEADING)] != LEADING:
                 raise TypeError(f"its launcher takes {parameters}")
             sides, handles = (*grid, 1, 1)[:3], (kernel.function, kernel.packed_metadata)
-        except (AttributeError, TypeError, ValueError) as problem:
-            _warn_once(str(problem))
+            frame = [*sides, None, *handles, *NO_HOOKS]
+            places = {name: len(frame) + names.index(name) for name in operands}
+            frame += (None if name in places else given[name] for name in names)
+        except (AttributeError, KeyError, TypeError, ValueError) as problem:
+            _warn_once(repr(problem))
             return None
-        frame = [*sides, None, *handles, *NO_HOOKS]
-        places = {name: len(frame) + names.index(name) for name in operands}
-        frame += (None if name in places else given[name] for name in names)
-        return cls(launcher, frame, places)
+        return cls(launcher, frame, places, kernel)
 
     def launch(self, stream: int, operands: dict[str, Any]) -> None:
         """Enqueue the kernel on a stream of the device."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled
+from torch import Tensor, is_grad_enabled, nn
 from torch._C import DispatchKey, DispatchKeySet, _is_torch_function_mode_enabled
 from torch.autograd import _profiler_enabled, forward_ad
 from torch.autograd.graph import increment_version
@@ -23,9 +23,10 @@ try:  # how torch.compile checks that its compiled code fits; a private interfac
 except ImportError:
     TensorGuards = None
 
-# By op, options and counts of tensors: what checks whether given tensors fit, and what then runs.
-known: dict[tuple, list[tuple[Callable, Callable]]] = {}
-MOST = 4096  # keys, of which each has an entry per geometry
+# By op, options, counts of tensors and the first one's elements: for each geometry, the latest
+# first, what checks whether tensors fit, and what then runs. Tuples, because threads share them.
+known: dict[tuple, tuple[tuple, ...]] = {}
+MOST, MOST_GEOMETRIES = 4096, 16  # keys, and entries per key
 
 
 def _keys(*names: str) -> DispatchKeySet:
@@ -40,6 +41,7 @@ _PLAIN_TENSOR = _keys(
       for device in ("CPU", "CUDA")),
     "ADInplaceOrView",
 )  # fmt: skip
+_PLAIN_TYPES = Tensor, nn.Parameter  # TensorGuards tells types apart, so no subclass fits later
 _CPU = _keys("CPU")
 _PLAIN_THREAD = _keys("BackendSelect", "ADInplaceOrView")
 
@@ -53,6 +55,7 @@ def _is_plain(tensors: Sequence[Tensor]) -> bool:
     wants_grad = is_grad_enabled() and any(t.requires_grad for t in tensors)
     return (
         not wants_grad
+        and all(type(t) in _PLAIN_TYPES for t in tensors)
         and _holds_only(torch._C._dispatch_tls_local_include_set(), _PLAIN_THREAD)
         and all(_holds_only(torch._C._dispatch_keys(t), _PLAIN_TENSOR) for t in tensors)
     )
@@ -136,14 +139,16 @@ def _add(
     if len(known) >= MOST:
         known.clear()
     run = _runner(op, on_gpu, arguments, tensors[0].device)
-    known.setdefault(key, []).append((guard.check, run, *more))
+    others = known.get(key, ())[: MOST_GEOMETRIES - 1]
+    known[key] = (guard.check, run, *more), *others
 
 
 class DirectCalls:
     """Runs an op on lists of tensors like those of earlier calls, whose arguments it has checked.
 
-    On a GPU by `on_gpu`, the op's implementation there. Tensors are like earlier ones if devices,
-    dtypes, sizes and strides are the same.
+    On a GPU by `on_gpu`, the op's implementation there. Tensors are like earlier ones if types,
+    devices, dtypes, sizes and strides are the same. Options are compared by `==`, not by type:
+    after a call with lattice=1.0, lattice=True is no longer refused and means the same.
     """
 
     def __init__(self, op: str, on_gpu: Callable) -> None:
@@ -191,10 +196,17 @@ class DirectCalls:
 def _split(
     op: str, options: tuple, maps: tuple, sources=(), scales=None, shifts=None
 ) -> tuple[tuple, tuple]:
-    """What calls have in common that differ in nothing but tensors, and the tensors."""
+    """What calls have in common that differ in nothing but tensors, and the tensors.
+
+    Raises AttributeError or TypeError where these are no tensors or no lists of them.
+    """
     first, grad = maps[0].numel(), is_grad_enabled()
+    if not isinstance(sources, (list, tuple)):
+        raise TypeError
     if scales is shifts is None:
         return (op, first, grad, options, len(sources)), (*maps, *sources)
+    if not (isinstance(scales, (list, tuple)) and isinstance(shifts, (list, tuple))):
+        raise TypeError
     counts = len(sources), len(scales), len(shifts)
     return (op, first, grad, options, counts), (*maps, *sources, *scales, *shifts)
 

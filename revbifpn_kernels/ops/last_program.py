@@ -15,16 +15,17 @@ _kept: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def counters(device: torch.device, groups: int, stream: int | None = None) -> Tensor:
-    """A zero, int32, for each group of programs of the next launch on the current stream.
+    """A zero, int32, for each group of programs of the next launch on `device`'s current stream.
 
-    A CUDA graph gets its own, because it may run on several streams. `stream` is the current one's
-    address, if it is known.
+    A CUDA graph gets its own, because it may run on several streams. `stream` is the address of
+    the current stream, if it is known and `device` is the current one.
     """
     if device.type == "cuda":
+        if stream is None:
+            with torch.cuda.device(device):
+                return counters(device, groups, torch.cuda.current_stream().cuda_stream)
         if torch.cuda.is_current_stream_capturing():
             return torch.zeros(groups, dtype=torch.int32, device=device)
-        if stream is None:
-            stream = torch.cuda.current_stream(device).cuda_stream
     kept = _kept.get((device, stream))
     if kept is None or kept.numel() < groups:
         size = max(FEWEST_COUNTERS, triton.next_power_of_2(groups))
@@ -36,8 +37,9 @@ def counters(device: torch.device, groups: int, stream: int | None = None) -> Te
 def is_last(counters_ptr, group, programs):
     """Whether this is the last of a group's programs to come here: it sees what all have stored.
 
-    What the others have stored must be loaded with `cache_modifier=".cg"`. Without counters groups
-    are of one program.
+    The atomic's acquire and the barrier that hands its result to all threads order later loads
+    after those stores, whatever their cache modifier; the callers' ".cg" (read from L2) is a
+    precaution. Without counters groups are of one program.
     """
     tl.debug_barrier()  # the atomic, by one thread, must follow the stores of all
     if counters_ptr is None:

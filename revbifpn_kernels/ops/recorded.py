@@ -74,9 +74,10 @@ class _Plan(NamedTuple):
     # By launch: launcher, what it takes, and the places of pointers and of tuples of them.
     launches: list[tuple[Callable, list, list[tuple[int, int]], list[tuple[int, Callable]]]]
     pack: Callable[[list], Any] | None  # makes the op's results of them; None: the first alone
+    kernels: list[Compiled]  # of the launches, kept alive
 
 
-_NOT_RECORDED = _Plan(None, None, [], 0, [], [], None)
+_NOT_RECORDED = _Plan(None, None, [], 0, [], [], None, [])
 
 
 class Recorded:
@@ -100,7 +101,7 @@ class Recorded:
             pointers.append(pointer)
         active = driver.active
         current = active.get_current_device()
-        recorded_by, recorded_on, prototypes, groups, inside, launches, pack = self.plan
+        recorded_by, recorded_on, prototypes, groups, inside, launches, pack, _ = self.plan
         is_as_recorded = active is recorded_by and current == recorded_on
         if not is_as_recorded or bits % ALIGNMENT or has_launch_hooks():
             return self._call(tensors, bits, active, current)
@@ -193,6 +194,7 @@ def _plan(
         inside,
         [_repeat(compiled, operands, slot_of) for compiled, operands in listed],
         _packer(results),
+        [compiled for compiled, _ in listed],
     )
 
 

@@ -1,12 +1,14 @@
 """Launches on the stub driver, steps without convolutions, and the tables of both."""
 
+import ctypes
 import shutil
+import subprocess
 
 import pytest
 import torch
 from helpers import needs_emulation
 
-from benchmarks.lib import host, tables
+from benchmarks.lib import host, stub_driver, tables
 from benchmarks.lib.operators import launches
 from benchmarks.lib.step import Step
 from revbifpn_kernels import create_model, resample_add
@@ -34,6 +36,26 @@ def test_launches_are_counted_and_repeated_by_tritons_launcher():
             call()
         assert count() == before + 4
     assert torch.equal(resample_add(x, [source]), torch.ones_like(x))
+
+
+@needs_compiler
+def test_a_stub_driver_that_another_process_makes_meanwhile_stays_whole(tmp_path, monkeypatch):
+    library, link = tmp_path / "libcuda.so.1", tmp_path / "libcuda.so"
+    run = subprocess.run
+
+    def compiled(command, **options):
+        library.write_text("of another process")
+        link.symlink_to(library.name)
+        run(command, **options)
+        assert library.read_text() == "of another process"
+
+    monkeypatch.setattr(subprocess, "run", compiled)
+    monkeypatch.setattr(stub_driver, "FOLDER", tmp_path)
+    monkeypatch.setattr(ctypes, "CDLL", lambda path, mode: path)
+    for _ in range(2):  # the second time it is there
+        assert stub_driver._library.__wrapped__() == str(library)
+    assert link.resolve() == library and library.read_bytes().startswith(b"\x7fELF")
+    assert {*tmp_path.iterdir()} == {library, link}
 
 
 @pytest.mark.parametrize("is_fused", [True, False], ids=["fused", "modules"])

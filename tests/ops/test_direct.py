@@ -9,7 +9,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revbifpn_kernels import resample_add
+from revbifpn_kernels.ops import direct as direct_calls
 from revbifpn_kernels.ops.direct import DirectCalls
+from revbifpn_kernels.ops.norm_act.factors import norm_factors
 
 
 def maps(side=8, channels=3):
@@ -51,6 +53,32 @@ class SeesFunctions(TorchFunctionMode):
 class SeesOps(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))
+
+
+class Other(torch.Tensor):
+    """What functions return for it is of its type."""
+
+
+@pytest.mark.parametrize("is_other", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("first", ["plain", "other"])
+def test_subclasses_of_tensor_get_theirs_from_every_call(direct, monkeypatch, is_other, first):
+    monkeypatch.setattr(direct_calls, "known", {})
+    x, sources = fused()
+    if first == "plain":
+        resample_add(x, sources)
+    x = x.as_subclass(Other) if is_other[0] else x
+    sources[-1] = sources[-1].as_subclass(Other) if is_other[1] else sources[-1]
+    for _ in range(3):
+        assert type(resample_add(x, sources)) is Other
+    assert not any(direct)
+
+
+def test_subclasses_of_tensor_get_theirs_from_ops_of_the_library():
+    plain = [torch.rand(3) for _ in range(4)]
+    other = [values.as_subclass(Other) for values in plain]
+    for given in (plain, other, other, other):
+        scale, _ = norm_factors(*given, None, 2)
+        assert type(scale) is type(given[0])
 
 
 @pytest.mark.parametrize(
@@ -110,8 +138,17 @@ def test_what_differs_is_checked_anew(direct):
         resample_add(x, 3)
     with pytest.raises(TypeError, match="sources must be a list or tuple"):
         resample_add(x, sources[0])
+    with pytest.raises(TypeError, match="sources must be a list or tuple"):
+        resample_add(x, dict.fromkeys(sources))
+    same = torch.stack([sources[0]] * 2)
+    resample_add(x, [*same])
+    with pytest.raises(TypeError, match="sources must be a list or tuple"):
+        resample_add(x, same)
     factors = [torch.ones(2, 3), torch.ones(2, 3)]
     resample_add(x, sources, scales=factors, shifts=[torch.ones(2, 3), torch.ones(2, 3)])
+    for scales, shifts in ((torch.ones(2, 2, 3), factors), (factors, torch.ones(2, 2, 3))):
+        with pytest.raises(TypeError, match="must be a list or tuple"):
+            resample_add(x, sources, scales=scales, shifts=shifts)
     with pytest.raises(ValueError, match="shifts must hold one entry for each"):
         resample_add(x, sources, scales=factors, shifts=[torch.ones(2, 3)])
     with pytest.raises(ValueError, match="given together"):
@@ -136,9 +173,21 @@ def test_slices_and_their_copies_are_told_apart(direct):
 
 
 def test_few_options_are_remembered(direct, monkeypatch):
-    monkeypatch.setattr("revbifpn_kernels.ops.direct.MOST", 3)
-    monkeypatch.setattr("revbifpn_kernels.ops.direct.known", {})
+    monkeypatch.setattr(direct_calls, "MOST", 3)
+    monkeypatch.setattr(direct_calls, "known", {})
     x, sources = fused()
     for alpha in (1.0, 2.0, 3.0, 4.0, 1.0, 4.0):
         resample_add(x, sources, alpha=alpha)
     assert direct == [False] * 5 + [True]
+
+
+def test_few_geometries_are_remembered_the_latest_first(direct, monkeypatch):
+    monkeypatch.setattr(direct_calls, "MOST_GEOMETRIES", 3)
+    monkeypatch.setattr(direct_calls, "known", {})
+    shapes = [(1, 1, 2, 12), (1, 1, 3, 8), (1, 1, 4, 6), (1, 1, 6, 4)]  # with as many elements
+    given = [torch.randn(shape) for shape in shapes]
+    for x in (*given, given[0], given[3], given[2], given[1]):
+        resample_add(x, [x.clone()])
+    assert direct == [False] * 5 + [True] * 2 + [False]
+    (entries,) = direct_calls.known.values()
+    assert [fits(given[1], given[1].clone()) for fits, *_ in entries] == [True, False, False]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import needs_emulation, same_bits
-from launchers import recorded_launches
+from launchers import calls_of_triton, recorded_launches
 from operators import Operators
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -42,6 +42,18 @@ def undone(channels):
     return x, torch.randn_like(x), sources
 
 
+def undone_in_two(channels):
+    """Sizes that have no kernel for both results."""
+    sizes = (7, 9), (7, 9), (4, 5), (3, 3)
+    y, grad, *sources = (torch.randn(2, channels, *size) for size in sizes)
+    return y, grad, sources
+
+
+def scaled(channels):
+    factors = [[torch.randn(1, channels).expand(2, channels) for _ in SIDES] for _ in range(2)]
+    return *fused(channels), *factors
+
+
 def normed(channels):
     factors = (torch.rand(channels) for _ in range(4))
     return maps(8, channels), *factors, torch.rand(2, channels)
@@ -68,12 +80,20 @@ def buffers(channels):
 CALLS = {
     "resample_add": (lambda x, sources: resample_add(x, sources, alpha=0.5), fused),
     "resample_add of a slice": (resample_add, sliced),
+    "resample_add of expanded scales": (
+        lambda *given: resample_add(*given[:2], scales=given[2], shifts=given[3]), scaled,
+    ),
     "resample_undo": (resample_undo, undone),
+    "resample_undo in two launches": (resample_undo, undone_in_two),
     "resample_adjoint": (
         lambda grad: resample_adjoint(grad, SIDES),
         lambda channels: (maps(8, channels),),
     ),
     "norm_act": (lambda *given: norm_act(*given, "silu"), normed),
+    "norm_act of a slice": (
+        lambda x, *given: norm_act(x, *given, "silu"),
+        lambda channels: (maps(8, 2 * channels)[:, :channels], *normed(channels)[1:]),
+    ),
     "norm_factors": (
         lambda *given: norm_factors(*given, None, 2),
         lambda channels: normed(channels)[1:5],
@@ -177,6 +197,8 @@ def test_on_a_gpu_they_launch_what_the_op_launches(op, runs, monkeypatch):
     with recorded_launches() as launches:
         with OnGpu():
             by_op = named_call()
+            with calls_of_triton() as by_triton:
+                assert named_call() == by_op and not by_triton
         monkeypatch.setattr(direct_calls, "is_on_cpu", lambda device: False)
         function(*given)
         # The first direct call looks the kernels up, the second knows them.

@@ -1,5 +1,8 @@
 """Reductions across programs: one launch, counters that are zero between launches, and whose."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import needs_emulation, same_bits
@@ -9,7 +12,7 @@ from revbifpn_kernels.ops import last_program
 from revbifpn_kernels.ops.last_program import FEWEST_COUNTERS, counters
 from revbifpn_kernels.ops.norm_act.statistics import batch_statistics_cuda
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+CPU, GPU, OTHER = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -19,16 +22,23 @@ def _no_counters(monkeypatch):
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """Stands for PyTorch's streams; `zeros` are on the CPU."""
+    """Stands for PyTorch's devices and streams; `zeros` are on the CPU."""
 
     class Cuda:
-        cuda_stream, is_capturing = 1, False
+        def __init__(self):
+            self.current, self.streams, self.capturing = GPU, {GPU: 1, OTHER: 1}, None
 
-        def current_stream(self, device):
-            return self
+        @contextlib.contextmanager
+        def device(self, device):
+            before, self.current = self.current, device
+            yield
+            self.current = before
+
+        def current_stream(self):
+            return SimpleNamespace(cuda_stream=self.streams[self.current])
 
         def is_current_stream_capturing(self):
-            return self.is_capturing
+            return self.current == self.capturing
 
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, device, **rest: zeros(*size, **rest))
@@ -45,20 +55,26 @@ def test_counters_are_kept_and_grow():
     assert counters(CPU, 3) is many
 
 
-def test_streams_share_no_counters(cuda):
+def test_streams_and_devices_share_no_counters(cuda):
     first = counters(GPU, 3)
-    cuda.cuda_stream = 2
+    cuda.streams[GPU] = 2
     assert counters(GPU, 3) is not first
-    cuda.cuda_stream = 1
+    cuda.streams[GPU] = 1
     assert counters(GPU, 3) is first
+    other = counters(OTHER, 3)
+    assert other is not first and counters(OTHER, 3) is other
 
 
 def test_captured_launches_share_no_counters(cuda):
     kept = counters(GPU, 3)
-    cuda.is_capturing = True
+    cuda.capturing = GPU
     captured = [counters(GPU, 3) for _ in range(2)]
     assert all(each is not kept and len(each) == 3 for each in captured)
     assert captured[0] is not captured[1]
+    assert counters(OTHER, 3) is counters(OTHER, 3)
+    cuda.capturing = OTHER  # while the first device is current
+    assert counters(OTHER, 3) is not counters(OTHER, 3)
+    assert counters(GPU, 3) is kept
 
 
 @needs_emulation

@@ -1,18 +1,26 @@
 """Recorded implementations: what is repeated, what is recorded anew, what cannot be repeated."""
 
+import gc
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import needs_emulation
+from helpers import needs_emulation, same_bits
 from launchers import recorded_launches
 from triton import knobs
+from triton.runtime.driver import driver
 
-from revbifpn_kernels.ops.launch import launch_of
+from benchmarks.lib.ptx import emulated_gpu
+from revbifpn_kernels.ops.launch import _launch, launch_of
+from revbifpn_kernels.ops.norm_act.factors import norm_factors_cuda
+from revbifpn_kernels.ops.norm_act.forward import _norm_act_cuda
 from revbifpn_kernels.ops.recorded import SPACING, Recorded
 
 pytestmark = needs_emulation
-CPU = torch.device("cpu")
+CPU, SAME_DEVICE = torch.device("cpu"), 999
 
 
 @triton.jit
@@ -40,7 +48,7 @@ def addresses(launches):
     return [tuple(values[:2]) for _, _, _, *values in launches]
 
 
-def recorded(implementation):
+def recorded(implementation, device=CPU):
     """The implementation, to be repeated, and a list of its calls."""
     calls = []
 
@@ -48,7 +56,7 @@ def recorded(implementation):
         calls.append(x)
         return implementation(x)
 
-    return Recorded(counted, lambda tensors: list(tensors), CPU), calls
+    return Recorded(counted, lambda tensors: list(tensors), device), calls
 
 
 def test_memory_is_where_the_kernels_look_for_it():
@@ -71,6 +79,8 @@ def test_any_alignment_and_driver_is_repeated_as_it_was_called():
     (call, calls), x = recorded(by_way_of_scratch), torch.randn(78)
     for _ in range(2):
         with recorded_launches() as launches:
+            driver.active.current = SAME_DEVICE
+            _copy_kernel.device_caches.pop(SAME_DEVICE, None)
             for given in (x[1:], x[:77], x[:77], x[1:], x[:77]):
                 call((given,))
         kernels = [kernel for kernel, *_ in launches]
@@ -95,6 +105,54 @@ def test_hooks_see_every_launch():
     assert len(calls) == 2
 
 
+def test_each_device_is_recorded_by_itself():
+    call, calls = recorded(by_way_of_scratch)
+    with recorded_launches() as launches:
+        first = driver.active.current
+        for step, place in enumerate((0, 0, 1, 1, 0)):
+            driver.active.current = first + place
+            call((torch.randn(8),))
+            assert len(calls) == (1, 1, 2, 2, 3)[step]
+    assert [stream for _, _, stream, *_ in launches[::4]] == [0, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_another_device_than_the_current_one_is_left_to_the_launches(place):
+    with recorded_launches():
+        device = SimpleNamespace(index=driver.active.current + place)
+        call, calls = recorded(by_way_of_scratch, device)
+        for _ in range(3):
+            call((torch.randn(8),))
+    assert len(calls) == (1, 3)[place]
+
+
+def test_kernels_live_as_long_as_they_are_repeated():
+    call, _ = recorded(by_way_of_scratch)
+    with recorded_launches():
+        call((torch.randn(8),))
+        of_triton, *_ = _copy_kernel.device_caches[driver.active.current]
+        kernels = [weakref.ref(kernel) for kernel in of_triton.values()]
+    of_triton.clear(), _launch.cache_clear(), gc.collect()
+    assert kernels and all(kernel() is not None for kernel in kernels)
+    del call
+    gc.collect()
+    assert not any(kernel() is not None for kernel in kernels)
+
+
+def test_factors_that_no_kernel_can_read_are_copied_in_every_call():
+    act = Recorded(_norm_act_cuda, lambda tensors: [*tensors, "silu"], CPU)
+    factors = Recorded(norm_factors_cuda, lambda tensors: [*tensors, 2], CPU)
+    with emulated_gpu():
+        for _ in range(3):
+            x, gate = torch.randn(2, 6, 8, 8)[:, ::2], torch.rand(2, 6)[:, ::2]
+            norm, kept = [torch.rand(6)[::2] for _ in range(4)], torch.rand(4)[::2]
+            dense = [values.contiguous() for values in norm]
+            wanted = _norm_act_cuda(x.contiguous(), *dense, gate.contiguous(), "silu")
+            assert same_bits(act([x, *norm, gate]), wanted)
+            wanted = norm_factors_cuda(*dense, kept.contiguous(), 2)
+            assert same_bits(factors([*norm, kept]), wanted)
+
+
 def returns_its_input(x):
     copy(torch.empty_like(x), x)
     return x
@@ -104,6 +162,12 @@ def copies(x):
     y = torch.empty_like(x)
     copy(y, x)
     return y.clone()
+
+
+def changes_its_result(x):
+    y = torch.empty_like(x)
+    copy(y, x)
+    return y.add_(1)
 
 
 def reads_another(x):
@@ -128,8 +192,9 @@ ANOTHER = torch.randn(8)
 
 @pytest.mark.parametrize(
     "implementation",
-    [returns_its_input, copies, reads_another, launches_nothing, returns_a_part],
-)
+    [returns_its_input, copies, changes_its_result, reads_another, launches_nothing,
+     returns_a_part],
+)  # fmt: skip
 def test_what_does_more_is_called_every_time(implementation):
     call, calls = recorded(implementation)
     with recorded_launches():

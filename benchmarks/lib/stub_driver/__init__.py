@@ -8,7 +8,9 @@ launches()                      # how many there were so far
 import contextlib
 import ctypes
 import functools
+import os
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,16 +29,22 @@ TARGET = GPUTarget("cuda", 90, 32)
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """libcuda.so.1, compiled on first use and after a change, loaded before Triton asks for it."""
-    library = FOLDER / "libcuda.so.1"
-    if not library.exists() or library.stat().st_mtime < SOURCE.stat().st_mtime:
+    """libcuda.so.1, compiled on first use and after a change, loaded before Triton asks for it.
+
+    It is made elsewhere and moved, because other processes may do the same or load it.
+    """
+    library, plain = FOLDER / "libcuda.so.1", FOLDER / "libcuda.so"
+    is_old = not library.exists() or library.stat().st_mtime < SOURCE.stat().st_mtime
+    if is_old or not plain.exists():
         FOLDER.mkdir(parents=True, exist_ok=True)
         headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
         command = ["cc", "-shared", "-fPIC", f"-I{headers}", f"-Wl,-soname,{library.name}"]
-        subprocess.run([*command, str(SOURCE), "-o", str(library)], check=True)
-    plain = FOLDER / "libcuda.so"
-    if not plain.exists():
-        plain.symlink_to(library.name)
+        with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+            made, link = Path(folder, library.name), Path(folder, plain.name)
+            subprocess.run([*command, str(SOURCE), "-o", str(made)], check=True)
+            link.symlink_to(library.name)
+            os.replace(made, library)
+            os.replace(link, plain)
     return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 

@@ -53,14 +53,18 @@ def squeeze_excite_gates_backward_reference(
 
 
 def plan_products(
-    kernel: Any, sides: Sequence[tuple[int, int]], sizes: tuple[int, int, int], act="", **operands
-) -> tuple[Launch, dict]:
-    """The launch of a kernel whose results are matrices of these `sides`, and its operands."""
+    kernel: Any, sides: Sequence[tuple[int, int]], sizes: tuple[int, int, int], act="",
+    programs=0, constants=None, **operands,
+) -> tuple[Launch, dict]:  # fmt: skip
+    """The launch of a kernel whose results are matrices of these `sides`, and its operands.
+
+    The first `programs` of the grid compute no tile of these matrices.
+    """
     tiles = sum(triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS) for rows, columns in sides)
     args = dict(zip(("N", "C", "hidden"), sizes, strict=True))
-    constants = {"ACT": act} if act else {}
+    constants = {**({"ACT": act} if act else {}), **(constants or {})}
     constants |= {"ROWS": ROWS, "COLUMNS": COLUMNS, "TERMS": TERMS}
-    launch = launch_of(kernel, (tiles,), args, constants, threads=BLOCK)
+    launch = launch_of(kernel, (programs + tiles,), args, constants, threads=BLOCK)
     return launch, {f"{name}_ptr": tensor for name, tensor in operands.items()}
 
 

@@ -6,8 +6,6 @@ computes its gradient through the network; then the gradients of parameters; the
 be of our own ops, because its slope is told from it.
 """
 
-import dataclasses
-
 import torch
 import triton
 import triton.language as tl
@@ -137,13 +135,9 @@ def plan_norm_act_excite_grad(
     names = "grad_reduce", "grad_reduce_bias", "grad_expand", "grad_expand_bias"
     second, of_network = plan_products(
         _norm_act_excite_results_kernel, [(hidden, C), (C, hidden)], (N, C, hidden),
+        programs=triton.cdiv(C, CHANNELS_OF_TOTALS), constants={"CHANNELS": CHANNELS_OF_TOTALS},
         **dict(zip(names, grads, strict=True)), **inputs,
     )  # fmt: skip
-    second = dataclasses.replace(
-        second,
-        grid=(second.grid[0] + triton.cdiv(C, CHANNELS_OF_TOTALS),),
-        constants={**second.constants, "CHANNELS": CHANNELS_OF_TOTALS},
-    )
     norm, gates = norm_operands(*norm), gate_operands(x, gate, grad_means)
     of_norm = total_operands(dweight, dbias, sums, norm)
     return [
