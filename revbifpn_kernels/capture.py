@@ -55,11 +55,15 @@ class TrainingStep:
         """Make one step on (inputs, *targets); return the loss, a detached scalar.
 
         A batch whose shapes or dtypes differ from the example's runs without the graph.
+
+        Raises:
+            RuntimeError: Model or optimizer has changed since the capture: see `capture_step`.
         """
         if self.obstacle is not None or not self._fits(batch):
             loss = self._compute_gradients(batch)
             self._update()
             return loss
+        self._check()
         for parameter, grad in self._grads:
             parameter.grad = grad  # a step without the graph leaves others
         if self.updates_in_graph:
@@ -111,10 +115,6 @@ class TrainingStep:
         device = next(self.model.parameters()).device
         batch = tree_map(lambda t: t.to(device, copy=True), example)
         self._tensors, self._structure = tree_flatten(batch)
-        if self.updates_in_graph:
-            _make_capturable(self.optimizer)
-            self._rates = [group["lr"] for group in self.optimizer.param_groups]
-            self._settings = [_settings_of(group) for group in self.optimizer.param_groups]
 
         def step() -> None:
             self._loss = self._compute_gradients(batch)
@@ -122,31 +122,49 @@ class TrainingStep:
             if self.updates_in_graph:
                 self.optimizer.step()
 
-        try:
-            with _put_back(self.model, self.optimizer):
-                self._replay = recorded(step)
-        except RuntimeError as error:  # the host waits for the device, or draws random numbers
-            self.obstacle = f"the step cannot be captured: {error}"
-            self.optimizer.zero_grad(set_to_none=True)
+        with contextlib.ExitStack() as unless_captured:
+            unless_captured.callback(_undo_of(self.optimizer))
+            if self.updates_in_graph:
+                _make_capturable(self.optimizer)
+            with _put_back(self.model, self.optimizer), _beside(device):
+                self._compute_gradients(batch)  # outside of `try`: raises what model or loss raise
+                try:
+                    self._replay = recorded(step)
+                    unless_captured.pop_all()
+                except RuntimeError as error:  # the host waits for the device, or draws randomly
+                    self.obstacle = f"the step cannot be captured: {error}"
         self._grads = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
+        self._parameters = [*self.model.parameters()]
+        self._identities = _identities_of(self._parameters)
+        self._state = _state_of(self.optimizer)
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._settings = [_settings_of(group) for group in self.optimizer.param_groups]
+
+    def _check(self) -> None:
+        """Raise an error if the graph has tensors or settings that are no longer in use."""
+        changed = set()
+        if _identities_of(self._parameters) != self._identities:
+            changed.add("the model's parameters")
+        if self.updates_in_graph:
+            if [*map(id, _state_of(self.optimizer))] != [*map(id, self._state)]:
+                changed.add("the optimizer's state")
+            settings = [_settings_of(group) for group in self.optimizer.param_groups]
+            if len(settings) != len(self._settings):
+                changed.add("param_groups")
+            for now, then in zip(settings, self._settings, strict=False):
+                changed |= {k for k in now.keys() | then if now.get(k) != then.get(k)}
+        if changed:
+            raise RuntimeError(
+                "capture_step: expected model and optimizer as they were captured, except for lr, "
+                f"got changes of {', '.join(sorted(changed))}: capture again"
+            )
 
     def _follow_learning_rate(self) -> None:
-        """Write learning rates that a scheduler has set to where the graph reads them.
-
-        Raises:
-            RuntimeError: Another setting of the optimizer has changed since the capture.
-        """
-        groups = self.optimizer.param_groups
-        for group, rate, settings in zip(groups, self._rates, self._settings, strict=True):
+        """Write learning rates that a scheduler has set to where the graph reads them."""
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             if group["lr"] is not rate:
                 rate.fill_(group["lr"])
                 group["lr"] = rate
-            if settings != (now := _settings_of(group)):
-                changed = sorted(k for k in now.keys() | settings if now.get(k) != settings.get(k))
-                raise RuntimeError(
-                    f"capture_step: the graph has the optimizer's settings of its capture, got "
-                    f"another {', '.join(changed)}; expected changes of lr only: capture again"
-                )
 
 
 def capture_step(
@@ -167,14 +185,19 @@ def capture_step(
 
     A step is forward, backward, clipping and the optimizer's update. A few steps are made on the
     example to warm up; weights, buffers and the optimizer's state are as before afterwards. Each
-    call copies its batch to where the graph reads it. A scheduler may change learning rates: they
-    are tensors on the GPU, and so are they in the optimizer's `state_dict`. The update is part of
-    the graph for SGD, Adam, AdamW, Adamax, RAdam, RMSprop and Adadelta of torch.optim, and follows
-    it, launched as usual, for other optimizers and with a `scaler`.
+    call copies its batch to where the graph reads it. The update is part of the graph for SGD,
+    Adam, AdamW, Adamax, RAdam, RMSprop and Adadelta of torch.optim, and follows it, launched as
+    usual, for other optimizers and with a `scaler`.
+
+    A scheduler may change learning rates: they are tensors on the GPU, and so are they in the
+    optimizer's `state_dict`. A call raises RuntimeError after any other change: if parameters were
+    moved, frozen or unfrozen, or, where the update is in the graph, if the optimizer's settings or
+    groups have changed or a state was loaded into it. Then capture again.
 
     Where the step cannot be a graph, one warning says why, and calls run it as usual: without a
     GPU, under DDP, FSDP or DataParallel, with synchronised batch norm over several processes, with
-    a dropout layer of torch.nn inside a reversible block, or if anything waits for the GPU.
+    a dropout layer of torch.nn inside a reversible block, or if anything waits for the GPU. The
+    optimizer is then unchanged. An error that the step raises without a graph, too, is raised.
 
     Args:
         model: Called with the inputs; its mode (training) is that of the capture.
@@ -227,17 +250,28 @@ def obstacle_of(model: nn.Module) -> str | None:
 
 
 def recorded(step: Callable[[], None]) -> Callable[[], None]:
-    """Warm up, capture `step` as a CUDA graph; return what replays it."""
-    home, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(home):  # torch.cuda.graph leaves its own where a capture fails
-        side.wait_stream(home)
-        with torch.cuda.stream(side), torch.random.fork_rng():
-            for _ in range(WARM_UPS):
-                step()
-        home.wait_stream(side)
-        with torch.cuda.graph(graph):
-            step()
+    """Warm up, capture `step` as a CUDA graph, on the current stream; return what replays it."""
+    for _ in range(WARM_UPS):
+        step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        step()
     return graph.replay
+
+
+@contextlib.contextmanager
+def _beside(device: torch.device) -> Iterator[None]:
+    """Work on another stream than the default one, which cannot be captured.
+
+    The state of random generators is as before afterwards.
+    """
+    home, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(home)
+    try:
+        with torch.random.fork_rng(devices=[device.index]), torch.cuda.stream(side):
+            yield
+    finally:
+        home.wait_stream(side)
 
 
 def _is_capturable(optimizer: torch.optim.Optimizer) -> bool:
@@ -262,9 +296,31 @@ def _make_capturable(optimizer: torch.optim.Optimizer) -> None:
             state["step"] = state["step"].to(parameter.device)
 
 
+def _undo_of(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Return what gives an optimizer its present settings and state tensors, and no gradients."""
+    groups = [dict(group) for group in optimizer.param_groups]
+    state = {parameter: dict(entries) for parameter, entries in optimizer.state.items()}
+
+    def undo() -> None:
+        for group, before in zip(optimizer.param_groups, groups, strict=True):
+            group.clear()
+            group.update(before)
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        optimizer.zero_grad(set_to_none=True)
+
+    return undo
+
+
+def _identities_of(parameters: list[nn.Parameter]) -> list[tuple[int, bool]]:
+    """Where parameters are, and which are trained."""
+    return [(p.data_ptr(), p.requires_grad) for p in parameters]
+
+
 def _settings_of(group: dict) -> dict:
     """What a graph has as constants."""
-    return {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
+    settings = {k: v for k, v in group.items() if k not in ("lr", "initial_lr")}
+    return settings | {"params": [*map(id, group["params"])]}
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ import gc
 
 import pytest
 import torch
-import torch.nn.functional as F
 from chains import (
     KINDS,
     LATTICE,
@@ -22,7 +21,6 @@ from steps import assert_same_bits, gradients_of, loss_of, relative_error
 from tiny import tiny
 
 from benchmarks.lib.memory import held_and_peak
-from revbifpn_kernels import capture_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -193,27 +191,6 @@ def test_a_network_s_step_in_a_cuda_graph(is_autocast):
     )
     allowed = 1e-2 if is_autocast else 1e-4
     assert relative_error({"weights": replayed}, {"weights": eager}) < allowed
-
-
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.NAdam])
-def test_a_captured_step_trains_as_an_eager_one(kind):
-    """NAdam's update follows the graph."""
-    net, example = tiny().cuda(), (torch.randn(4, 3, 64, 64), torch.arange(4))
-    twin = copy.deepcopy(net)
-    optimizers = [kind(each.parameters(), lr=1e-3) for each in (net, twin)]
-    step = capture_step(net, F.cross_entropy, optimizers[0], example, max_norm=1.0)
-    assert step.obstacle is None and step.updates_in_graph == (kind is not torch.optim.NAdam)
-    for lr in (1e-3, 1e-4):
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = lr
-        images, labels = torch.randn(4, 3, 64, 64, device="cuda"), torch.arange(4, device="cuda")
-        loss = step(images, labels)
-        optimizers[1].zero_grad()
-        expected = F.cross_entropy(twin(images), labels)
-        expected.backward()
-        torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
-        optimizers[1].step()
-        assert abs(loss.item() - expected.item()) < 1e-3 * expected.item()
 
 
 def test_masks_are_repeated_in_a_cuda_graph():
