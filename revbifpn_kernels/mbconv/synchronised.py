@@ -55,8 +55,9 @@ def convert_sync_batchnorm(
     """Return the module with each batch norm in it replaced by a `SyncBatchNorm2d`.
 
     Replaces BatchNorm2d and torch.nn.SyncBatchNorm, but neither subclasses of these nor
-    BatchNorm1d and BatchNorm3d. Parameters, buffers and the keys of the `state_dict` stay the same.
-    Call it before you wrap the model in DDP or FSDP.
+    BatchNorm1d and BatchNorm3d. A norm that is replaced must get inputs (N, C, H, W). Parameters,
+    buffers and the keys of the `state_dict` stay the same. Call it before you wrap the model in DDP
+    or FSDP.
 
     Args:
         module: A model, which is changed in place, or a single norm, for which a new one is
