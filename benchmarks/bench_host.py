@@ -1,8 +1,7 @@
-"""What the host pays: per launch of a kernel, per training step, per op on small maps.
+"""Times the host's part: of each operator's launches, of a training step, of small maps on a CPU.
 
-Launches go through Triton's launcher to a driver that does nothing, so no GPU is needed, and none
-may be there. Its launcher alone is timed in turns with ours. Steps have no convolutions. One
-thread.
+It runs on a machine without a GPU, on one thread. Kernels are launched by Triton's C launcher on a
+driver that does nothing. Convolutions in a training step are replaced by stubs that only allocate.
 """
 
 import argparse
@@ -34,7 +33,8 @@ from .lib.operators import launches
 from .lib.record import Row
 from .lib.step import Step
 
-STEP = ("revbifpn_s0", 2, 64)  # convolutions stubbed, so sides hardly matter
+# Network, images, side. Without convolutions and kernels the side hardly changes a step's time.
+STEP = ("revbifpn_s0", 2, 64)
 COUNTED = ("revbifpn_s0", 128, 224)
 LEVELS = ((48, 56), (64, 28), (80, 14), (160, 7))  # channels and side of S0's streams at 224 px
 
@@ -47,7 +47,7 @@ def _copy_kernel(x_ptr, y_ptr, elements, BLOCK: tl.constexpr):
 
 
 def op_calls() -> dict[str, Call]:
-    """A call of each op at S0's level 0, one image."""
+    """A call of each operator, on maps of S0's level 0 of one image."""
     inputs = workloads.Inputs.make(
         workloads.Case("S0", workloads.S0, "fp32", "nchw", 1), device="cpu"
     )
@@ -80,7 +80,7 @@ def op_calls() -> dict[str, Call]:
 
 
 def timed(calls: Mapping[object, Call], run: argparse.Namespace) -> dict[object, timing.Timing]:
-    """In turns, after calls that plan, compile and look up what later ones know."""
+    """Times the calls in turns, after warm-up calls that plan, compile and fill caches."""
     for call in calls.values():
         for _ in range(WARM_UPS):
             call()
@@ -88,14 +88,15 @@ def timed(calls: Mapping[object, Call], run: argparse.Namespace) -> dict[object,
 
 
 def bench_launches(run: argparse.Namespace) -> list[Row]:
-    """Each op, and the launches that it makes by Triton's launcher alone."""
+    """Each operator; beside it, the same launches made by Triton's C launcher alone."""
     calls: dict[tuple[str, str], Call] = {}
     counts = {}
     x, y = torch.empty(1024), torch.empty(1024)
     with host.ops_launch_on_stub(), torch.no_grad():
         for name, call in op_calls().items():
             with host.recorded_launches() as repeats:
-                launches(call, "cpu")  # watched, so that tensors reach the launcher as in Triton
+                # Its mode forces the dispatcher, so that the launcher gets tensors, as from Triton.
+                launches(call, "cpu")
             counts[name] = len(repeats)
             calls[name, "ours"] = call
             calls[name, "launcher"] = functools.partial(_repeat, repeats)
@@ -117,7 +118,7 @@ def _repeat(repeats: list[Call]) -> None:
 
 
 def bench_steps(run: argparse.Namespace) -> list[Row]:
-    """Forward and backward of S0 without convolutions, fused and by PyTorch's modules."""
+    """Forward and backward of S0 without convolutions, with MBConvs fused or module by module."""
     name, batch, side = STEP
     image, calls = torch.randn(batch, 3, side, side), {}
     for mode in ("reversible", "stored"):
@@ -143,7 +144,7 @@ def _forward_backward(step: Step, is_fused: bool) -> None:
 
 
 def bench_counts(run: argparse.Namespace) -> list[Row]:
-    """Launches of our kernels in a bf16 training step on a GPU, planned on fake tensors."""
+    """Counts the launches of our kernels in a bf16 training step on a GPU, on fake tensors."""
     name, batch, side = COUNTED
     rows = []
     for mode in ("reversible", "stored"):
@@ -155,7 +156,7 @@ def bench_counts(run: argparse.Namespace) -> list[Row]:
 
 
 def bench_small(run: argparse.Namespace) -> list[Row]:
-    """resample_add on a CPU beside eager PyTorch: each of S0's streams from all coarser ones."""
+    """`resample_add` on a CPU and eager PyTorch: all coarser streams of S0 added to each stream."""
     calls: dict[tuple, Callable] = {}
     for level, (channels, side) in enumerate(LEVELS[:-1]):
         x = torch.randn(1, channels, side, side)
@@ -186,7 +187,13 @@ PARTS = {
 
 def main(arguments: list[str]) -> int:
     parser = record.parser("bench_host", __doc__, on_gpu=False)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        help="what to measure (default: all)",
+    )
     run = record.parse(parser, arguments)
     if torch.cuda.is_available():
         parser.error("the stub driver needs a machine without a GPU")

@@ -96,24 +96,29 @@ def main(arguments: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(required=True, metavar="info|warmup")
     info = commands.add_parser("info", help="versions, devices, backends, costs of the models")
-    info.add_argument("--model", choices=tuple(SIZES), help="only this one; all take a minute")
+    info.add_argument("--model", choices=tuple(SIZES), help="only this one (all take a minute)")
     info.add_argument("--stored", action="store_true", help="memory with stored activations")
     info.set_defaults(run=show)
     about = "compile the GPU kernels of a training step, on all cores; no GPU needed"
     warm = commands.add_parser("warmup", help=about, description=about)
     warm.add_argument("model", choices=tuple(SIZES))
-    warm.add_argument("--batch", type=int, default=64, help="images per step (default: 64)")
-    warm.add_argument("--stored", action="store_true", help="with stored activations")
-    warm.add_argument("--exact", action="store_true", help="exact mode")
+    warm.add_argument(
+        "--batch", type=int, default=64, help="images per step on one GPU (default: 64)"
+    )
+    warm.add_argument("--stored", action="store_true", help="a step with stored activations")
+    warm.add_argument("--exact", action="store_true", help="a step in exact mode")
     warm.add_argument("--channels-last", action="store_true", help="images in channels_last")
-    warm.add_argument("--target", help="a GPU, such as sm_90, unless the one of this machine")
+    warm.add_argument("--target", help="a GPU, such as sm_90 (default: that of this machine)")
     warm.set_defaults(run=warm_up)
     for command in (info, warm):
         command.add_argument(
-            *("--side", "--size"), type=int, help="pixels per side, unless each model's own"
+            *("--side", "--size"), type=int, help="pixels per side (default: the model's own)"
         )
         command.add_argument(
-            "--dtype", choices=tuple(DTYPES), default="fp32", help="bf16 is autocast"
+            "--dtype",
+            choices=tuple(DTYPES),
+            default="fp32",
+            help="bf16: by autocast (default: fp32)",
         )
     options = parser.parse_args(arguments)
     if options.side is not None and options.side < 32:

@@ -19,8 +19,8 @@ from .reversible import Reversible
 from .reversible.recompute import group_of
 
 WARM_UPS = 3  # steps before the capture: they compile kernels and allocate what libraries keep
-# Optimizers whose update needs nothing from the host (if they have `capturable`, where that is set)
-# and whose state starts with zeros, which a warm-up can be undone to.
+# Optimizers whose update can be in a graph: it needs nothing from the host (with `capturable`, if
+# they have that setting), and their state starts as zeros, so that a warm-up can be undone.
 CAPTURABLE = (
     *(torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax),
     *(torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Adadelta),
@@ -32,7 +32,8 @@ class TrainingStep:
 
     Attributes:
         obstacle: Why the step runs without a graph; None if it is a graph.
-        updates_in_graph: Whether the graph contains the optimizer's update, which else follows it.
+        updates_in_graph: Whether the graph contains the optimizer's update; if not, the update
+            follows each launch of the graph.
         grad_norm: The norm of all gradients of the last step before clipping; None without
             `max_norm`.
     """
@@ -126,10 +127,10 @@ class TrainingStep:
             unless_captured.callback(_undo_of(self.optimizer))
             if self.updates_in_graph:
                 _make_capturable(self.optimizer)
-            with _put_back(self.model, self.optimizer), _beside(device):
+            with _put_back(self.model, self.optimizer), _on_side_stream(device):
                 self._compute_gradients(batch)  # outside of `try`: raises what model or loss raise
                 try:
-                    self._replay = recorded(step)
+                    self._replay = captured(step)
                     unless_captured.pop_all()
                 except RuntimeError as error:  # the host waits for the device, or draws randomly
                     self.obstacle = f"the step cannot be captured: {error}"
@@ -197,16 +198,16 @@ def capture_step(
     Where the step cannot be a graph, one warning says why, and calls run it as usual: without a
     GPU, under DDP, FSDP or DataParallel, with synchronised batch norm over several processes, with
     a dropout layer of torch.nn inside a reversible block, or if anything waits for the GPU. The
-    optimizer is then unchanged. An error that the step raises without a graph, too, is raised.
+    optimizer is then unchanged. Errors that the step would also raise without a graph are raised.
 
     Args:
-        model: Called with the inputs; its mode (training) is that of the capture.
+        model: Called with the inputs. The graph keeps the train or eval mode that it has now.
         loss: Called with the model's outputs and the targets; returns a scalar.
         optimizer: Of the model's parameters.
         example: (inputs, *targets), tensors or nested tuples, lists and dicts of them, of the
             shapes and dtypes of all batches.
         autocast: The dtype of autocast for model and loss; None without it.
-        max_norm: To which norm gradients are clipped; infinity measures it only.
+        max_norm: Gradients are clipped to this norm; with infinity it is only measured.
         scaler: For float16.
 
     Raises:
@@ -227,7 +228,7 @@ def capture_step(
 
 
 def obstacle_of(model: nn.Module) -> str | None:
-    """Why a training step of `model` cannot be a CUDA graph; None if nothing tells against it."""
+    """Why a training step of `model` cannot be a CUDA graph; None if no reason is known."""
     devices = {p.device.type for p in model.parameters()}
     if devices != {"cuda"}:
         found = ", ".join(sorted(devices)) or "no device"
@@ -249,7 +250,7 @@ def obstacle_of(model: nn.Module) -> str | None:
     return None
 
 
-def recorded(step: Callable[[], None]) -> Callable[[], None]:
+def captured(step: Callable[[], None]) -> Callable[[], None]:
     """Warm up, capture `step` as a CUDA graph, on the current stream; return what replays it."""
     for _ in range(WARM_UPS):
         step()
@@ -260,10 +261,10 @@ def recorded(step: Callable[[], None]) -> Callable[[], None]:
 
 
 @contextlib.contextmanager
-def _beside(device: torch.device) -> Iterator[None]:
-    """Work on another stream than the default one, which cannot be captured.
+def _on_side_stream(device: torch.device) -> Iterator[None]:
+    """Run the `with` on a stream of its own, because the default one cannot be captured.
 
-    The state of random generators is as before afterwards.
+    Random generators are put back.
     """
     home, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     side.wait_stream(home)
@@ -297,7 +298,7 @@ def _make_capturable(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _undo_of(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Return what gives an optimizer its present settings and state tensors, and no gradients."""
+    """Return a function that restores an optimizer's settings and state, and clears gradients."""
     groups = [dict(group) for group in optimizer.param_groups]
     state = {parameter: dict(entries) for parameter, entries in optimizer.state.items()}
 
@@ -313,19 +314,19 @@ def _undo_of(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
 
 
 def _identities_of(parameters: list[nn.Parameter]) -> list[tuple[int, bool]]:
-    """Where parameters are, and which are trained."""
+    """Each parameter's address and whether it is trained, which the graph depends on."""
     return [(p.data_ptr(), p.requires_grad) for p in parameters]
 
 
 def _settings_of(group: dict) -> dict:
-    """What a graph has as constants."""
+    """A group's settings that the graph contains as constants."""
     settings = {k: v for k, v in group.items() if k not in ("lr", "initial_lr")}
     return settings | {"params": [*map(id, group["params"])]}
 
 
 @contextlib.contextmanager
 def _put_back(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Give weights, buffers and the optimizer's state their values again; a new state is 0."""
+    """Afterwards give weights, buffers and the optimizer's state their values; new state is 0."""
     tensors = [*model.parameters(), *model.buffers(), *_state_of(optimizer)]
     before = [t.detach().clone() for t in tensors]
     try:

@@ -1,8 +1,12 @@
 """Compiles the GPU kernels of a training step before its first run, in parallel, without a GPU.
 
-Triton compiles a kernel when it is first launched, one after the other: a minute or more for a
-network's first step. Here a step runs on fake tensors to find its launches; processes compile them
-into Triton's cache on disk.
+Triton compiles each kernel when it is first launched, one after the other: a minute or more for a
+network's first step. Here a step runs on fake tensors, which shows its launches. Then several
+processes compile the kernels, and Triton's cache on disk keeps them for the real step. In order:
+
+    calls_of_step        the calls of our operators in a step
+    distinct_launches    the launches that these make, one per kernel to compile
+    compile_ahead        compiles those kernels
 """
 
 import functools
@@ -31,15 +35,15 @@ from .ops.launch import Launch
 
 Planned = tuple[Launch, dict[str, Any]]
 _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-# Any target of NVIDIA: Triton specialises arguments alike for all of them.
+# To tell kernels apart any NVIDIA GPU will do: Triton specialises arguments alike for all of them.
 _TARGET = GPUTarget("cuda", 90, 32)
-# Autograd refuses CUDA tensors where there is no GPU, so those on the CPU say that they are.
+# Autograd refuses CUDA tensors on a machine without a GPU, so fake CPU tensors pretend to be some.
 _IS_ON_GPU = {"is_cpu": property(lambda _: False), "is_cuda": property(lambda _: True)}
 
 
 @dataclass(frozen=True)
 class Spec:
-    """How a tensor lies in memory."""
+    """What a launch depends on of a tensor: its dtype, and how it lies in memory."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -54,19 +58,19 @@ class Spec:
         return cls(tensor.dtype, tuple(tensor.shape), *where)
 
     def on(self, device: str) -> Tensor:
-        """Such a tensor, uninitialised."""
+        """An uninitialised tensor of this kind."""
         storage = torch.empty(self.elements, dtype=self.dtype, device=device)
         return storage.as_strided(self.shape, self.strides, self.offset)
 
 
 class OpCall(NamedTuple):
-    """An op of ours with its arguments, where tensors are given as what a launch depends on."""
+    """A call of one of our operators; a `Spec` takes the place of each tensor."""
 
     op: str
     arguments: tuple
 
     def launches(self) -> list[Planned]:
-        """What the op launches on a GPU, with meta tensors as operands."""
+        """The launches that the operator makes on a GPU, with meta tensors as operands."""
         planned: list[Planned] = []
 
         def record(launch: Launch, device: torch.device, operands: dict[str, Any]) -> None:
@@ -77,7 +81,7 @@ class OpCall(NamedTuple):
             FakeTensorMode(),
             mock.patch.multiple(FakeTensor, create=True, **_IS_ON_GPU),
             mock.patch.object(Launch, "run", record),
-            mock.patch.dict(last_program._kept, clear=True),  # kept, fake ones would outlive this
+            mock.patch.dict(last_program._counters, clear=True),  # else it would keep fake counters
         ):
             arguments = tree_map_only(Spec, lambda spec: spec.on("cpu"), self.arguments)
             getattr(torch.ops.revbifpn, self.op).default.redispatch(_CUDA, *arguments)
@@ -109,9 +113,10 @@ def calls_of_step(
     autocast: torch.dtype | None = None,
     channels_last: bool = False,
 ) -> list[OpCall]:
-    """All calls of our ops in a training step of `model` on a batch of `shape`, in order.
+    """All calls of our operators in a training step of `model` on a batch of `shape`, in order.
 
-    The model, which may lie on any device, does not change; the loss is the sum of its outputs.
+    The model may be on any device, and does not change. The loss is made up from its outputs: a
+    sum of mean squares.
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
     with (
@@ -129,9 +134,9 @@ def calls_of_step(
 
 
 def distinct_launches(calls: list[OpCall]) -> Iterator[tuple[OpCall, int]]:
-    """For each kernel that Triton compiles a call, and which of its launches needs the kernel.
+    """For each kernel to compile: a call, and the index of the launch in it that needs the kernel.
 
-    Launches that differ in sizes alone share a kernel.
+    Launches that differ only in sizes may share a kernel.
     """
     kernels = set()
     for call in {str(call): call for call in calls}.values():
@@ -143,15 +148,15 @@ def distinct_launches(calls: list[OpCall]) -> Iterator[tuple[OpCall, int]]:
 
 
 def kernel_key(launch: Launch, operands: dict[str, Any]) -> tuple[str, str]:
-    """Equal for launches that share a compiled kernel."""
+    """A key that is equal for launches that share a compiled kernel."""
     source, options = launch.source(_TARGET, operands)
     return source.hash(), str(options)
 
 
 def compile_ahead(calls: list[OpCall], target: GPUTarget, *, shows_progress: bool = True) -> str:
-    """Compile all kernels that `calls` launch, unless Triton's cache has them, on all cores.
+    """Compile all kernels that `calls` launch, on all cores; skip those in Triton's cache.
 
-    Returns a line that says how many there are, for which GPU, and the seconds it took.
+    Returns a line with the number of kernels, the GPU, and the seconds it took.
     """
     start = time.perf_counter()
     jobs = list(distinct_launches(calls))
@@ -175,14 +180,14 @@ def _compile(call: OpCall, number: int, target: GPUTarget) -> None:
 
 
 def target_of(name: str | None) -> GPUTarget:
-    """The GPU by name, such as sm_90 or gfx942; None: the current one.
+    """The GPU of this name, such as sm_90 or gfx942; for None, the current GPU.
 
     Raises:
-        ValueError: There is no GPU, or the name is none.
+        ValueError: There is no current GPU, or no GPU has this name.
     """
     if name is None:
         if not torch.cuda.is_available():
-            raise ValueError("found no GPU to compile for; expected a name, such as sm_90")
+            raise ValueError("found no GPU to compile for: expected --target, such as sm_90")
         return triton.runtime.driver.active.get_current_target()
     if name.startswith("sm_") and name[3:].isdecimal():
         return GPUTarget("cuda", int(name[3:]), 32)

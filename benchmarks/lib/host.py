@@ -25,7 +25,7 @@ from .stub_driver import stub_gpu
 
 
 def gpu_implementations() -> dict[str, Callable]:
-    """The Python function of each op on GPUs, by the names that all of them have."""
+    """The Python function that computes each operator on GPUs; found by its name, `NAME_cuda`."""
     found = {}
     for module in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}."):
         for name, value in vars(importlib.import_module(module.name)).items():
@@ -54,7 +54,7 @@ def ops_launch_on_stub() -> Iterator[Callable[[], int]]:
 
 @contextlib.contextmanager
 def recorded_launches() -> Iterator[list[Callable[[], Any]]]:
-    """Lists what repeats each launch by Triton's launcher alone, below its Python."""
+    """Yields a list of functions: each repeats one launch by Triton's C launcher alone."""
     from triton.backends.nvidia.driver import CudaLauncher
 
     repeats, launch = [], CudaLauncher.__call__
@@ -70,7 +70,7 @@ def recorded_launches() -> Iterator[list[Callable[[], Any]]]:
 
 
 class _Convolution(torch.autograd.Function):
-    """Allocates what a convolution and its gradients would."""
+    """Allocates the results of a convolution and of its backward, and computes nothing."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding) -> Tensor:

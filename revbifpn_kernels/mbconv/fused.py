@@ -37,13 +37,14 @@ class SavedStatistics(NamedTuple):
 
     mean: Tensor  # (C,), as invstd
     invstd: Tensor
-    scale: Tensor | None  # (N, C), as shift, of a norm that is left to a fusion
+    scale: Tensor | None  # (N, C), as shift, of a norm that RevSilo or RevBlock applies
     shift: Tensor | None
     se_gate: Tensor | None  # (N, C), of squeeze-excite
     se_means: Tensor | None  # (N, C), from which squeeze-excite computes its gate
     drop_factors: Tensor | None  # (N,), what stochastic depth multiplies samples by
-    count: Tensor | None  # (), values per channel, if other processes' are among them
-    group: dist.ProcessGroup | None  # these processes
+    # With synchronised batch norm only:
+    count: Tensor | None  # (), values per channel over all processes
+    group: dist.ProcessGroup | None
 
     def multiplier(self, channels: int) -> Tensor | None:
         """What the stage's result is multiplied by, (N, C), or None."""
@@ -60,10 +61,11 @@ class SavedStages(NamedTuple):
 
 
 def run_stages(stages: Sequence[Stage], x: Tensor, *, folds_norm: bool = False) -> Source:
-    """Return the result of the stages one after the other, with a graph if one is wanted.
+    """Run the stages one after the other, with a graph if one is wanted; return the result.
 
-    With `folds_norm` the last norm, and stochastic depth after it, are left to the fusion that
-    reads the result; for the gradient that its maps then get see `ops/resample/folded_norm.py`.
+    With `folds_norm` the last norm, and stochastic depth after it, are returned as factors, which
+    the operator that reads the maps applies. `ops/resample/folded_norm.py` tells which gradient
+    the maps then get.
     """
     recorder = recompute.current_recorder()
     run, parameters = _run_of(stages, recorder, folds_norm)
@@ -112,7 +114,7 @@ def _needs_grad(x: Tensor, parameters: Sequence[Tensor | None]) -> list[bool]:
 
 
 def _unseen(recorder) -> contextlib.AbstractContextManager:
-    """Hides calls from RecordMode and ReplayMode: the stages record what they need themselves."""
+    """Hide calls from RecordMode and ReplayMode: stages save what their recompute needs."""
     return contextlib.nullcontext() if recorder is None else torch._C.DisableTorchFunction()
 
 
@@ -291,7 +293,7 @@ def _stage_backward(
     parameters: Sequence[Tensor | None],
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The gradients of a stage's input and of its parameters; `maps`: input and convolution's."""
+    """The gradients of a stage's input and parameters; `maps`: its input, conv(input)."""
     x, u = maps
     weight, gamma, beta, *squeeze = parameters
     norm = saved.mean, saved.invstd, gamma, beta

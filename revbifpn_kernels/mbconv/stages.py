@@ -20,8 +20,8 @@ from .modules import BatchNorm2d, ConvNorm, SqueezeExcite
 from .synchronised import SyncBatchNorm2d
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Not nn.SyncBatchNorm: its processes exchange other messages than a stage's, so that one process
-# with a hook, which runs module by module, would wait for the others for ever.
+# Not nn.SyncBatchNorm: as a module it exchanges other messages than a fused stage would. If a hook
+# makes one process run module by module, it would wait for the others for ever.
 NORMS = (BatchNorm2d, nn.BatchNorm2d, SyncBatchNorm2d)
 _CONVS = ("expand", "depthwise", "project")
 _ORDER = ("expand", "depthwise", "squeeze_excite", "project", "drop_path")
@@ -30,7 +30,7 @@ _ACTS |= dict.fromkeys((nn.Identity, type(None)), "identity")
 
 
 class Stage(NamedTuple):
-    """A convolution, its norm and what follows; later changes of the modules are not seen."""
+    """A convolution, its norm and what follows, as they were when the snapshot was taken."""
 
     conv: nn.Conv2d
     norm: nn.BatchNorm2d
@@ -80,7 +80,7 @@ def is_autocast(x: Tensor) -> bool:
 
 
 class MBConvSnapshot(Snapshot):
-    """The modules of an MBConv, and the stages that they are."""
+    """A snapshot of an MBConv's modules, and the stages that they form (None: not fused)."""
 
     def __init__(self, mbconv: nn.Module) -> None:
         super().__init__(mbconv)
@@ -116,7 +116,11 @@ def _stages_of(mbconv: nn.Module) -> list[Stage] | None:
 
 
 def fit(stages: Sequence[Stage], x: Tensor) -> bool:
-    """Whether weights have x's dtype or are cast, and the rest that of sums; no subclass."""
+    """Whether the kernels can read the stages' parameters and buffers, for maps like x.
+
+    Weights of convolutions must have x's dtype or be cast to it by autocast, all others the dtype
+    of sums; none may be a tensor subclass.
+    """
     dtype, sums, is_cast = x.dtype, sums_dtype(x), is_autocast(x)
     for stage in stages:
         if not stage.has_own_biases():
@@ -138,9 +142,9 @@ def fit(stages: Sequence[Stage], x: Tensor) -> bool:
     return True
 
 
-# For speed this file reads `_modules[…]`: attributes go through nn.Module.__getattr__, a search.
+# This file reads `_modules[…]` for speed: `part.conv` would go through nn.Module.__getattr__.
 def _act_of(part: nn.Module) -> str | None:
-    """The name of the activation, None if the kernels have none such."""
+    """The kernels' name of a part's activation; None if they cannot compute it."""
     return _ACTS.get(type(part._modules.get("act")))
 
 
@@ -150,7 +154,7 @@ def _is_plain(part: nn.Module, kind: type) -> bool:
 
 
 def _stage_of(part: nn.Module) -> Stage | None:
-    """The stage that a ConvNorm is, None if it is another module or has been changed."""
+    """The stage that a ConvNorm forms; None if it is another module or has been changed."""
     if not _is_plain(part, ConvNorm) or not part._modules.keys() <= {"conv", "norm", "act"}:
         return None
     conv, norm = part._modules["conv"], part._modules["norm"]

@@ -1,8 +1,8 @@
-"""Batch norm with the statistics of all processes' images, on GPUs and on CPUs.
+"""Synchronised batch norm: statistics over the images of all processes, on GPUs and on CPUs.
 
-In the forward each process reduces its own images; then the processes exchange 2C + 1 numbers, for
-C channels. In the backward they exchange 2C. The recompute reuses the statistics and exchanges
-nothing.
+In the forward each process computes mean and variance of its own images; then the processes
+exchange 2·C + 1 numbers, for C channels. In the backward they exchange 2·C. The recompute reuses
+the statistics and exchanges nothing.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from .modules import BatchNorm2d
 
 
 class GroupStatistics(NamedTuple):
-    """Mean and 1/√(variance + eps), (C,), and the number of values per channel, ()."""
+    """Of all processes: mean and 1/√(variance + eps), (C,), and the values per channel, ()."""
 
     mean: Tensor
     invstd: Tensor
@@ -32,10 +32,10 @@ class GroupStatistics(NamedTuple):
 
 
 class SyncBatchNorm2d(BatchNorm2d):
-    """Batch norm that in training normalises by the images of all processes of a group together.
+    """Batch norm over (N, C, H, W) whose statistics are of the images of all processes in a group.
 
-    As torch.nn.SyncBatchNorm, but also on CPUs, and inside DDP there. `convert_sync_batchnorm`
-    makes it of a model's batch norms. On one process it is `BatchNorm2d`.
+    Equivalent to torch.nn.SyncBatchNorm in training, but it also runs on CPUs. On one process, and
+    in eval mode, it is `BatchNorm2d`. `convert_sync_batchnorm` puts it into a model.
     """
 
     records_itself = True
@@ -52,25 +52,36 @@ class SyncBatchNorm2d(BatchNorm2d):
 def convert_sync_batchnorm(
     module: nn.Module, process_group: dist.ProcessGroup | None = None
 ) -> nn.Module:
-    """Return the module with each BatchNorm2d in it replaced by a `SyncBatchNorm2d`.
+    """Return the module with each batch norm in it replaced by a `SyncBatchNorm2d`.
 
-    As torch.nn.SyncBatchNorm.convert_sync_batchnorm: parameters and buffers are the same tensors,
-    names in the `state_dict` stay. Norms that are synchronised already are replaced, too. Call it
-    before DDP, FSDP and the optimizer.
+    Replaces BatchNorm2d and torch.nn.SyncBatchNorm, but neither subclasses of these nor
+    BatchNorm1d and BatchNorm3d. A norm that is replaced must get inputs (N, C, H, W). Parameters,
+    buffers and the keys of the `state_dict` stay the same. Call it before you wrap the model in DDP
+    or FSDP.
 
     Args:
-        process_group: The processes that share statistics. None: those of a norm that is
-            synchronised already, else all.
+        module: A model, which is changed in place, or a single norm, for which a new one is
+            returned.
+        process_group: The processes that share statistics. With None, a norm that is synchronised
+            already keeps its group, and other norms use all processes.
     """
-    if type(module) in (BatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm2d):
-        norm = SyncBatchNorm2d.__new__(SyncBatchNorm2d)
-        for name, value in module.__dict__.items():
-            norm.__dict__[name] = value.copy() if isinstance(value, dict) else value
-        norm.process_group = process_group or getattr(module, "process_group", None)
-        return norm
-    for name, child in module.named_children():
-        module.add_module(name, convert_sync_batchnorm(child, process_group))
-    return module
+    norms = (part for part in module.modules() if type(part) in _CONVERTED)
+    converted = {norm: _converted(norm, process_group) for norm in norms}
+    for part in list(module.modules()):
+        for name, child in part._modules.items():
+            part._modules[name] = converted.get(child, child)
+    return converted.get(module, module)
+
+
+_CONVERTED = (BatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm2d)
+
+
+def _converted(norm: nn.Module, process_group: dist.ProcessGroup | None) -> SyncBatchNorm2d:
+    new = SyncBatchNorm2d.__new__(SyncBatchNorm2d)
+    for name, value in norm.__dict__.items():
+        new.__dict__[name] = value.copy() if isinstance(value, dict) else value
+    new.process_group = process_group or getattr(norm, "process_group", None)
+    return new
 
 
 @torch._disable_dynamo
@@ -112,10 +123,10 @@ class _NormaliseInGroup(torch.autograd.Function):
 
 
 def group_statistics(x: Tensor, norm: nn.BatchNorm2d, group) -> GroupStatistics:
-    """The statistics over the processes of `group`; updates the running ones as PyTorch does."""
+    """The statistics over the processes of `group`; updates running statistics like PyTorch."""
     batches, momentum = norm._buffers["num_batches_tracked"], norm.momentum
     C, dtype = x.shape[1], sums_dtype(x)
-    # A row per process, zeros but for its own: any backend adds them up.
+    # One row per process. Each fills its own and leaves zeros in the others, so a sum gathers them.
     rows = x.new_zeros(dist.get_world_size(group), 2 * C + 1, dtype=torch.float64)
     if x.numel() > 0:
         mean, invstd = batch_statistics(x, 0.0, None, None, batches, 0.0)
@@ -131,7 +142,7 @@ def group_statistics(x: Tensor, norm: nn.BatchNorm2d, group) -> GroupStatistics:
     variance = (shares * (variances + (means - shared_mean).square())).sum(0)
     running = norm._buffers["running_mean"], norm._buffers["running_var"]
     unbiased = variance * (total / (total - 1).clamp(min=1))
-    if momentum is None:  # a cumulative average, if there is one
+    if momentum is None:  # a cumulative average; no update if batches are not counted
         momentum = 0.0 if batches is None else 1.0 / float(batches)
     for buffer, value in zip(running, (shared_mean, unbiased), strict=True):
         if buffer is not None:
@@ -152,13 +163,13 @@ def group_gradients(
 ) -> tuple[Tensor, ...]:
     """The gradients of x, weight and bias, and of squeeze-excite's parameters if there are any.
 
-    Those of parameters are of this process' images, as DDP expects them.
+    Gradients of parameters are sums over this process' images only, because DDP reduces them.
 
     Args:
         norm: Mean, invstd, weight and bias.
-        gate: (N, C), what the result was multiplied by, or None.
-        squeeze: Empty, or squeeze-excite's means and its four parameters.
-        acts: The activation, and that of squeeze-excite.
+        gate: (N, C), the factors that multiplied act(norm(x)), or None.
+        squeeze: Empty, or the means that squeeze-excite read and its four parameters.
+        acts: The activation after the norm, and the one inside squeeze-excite.
         count: Values per channel over all processes, ().
     """
     act, squeeze_act = acts

@@ -21,12 +21,12 @@ ALIGNMENT = 16  # bytes
 # The parameters of a launcher of Triton 3.6 to 3.8 begin with these.
 LEADING = ("gridX", "gridY", "gridZ", "stream", "function")
 STREAM = LEADING.index("stream")
-# A launch's metadata, which are for hooks, and the hooks before and after it.
+# Launch metadata (for hooks only), the hook before and the hook after a launch: none.
 NO_HOOKS = (None, None, None)
 
 
 def specialised_on(values: Iterable[Any]) -> list:
-    """What of operands decides, for one launch, which kernel Triton compiles for NVIDIA's GPUs."""
+    """The properties of operands by which Triton chooses a kernel of a launch on NVIDIA's GPUs."""
     key: list = []
     for value in values:
         for leaf in value if isinstance(value, tuple) else (value,):
@@ -48,7 +48,7 @@ class Compiled:
     """A kernel for one grid and one specialisation, loaded on one device."""
 
     launcher: Any
-    frame: list  # what the launcher is called with; the operands, and the stream, are set each time
+    frame: list  # the launcher's arguments, with gaps for operands and stream
     places: dict[str, int]  # of the operands in the frame
     kernel: Any  # Triton's, which owns the code that `frame` points to
 

@@ -1,4 +1,4 @@
-"""Calls of ops that go around PyTorch's dispatcher, whose Python takes several µs per op.
+"""Calls ops without PyTorch's dispatcher, which takes several µs per call.
 
 An op is called directly only where the dispatcher would do nothing else than run its kernel: on
 plain tensors, where no gradient is wanted and no mode, transform, tracer or profiler is active.
@@ -23,8 +23,9 @@ try:  # how torch.compile checks that its compiled code fits; a private interfac
 except ImportError:
     TensorGuards = None
 
-# By op, options, counts of tensors and the first one's elements: for each geometry, the latest
-# first, what checks whether tensors fit, and what then runs. Tuples, because threads share them.
+# By op, options, counts of tensors and the first one's elements: entries (fits, run), the latest
+# first. `fits(*tensors)` tells whether tensors are like those of an earlier call, `run(tensors)`
+# computes. Entries of `direct_op` end with (pick, absent). Tuples, because threads share them.
 known: dict[tuple, tuple[tuple, ...]] = {}
 MOST, MOST_GEOMETRIES = 4096, 16  # keys, and entries per key
 
@@ -67,7 +68,10 @@ def is_on_cpu(device: torch.device) -> bool:
 
 
 def _is_watched() -> bool:
-    """Whether something follows the calls of Python's functions, of which no tensor knows."""
+    """Whether a compiler, function mode, profiler or forward-mode differentiation must see calls.
+
+    Tensors do not show this.
+    """
     return (
         is_compiling()
         or _is_torch_function_mode_enabled()
@@ -77,7 +81,7 @@ def _is_watched() -> bool:
 
 
 def _places_of_tensors(values: Iterable[Any]) -> dict[int, int | slice]:
-    """For each value that holds tensors which of them all it is, or which slice if it is a list."""
+    """Map the place of each argument with tensors to its index among all, for lists to a slice."""
     places: dict[int, int | slice] = {}
     count = 0
     for place, value in enumerate(values):
@@ -101,7 +105,7 @@ def _written(kernel: torch._ops.OpOverload) -> list[int]:
 
 
 def _runner(op: str, on_gpu: Callable, arguments: tuple, device: torch.device) -> Callable:
-    """What runs an op's kernel with these arguments, but with other tensors, and no dispatcher."""
+    """A function of tensors that runs the op without the dispatcher; other arguments as here."""
     places = _places_of_tensors(arguments)
     frame = [None if place in places else value for place, value in enumerate(arguments)]
     kernel = _overload(op)
@@ -134,7 +138,7 @@ def _add(
         return
     sides, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
     guard = TensorGuards(*tensors, dynamic_dims_sizes=sides, dynamic_dims_strides=strides)
-    if not guard.check(*tensors):  # as where a tensor is given twice
+    if not guard.check(*tensors):  # for example if one tensor is given twice
         return
     if len(known) >= MOST:
         known.clear()

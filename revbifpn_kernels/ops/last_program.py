@@ -10,14 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 FEWEST_COUNTERS = 4096
-# Per device and stream: zeros whenever no kernel of the stream runs.
-_kept: dict[tuple[torch.device, int], Tensor] = {}
+# Per device and stream; all are zero while no kernel of the stream runs, because the last program
+# of a group resets its counter.
+_counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def counters(device: torch.device, groups: int, stream: int | None = None) -> Tensor:
-    """A zero, int32, for each group of programs of the next launch on `device`'s current stream.
+    """Return int32 zeros, one or more per group of programs of the next launch on `device`.
 
-    A CUDA graph gets its own, because it may run on several streams. `stream` is the address of
+    A CUDA graph gets its own, because its replays may run on any stream. `stream` is the address of
     the current stream, if it is known and `device` is the current one.
     """
     if device.type == "cuda":
@@ -26,10 +27,10 @@ def counters(device: torch.device, groups: int, stream: int | None = None) -> Te
                 return counters(device, groups, torch.cuda.current_stream().cuda_stream)
         if torch.cuda.is_current_stream_capturing():
             return torch.zeros(groups, dtype=torch.int32, device=device)
-    kept = _kept.get((device, stream))
+    kept = _counters.get((device, stream))
     if kept is None or kept.numel() < groups:
         size = max(FEWEST_COUNTERS, triton.next_power_of_2(groups))
-        kept = _kept[device, stream] = torch.zeros(size, dtype=torch.int32, device=device)
+        kept = _counters[device, stream] = torch.zeros(size, dtype=torch.int32, device=device)
     return kept
 
 

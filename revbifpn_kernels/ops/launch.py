@@ -20,17 +20,17 @@ from .compiled import (
 )
 
 
-class _Listening(threading.local):
+class _Lists(threading.local):
     def __init__(self) -> None:
         self.lists: list[list] = []
 
 
-_listening = _Listening()
+_listening = _Lists()
 
 
 @contextlib.contextmanager
 def listed_launches() -> Iterator[list[tuple[Compiled | None, dict[str, Any]]]]:
-    """Lists the launches of this thread: their kernels, as from `Compiled.of`, and operands."""
+    """Yields a list that gets each launch of this thread: its `Compiled` or None, its operands."""
     listed: list[tuple[Compiled | None, dict[str, Any]]] = []
     _listening.lists.append(listed)
     try:
@@ -60,7 +60,7 @@ class Launch:
     constants: dict[str, Any]
     # Threads per program; by default one per lane.
     threads: int | None = None
-    # By driver, device, names of the operands and what Triton specialises on of them.
+    # Keys: driver, device, the operands' names, and what Triton specialises a kernel on.
     compiled: dict[tuple, Compiled | None] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
@@ -99,7 +99,7 @@ class Launch:
         return self.compiled[key]
 
     def run_by_triton(self, operands: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The kernel that was launched, and all arguments that it got."""
+        """Launch by `kernel[grid]`; return the kernel and all arguments that it got."""
         given = {**operands, **self.args, **self.constants}
         return self.kernel[self.grid](**given, **self.options(_warp_size())), given
 
@@ -128,7 +128,7 @@ def launch_of(
     constants: dict[str, Any],
     threads: int | None = None,
 ) -> Launch:
-    """The same `Launch` for the same arguments, with what was compiled for it."""
+    """The `Launch` of these fields; equal ones give the same object, with its compiled kernels."""
     return _launch(kernel, grid, tuple(args.items()), tuple(constants.items()), threads)
 
 

@@ -1,4 +1,4 @@
-"""An op's GPU implementation, recorded in one call and repeated with other tensors like its own.
+"""An op's GPU implementation, recorded in one call, repeated on other tensors of its geometry.
 
 An implementation allocates tensors and launches kernels; what it allocates and launches depends
 only on devices, dtypes, sizes and strides. Repeated, it allocates its results one by one and all
@@ -33,7 +33,7 @@ _empty_like = torch.empty_like
 
 
 class _Recorder(TorchDispatchMode):
-    """Finds out which arguments and allocations tensors lie in, and where."""
+    """Finds which argument or allocation (its base) a tensor is a view of, and its offset in it."""
 
     def __init__(self, arguments: Sequence[Tensor]) -> None:
         super().__init__()
@@ -63,21 +63,21 @@ class _Recorder(TorchDispatchMode):
         return base if torch.empty_like(result).stride() == result.stride() else None
 
 
-class _Plan(NamedTuple):
+class _Recording(NamedTuple):
     """How to repeat an implementation."""
 
     driver: Any  # of Triton, and its device: where it was recorded
     current: Any
     prototypes: list[Tensor]  # of what to allocate: the results, then perhaps scratch memory
     groups: int  # of programs that count themselves
-    inside: list[tuple[int, int]]  # further pointers: which one of the earlier, and bytes to add
+    inside: list[tuple[int, int]]  # derived pointers: (slot of the pointer, bytes to add)
     # By launch: launcher, what it takes, and the places of pointers and of tuples of them.
     launches: list[tuple[Callable, list, list[tuple[int, int]], list[tuple[int, Callable]]]]
     pack: Callable[[list], Any] | None  # makes the op's results of them; None: the first alone
     kernels: list[Compiled]  # of the launches, kept alive
 
 
-_NOT_RECORDED = _Plan(None, None, [], 0, [], [], None, [])
+_NOT_RECORDED = _Recording(None, None, [], 0, [], [], None, [])
 
 
 class Recorded:
@@ -159,7 +159,7 @@ def _tensors_of(listed: Iterable[tuple[Any, dict[str, Any]]]) -> list[Tensor]:
 def _plan(
     recorder: _Recorder, listed: Sequence[tuple], results: Any, allocated: list,
     active: Any, current: Any,
-) -> _Plan:  # fmt: skip
+) -> _Recording:  # fmt: skip
     """The plan for a recorded call whose results are these allocations."""
     used = _tensors_of(listed)
     places = {id(tensor): recorder.places.get(id(tensor), (None, 0)) for tensor in used}
@@ -186,7 +186,7 @@ def _plan(
         identity: end + inside.index(place) if place[1] else place[0]
         for identity, place in found.items()
     }
-    return _Plan(
+    return _Recording(
         active,
         current,
         prototypes,
@@ -213,7 +213,7 @@ def _repeat(compiled: Compiled, operands: dict[str, Any], slot_of: dict[int, int
 
 
 def picker(places: Sequence[int]) -> Callable[[Sequence], tuple]:
-    """What makes a tuple of a sequence's items in these places."""
+    """A function that returns a sequence's items at these places, as a tuple."""
     if len(places) > 1:
         return operator.itemgetter(*places)
     return lambda items: tuple([items[place] for place in places])
@@ -225,7 +225,7 @@ def _spaced(tensor: Tensor) -> int:
 
 
 def _without_memory(tensor: Tensor) -> Tensor:
-    """What `empty_like` makes such a tensor of."""
+    """A tensor without memory, of which `empty_like` makes one like `tensor`."""
     prototype = torch.empty_like(tensor)
     prototype.untyped_storage().resize_(0)
     return prototype

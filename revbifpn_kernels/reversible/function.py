@@ -1,4 +1,4 @@
-"""One block's call as an autograd Function: its gradients are ready before earlier blocks run back.
+"""One block's call as an autograd Function: its gradients are ready before the preceding block's.
 
 y = block(x)        forward      saves nothing; the last block saves y
 x = block⁻¹(y)      backward     and dL/dx, dL/dθ from dL/dy, by `backward_step`
@@ -66,13 +66,13 @@ class _Block(torch.autograd.Function):
             for grad, channels_last in zip(grad_ys, ctx.channels_last, strict=True)
         ]
         step = Step(trace, ctx.needs_input_grad[1 : 1 + call.input_count])
-        # Stand-ins: tensors used instead of parameters in the recompute, by the parameters' ids.
+        # Tensors that the recompute uses instead of parameters, by the parameters' ids.
         trace.stand_ins = trace.state.stand_ins()
         with trace.state.restored() as replaced:
             xs, grad_xs = call.block.backward_step(ys, grads, step)
         if call.index > call.tape.first and call.previous is None:
             call.tape.outputs[call.index - 1] = list(xs)
-        replaced = trace.stand_ins | replaced  # what the modules had, where both replace
+        replaced = trace.stand_ins | replaced  # a tensor that the modules had comes first
         used = call.parameters
         if replaced:
             used = [replaced.get(id(p), p) for p in used]

@@ -82,7 +82,7 @@ def test_only_the_model_s_gpu_is_asked_for_its_random_numbers(graphs, monkeypatc
     monkeypatch.setattr(
         torch.random, "fork_rng", lambda devices: asked.append(devices) or nullcontext()
     )
-    with capture._beside(torch.device("cuda", 1)):
+    with capture._on_side_stream(torch.device("cuda", 1)):
         assert asked == [[1]]
 
 

@@ -255,6 +255,8 @@ def check_converted_norms(rank: int) -> None:
     assert convert_sync_batchnorm(first, other).process_group is other
     with pytest.raises(ValueError, match="4D"):
         first(torch.ones(2, 4))
+    shared = convert_sync_batchnorm(nn.ModuleDict({"a": norm, "b": nn.Sequential(norm)}))
+    assert type(shared["a"]) is not type(norm) and shared["a"] is shared["b"][0]
 
 
 def check_synchronised_norms_refuse(rank: int) -> None:

@@ -17,7 +17,7 @@ CPU, GPU, OTHER = torch.device("cpu"), torch.device("cuda", 0), torch.device("cu
 
 @pytest.fixture(autouse=True)
 def _no_counters(monkeypatch):
-    monkeypatch.setattr(last_program, "_kept", {})
+    monkeypatch.setattr(last_program, "_counters", {})
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
     scale = invstd · weight · kept,  shift = (bias − mean · invstd · weight) · kept
 
 mean, invstd, weight, bias (C,); kept (N,), the factor of each sample in stochastic depth; scale and
-shift (N, C). The fusion that reads u applies them, so the normed map is neither written nor read.
-`batch_norm_factors` (statistics.py) writes one row of them, for all samples, with the statistics.
+shift (N, C). `resample_add` applies them when it reads u, so the normed map is never stored.
+`batch_norm_factors` (statistics.py) computes the statistics and one row of factors for all samples.
 """
 
 import torch

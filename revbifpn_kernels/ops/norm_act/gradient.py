@@ -8,10 +8,11 @@ and m, each pixel's share of the gradient of squeeze-excite's means:
 `norm_act_sums` reads 2E for E elements of x, `norm_act_grad` reads 2E and writes E. Neither needs
 more than x, the statistics and the gate: z and act(z) are computed again.
 
-On GPUs each pass is a launch. The last program of a block of channels adds up the first one's parts
-to dbias = Σdz and dweight = invstd·Σ(dz·xc). Sums of each plane, which squeeze-excite's gradient
-needs before d is known, are added up by a launch between the passes: otherwise each program of the
-second would read 2 to 6 sums per channel and image, at 64 images of 7×7 more than its own maps.
+On GPUs each pass is one launch. In the first, the last program of a block of channels adds up the
+parts of all programs to dbias = Σdz and dweight = invstd·Σ(dz·xc). With squeeze-excite, m is known
+only after the sums of each plane, so a third launch between the passes adds these up. If the second
+pass did so, each of its programs would read 2 to 6 sums per channel and image: with 64 images of
+7×7 that is more than its part of the maps.
 """
 
 import torch

@@ -2,12 +2,12 @@
 
 A program owns CHANNELS channels of some images and a chunk of their pixels, and walks through them
 in tiles [CHANNELS, PIXELS], so it loads the factors of its channels once. UNIT divides the extent
-along memory and all other strides, which are counted in UNITs: rows of 196 elements are aligned to
-16 bytes, which Triton does not see in an argument. `CHANNELS_LAST` says which side of the tile lies
-along memory, nothing else.
+along memory and all other strides, and these are passed in UNITs, so that Triton sees that loads
+are aligned: it cannot see in an argument that, for example, rows of 196 elements start at multiples
+of 16 bytes. `CHANNELS_LAST` only says which side of the tile lies along memory.
 
-Sums are gathered in a fixed order, never by atomics: the same bits on every run. Contraction is off
-(launch.py), so what is fused is written as `fma`.
+Sums are added in a fixed order, never by atomics: the same bits on every run. The compiler
+contracts nothing (launch.py), so every fused multiply-add is written as `fma`.
 """
 
 import triton

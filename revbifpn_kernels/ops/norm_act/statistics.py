@@ -1,8 +1,8 @@
 """The mean and 1/√(variance + eps) of each channel of a batch.
 
 Reads x once, in one launch on GPUs: programs reduce parts of a channel, and the last of them
-combines the parts. Running statistics change as by torch.nn.functional.batch_norm, and `batches`
-counts up. `batch_norm_factors` returns the norm's scale and shift as well (factors.py).
+combines the parts. Running statistics are updated as by torch.nn.functional.batch_norm, and one is
+added to `batches`. `batch_norm_factors` also returns the norm's scale and shift (factors.py).
 """
 
 import math
@@ -26,7 +26,7 @@ from .tiles import contiguous, in_planes, plan_tiles, shared_channels
 def batch_statistics_reference(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The specification of mean and invstd."""
     x = x.to(sums_dtype(x))
-    mean = x.mean((0, 2, 3))  # nearer to the truth than var_mean's
+    mean = x.mean((0, 2, 3))  # more accurate than that of var_mean
     var = (x - mean[:, None, None]).square().mean((0, 2, 3))
     return mean, (var + eps).rsqrt()
 

@@ -17,7 +17,7 @@ from ..tiling import BLOCK, VECTOR_BYTES, hidden
 PROGRAMS = 132 * 8
 # Planes of at most so many tiles are not cut: a second launch, to add up chunks, takes longer.
 SHORT_PLANE = 4
-# Most chunks of a plane: one program adds up what they sum.
+# Most chunks of a plane, because one program adds up the sums of all of them.
 MOST_CHUNKS = 64
 # Tiles per streaming program, which loads the factors of its channels once.
 MAX_TILES = 32
@@ -166,8 +166,8 @@ def plan_tiles(
 ) -> Launch:
     """The launch of a kernel that walks through maps with dense planes in x's format.
 
-    `results` are per "pixel", "plane" or "channel". A thread holds `vectors` of 16 bytes of each
-    map's tile, or less where less is aligned.
+    The kernel's results are one per "pixel", "plane" or "channel". A thread holds `vectors` vectors
+    of each map's tile, of 16 bytes, or of fewer where maps are less aligned.
     """
     geometries = tuple((name, Geometry.of(tensor)) for name, tensor in maps.items())
     return _plan(kernel, geometries, results, vectors, tuple(constants.items()))

@@ -1,7 +1,8 @@
-"""Triton building blocks: squeeze-excite's network of one image, computed by one program.
+"""Triton building blocks: the two layers of squeeze-excite for one image, by one program.
 
-The weights are small (`is_small`) and come from L2. Hidden values [HIDDEN] stay in registers. Sums
-of TERMS products are added up apart, as in kernels.py.
+Both layers together are called the *network* here. Its weights are small (`is_small`) and come from
+the L2 cache; hidden values [HIDDEN] stay in registers. To round less, TERMS products are added to
+each other before they are added to the total, as in kernels.py.
 """
 
 import triton
@@ -14,8 +15,8 @@ from .kernels import gates_of, inner_gradient
 # Most bytes of both weights, and the longest hidden vector, for which a program computes the
 # network of an image. Counted by hand: not yet tuned on a GPU.
 SMALL_BYTES, MOST_HIDDEN = 256 * 1024, 128
-# Weights that a program loads at once. With 2048 the kernels need up to 40 more registers than what
-# goes over the maps does alone, on sm_90 (Triton 3.7.0).
+# Weights that a program loads at once. With 2048 the kernels need up to 40 more registers than they
+# would without the network, on sm_90 (Triton 3.7.0).
 TILE = 1024
 # Chunks and channels whose parts a program loads at once.
 CHUNKS, COLUMNS = tl.constexpr(32), tl.constexpr(32)

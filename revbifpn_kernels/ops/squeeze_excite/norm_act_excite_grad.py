@@ -1,9 +1,14 @@
 """The gradient of y = act(z) · gates(means of act(z)), z a norm of x, in one call.
 
 Equal to `norm_act_sums`, `squeeze_excite_gates_backward` and `norm_act_grad` one after the other.
-On GPUs three launches where the network is small: the last program that sums over an image also
-computes its gradient through the network; then the gradients of parameters; then dx. The gate must
-be of our own ops, because its slope is told from it.
+On GPUs it takes three launches if squeeze-excite's weights are small (`is_small` in image.py):
+
+1. the sums over each image; the last program of an image also computes the gradients of its gates
+   and means,
+2. the gradients of all parameters,
+3. dx.
+
+The gates must come from our own operators: the slope of hardsigmoid is computed from their values.
 """
 
 import torch

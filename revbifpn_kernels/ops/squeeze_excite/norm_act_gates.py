@@ -1,7 +1,8 @@
 """Squeeze-excite's gates of act(z), z a norm of x, and the means that they are computed from.
 
-Equal to `norm_act_means` and `squeeze_excite_gates` one after the other. On GPUs one launch where
-the network is small: the last program of an image computes its gates.
+Equal to `norm_act_means` and `squeeze_excite_gates` one after the other. On GPUs it takes one
+launch if squeeze-excite's weights are small (`is_small` in image.py): the last program that reads
+an image computes its gates.
 """
 
 import torch

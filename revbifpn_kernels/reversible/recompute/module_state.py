@@ -1,8 +1,8 @@
 """The modes, parameters and buffers of a block's modules at the time of its forward.
 
-The recompute must see the same. Usually the modules still have them, and nothing is touched; under
-`torch.func.functional_call` or after `eval()` the modules are given back what they had for as long
-as the recompute takes. Other threads must not run them meanwhile.
+The recompute must see the same ones. Usually the modules still have them, and nothing is done.
+After `torch.func.functional_call` or `eval()` they have others: then the modules get the forward's
+back while the recompute runs. Other threads must not run them meanwhile.
 """
 
 import contextlib
@@ -32,7 +32,8 @@ _SILENT_LAYERS = {
 }
 
 
-_keys, _values = methodcaller("keys"), methodcaller("values")  # scripted modules have no dicts
+# Not dict.keys and dict.values, because the dictionaries of scripted modules are of another type.
+_keys, _values = methodcaller("keys"), methodcaller("values")
 # An entry of a module's `_parameters` or `_buffers`: the dictionary, a name in it, the tensor.
 Slot = tuple[dict[str, Tensor | None], str, Tensor]
 
@@ -44,9 +45,10 @@ class Slots:
         self._owners = owners
         self._counts = [*map(len, owners)]
         self._names = [*chain.from_iterable(map(_keys, owners))]
-        self.tensors = [*chain.from_iterable(map(_values, owners))]  # None where there is none
+        self.tensors = [*chain.from_iterable(map(_values, owners))]  # or None, as for no bias
 
     def are_current(self) -> bool:
+        """Whether the modules still have these tensors under these names."""
         tensors = [*chain.from_iterable(map(_values, self._owners))]
         return (
             len(tensors) == len(self.tensors)
@@ -61,7 +63,7 @@ class Slots:
 
 
 class Transform:
-    """The modules of a transform, and what they are; their modes and hooks may change."""
+    """The modules of a transform, and what the engine derives from their types."""
 
     def __init__(self, module: nn.Module) -> None:
         self.parts = parts_of(module)
@@ -74,7 +76,7 @@ class Transform:
 
 
 class BlockSnapshot(Snapshot):
-    """The modules of a block, and what the engine derives from them."""
+    """A snapshot of a block's modules, and what the engine derives from them."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__(block)
@@ -88,16 +90,17 @@ class BlockSnapshot(Snapshot):
         self._transforms: dict[nn.Module, Transform] = {}
 
     def transform(self, module: nn.Module) -> Transform:
+        """The `Transform` of a module that the block calls, made once."""
         found = self._transforms.get(module)
         if found is None:
             found = Transform(module)
-            if module in self._known:  # else its changes would not show
+            if module in self._known:  # the snapshot does not see changes of other modules
                 self._transforms[module] = found
         return found
 
 
 class ModuleState:
-    """Modes, parameters and buffers of all modules in a block."""
+    """Modes, parameters and buffers of all modules in a block, at the time when this is made."""
 
     def __init__(self, block: nn.Module) -> None:
         snapshot = self.snapshot = snapshot_of(block, BlockSnapshot)
@@ -120,15 +123,15 @@ class ModuleState:
         return {id(norm._buffers.get("num_batches_tracked")) for norm in self.snapshot.norms}
 
     def buffers_read(self, updated: Sequence[Tensor]) -> list[Tensor]:
-        """Return the buffers that the forward may have read; `updated` ones change in every step.
+        """Return the buffers that the forward may have read, without those that it `updated`.
 
         Raises:
             RuntimeError: The forward changed another buffer, so that the recompute would differ.
         """
-        moved_ids = {id(buffer) for buffer in updated}
+        updated_ids = {id(buffer) for buffer in updated}
         read = []
         for buffer, version in zip(self.buffers.tensors, self.versions, strict=True):
-            if buffer is None or id(buffer) in moved_ids:
+            if buffer is None or id(buffer) in updated_ids:
                 continue
             if buffer._version != version:
                 name = next(name for _, name, other in self.buffers if other is buffer)
@@ -142,12 +145,17 @@ class ModuleState:
         return read
 
     def stand_ins(self) -> dict[int, Tensor]:
-        """Aliases of the parameters with hooks, by id: hooks must not see the inner gradient."""
+        """Aliases of the parameters that have hooks, by the parameters' ids.
+
+        The recompute uses them instead, so that the hooks do not see the gradients inside it.
+        """
         return _aliases(p for p in self.unique_parameters if p._backward_hooks)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[dict[int, Tensor]]:
-        """Give the modules this state again; yields what replaces each parameter, by its id.
+        """Give the modules this state while the `with` runs.
+
+        Yields the tensor that replaces each parameter, by its id; empty if nothing had changed.
 
         Raises:
             RuntimeError: A module has been replaced since the forward.
@@ -179,7 +187,8 @@ class ModuleState:
             entries[name] = tensor
 
     def _is_current(self) -> bool:
-        """Whether modules are as they were; opaque ones must not see parameters with hooks."""
+        """Whether the modules have this state, so that the recompute can use them as they are."""
+        # Stand-ins for parameters with hooks do not reach calls inside opaque modules.
         if self.has_opaque and any(p._backward_hooks for p in self.unique_parameters):
             return False
         modes = [module.training for module in self.modules]
@@ -187,7 +196,7 @@ class ModuleState:
 
 
 def _aliases(parameters: Iterable[Tensor]) -> dict[int, Tensor]:
-    """Leaves that share the parameters' memory, by the parameters' ids."""
+    """New leaf tensors that share the parameters' memory, by the parameters' ids."""
     return {id(p): p.detach().requires_grad_(p.requires_grad) for p in parameters}
 
 
@@ -224,7 +233,7 @@ def is_opaque(module: nn.Module) -> bool:
 
 
 def records_itself(part: nn.Module) -> bool:
-    """Whether nothing that the module calls need be watched, see `modes.watched`."""
+    """Whether no call inside the module needs watching, see `modes.watched`."""
     kind = type(part)
     return kind in _SILENT_LAYERS or kind.__dict__.get("records_itself", False)
 

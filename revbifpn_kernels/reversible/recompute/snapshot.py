@@ -1,8 +1,9 @@
-"""What modules are made of, to find out once, and not in every call, what depends on it.
+"""Snapshots of a module's structure, so that what depends on it is derived once, not in every call.
 
-A snapshot is kept in a module's `__dict__`, refers to the modules below it but not to itself, and
-is neither copied nor pickled. Parameters and buffers are not part of it: they may be replaced at
-any time, under `torch.func.functional_call` or by FSDP, and are read anew in every call.
+A snapshot is kept in the `__dict__` of its root module. It refers to the modules below the root,
+not to the root, and is neither copied nor pickled. Parameters and buffers are not part of it: they
+may be replaced at any time, under `torch.func.functional_call` or by FSDP, and are read in every
+call.
 """
 
 from itertools import chain
@@ -12,43 +13,47 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-_ENTRIES = "_modules _forward_hooks _forward_pre_hooks _backward_hooks _backward_pre_hooks".split()
+# The dictionaries of a module whose values are compared, beside its own `__dict__`.
+_DICTS = "_modules _forward_hooks _forward_pre_hooks _backward_hooks _backward_pre_hooks".split()
 
 T = TypeVar("T", bound="Snapshot")
 
 
 class Snapshot:
-    """The modules below one: their types, attributes, submodules and hooks, all by identity."""
+    """The types, attributes, submodules and hooks of all modules below a root, by identity.
+
+    Subclasses add what they derive from them.
+    """
 
     def __init__(self, root: nn.Module) -> None:
         self.parts = parts_of(root)[1:]
         self._types = [type(part) for part in self.parts]
-        self._entries, self._values = [root._modules], [*root._modules.values()]
+        self._dicts, self._marks = [root._modules], [*root._modules.values()]
         for part in self.parts:
             own = part.__dict__
-            self._entries.append(own)
-            self._values += map(_mark, own.keys(), own.values())
-            for entries in map(own.get, _ENTRIES):
-                if isinstance(entries, dict):  # those of scripted modules are fixed, and no dicts
-                    self._entries.append(entries)
-                    self._values += entries.values()
-        self._lengths = [*map(len, self._entries)]
-        self._parents = [root._modules, *(part.__dict__.get("_modules") for part in self.parts)]
-        self._parents = [modules for modules in self._parents if isinstance(modules, dict)]
-        self._children = _values_of(self._parents)
+            self._dicts.append(own)
+            self._marks += map(_mark, own.keys(), own.values())
+            for entries in map(own.get, _DICTS):
+                if isinstance(entries, dict):  # scripted modules have others, which cannot change
+                    self._dicts.append(entries)
+                    self._marks += entries.values()
+        self._lengths = [*map(len, self._dicts)]
+        submodules = root._modules, *(part.__dict__.get("_modules") for part in self.parts)
+        self._submodules = [entries for entries in submodules if isinstance(entries, dict)]
+        self._children = _values_of(self._submodules)
 
     def is_current(self, root: nn.Module) -> bool:
-        """Whether nothing has changed; `root` may be a shallow copy."""
+        """Whether nothing has changed; `root` may be a copy that now has submodules of its own."""
         return (
-            root._modules is self._entries[0]
-            and [*map(len, self._entries)] == self._lengths
+            root._modules is self._dicts[0]
+            and [*map(len, self._dicts)] == self._lengths
             and all(map(is_, map(type, self.parts), self._types))
-            and _are(_values_of(self._entries), self._values)
+            and _match(_values_of(self._dicts), self._marks)
         )
 
     def has_same_modules(self) -> bool:
-        """Whether no module below the root has been replaced; modes, hooks, … may have changed."""
-        children = _values_of(self._parents)
+        """Whether no module below the root was replaced; attributes and hooks may have changed."""
+        children = _values_of(self._submodules)
         return len(children) == len(self._children) and all(map(is_, children, self._children))
 
     def __deepcopy__(self, memo) -> None:
@@ -59,27 +64,28 @@ class Snapshot:
 
 
 def _mark(name: str, value):
-    """What stands for an attribute: itself, or its type where it may hold feature maps.
+    """What a snapshot keeps of an attribute: itself, or only its type if it may hold feature maps.
 
-    Those must not live as long as a snapshot. What is derived does not depend on them.
+    A snapshot must not keep feature maps alive, and nothing is derived from them.
     """
     is_kept = name.startswith("_") or isinstance(value, (nn.Module, str, int, float, NoneType))
     is_kept |= isinstance(value, tuple) and not any(isinstance(v, Tensor) for v in value)
     return value if is_kept else type(value)
 
 
-def _are(values: list, marks: list) -> bool:
+def _match(values: list, marks: list) -> bool:
+    # First by identity alone, which is faster, and enough where all attributes are kept themselves.
     return all(map(is_, values, marks)) or all(
         value is mark or type(value) is mark for value, mark in zip(values, marks, strict=True)
     )
 
 
-def _values_of(entries: list[dict]) -> list:
-    return [*chain.from_iterable(map(dict.values, entries))]
+def _values_of(dicts: list[dict]) -> list:
+    return [*chain.from_iterable(map(dict.values, dicts))]
 
 
 def snapshot_of(root: nn.Module, kind: type[T]) -> T:
-    """Return `kind(root)`, a snapshot, made again only if something below `root` has changed."""
+    """Return the snapshot `kind(root)` of an earlier call, or a new one if anything has changed."""
     snapshot = root.__dict__.get("_snapshot")
     if type(snapshot) is not kind or not snapshot.is_current(root):
         snapshot = root.__dict__["_snapshot"] = kind(root)
