@@ -24,19 +24,22 @@ class Listing:
     instructions: list[Instruction]
     labels: dict[str, int]
 
-    def loops(self, count: int) -> list[tuple[int, int]]:
-        """(first, last) instruction of the `count` longest disjoint backward jumps, in order.
-
-        Shorter ones are branches that rejoin, or the trap at the end.
-        """
+    def _jumps(self) -> list[tuple[int, int]]:
+        """(first, last) instruction of every backward jump, the longest first."""
         jumps = [
             (self.labels[instruction.label], position)
             for position, instruction in enumerate(self.instructions)
             if self.labels.get(instruction.label, position) < position
         ]
-        jumps.sort(key=lambda jump: jump[0] - jump[1])
+        return sorted(jumps, key=lambda jump: jump[0] - jump[1])
+
+    def loops(self, count: int) -> list[tuple[int, int]]:
+        """(first, last) instruction of the `count` longest disjoint backward jumps, in order.
+
+        Shorter ones are branches that rejoin, or the trap at the end.
+        """
         chosen = []
-        for first, last in jumps:
+        for first, last in self._jumps():
             if len(chosen) < count and all(last < a or first > b for a, b in chosen):
                 chosen.append((first, last))
         return sorted(chosen)
@@ -55,10 +58,18 @@ class Listing:
         )
 
     def executed_nested(self, outer: int, inner: int) -> int:
-        """As `executed`, for a loop that runs `outer` times around one that runs `inner` times."""
-        ((first, last),) = self.loops(1)
-        labels = {label: at for label, at in self.labels.items() if first < at <= last}
-        ((start, end),) = Listing(self.instructions[:last], labels).loops(1)
+        """As `executed`, for a loop that runs `outer` times around one that runs `inner` times.
+
+        It is the longest with a loop inside; others, such as those that combine parts, count once.
+        """
+        for first, last in self._jumps():
+            labels = {label: at for label, at in self.labels.items() if first < at <= last}
+            nested = Listing(self.instructions[:last], labels).loops(1)
+            if nested:
+                break
+        else:
+            raise ValueError("expected a loop in a loop, found none")
+        ((start, end),) = nested
         around = last - first + 1
         within = end - start + 1
         return self.executed([]) + (outer - 1) * around + outer * (inner - 1) * within
