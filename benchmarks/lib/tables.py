@@ -249,7 +249,7 @@ def kernels_table(rows: Sequence[Row], only: str = "") -> str:
 def traffic_table(rows: Sequence[Row]) -> str:
     """What the accesses of the largest fusions and maps cost beside the least; bold above it."""
     chosen = [r for r in rows if r.get("sectors_per_request") and r["scales"] in ("2+4+8", "56x56")]
-    small = ("combine", "totals", "+scales")
+    small = ("totals", "+scales")
     chosen = [r for r in chosen if not any(part in r["kernel"] for part in small)]
     lines = []
     for row in chosen:

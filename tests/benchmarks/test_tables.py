@@ -117,8 +117,8 @@ def test_traffic_beside_the_least():
         "compulsory_bytes": "9.1", "l1_over_dram": "1.20", "shared_wavefronts": "0.0",
         "fewest_shared_wavefronts": "0.0",
     }  # fmt: skip
-    combine = counts | {"kernel": "_batch_statistics_combine_kernel"}
-    (line,) = cells(tables.traffic_table([CONDITIONS | counts, CONDITIONS | combine]))
+    totals = counts | {"kernel": "_norm_act_totals_kernel"}
+    (line,) = cells(tables.traffic_table([CONDITIONS | counts, CONDITIONS | totals]))
     assert line["kernel"] == "`resample_add_cells`"
     assert line["sectors per request"] == "**13 (10)**"
     assert line["DRAM bytes per element"] == "9.3 (9.1)"
