@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..last_program import is_last
 from ..norm_act.kernels import activate, activate_with_slope
 from .kernels import gates_of, inner_gradient
 
@@ -32,6 +33,16 @@ def image_constants(reduce_weight: Tensor) -> dict[str, int]:
     """Compile-time sizes of a program that computes the network of an image."""
     hidden = triton.next_power_of_2(len(reduce_weight))
     return {"HIDDEN": hidden, "TERMS": TILE // hidden}
+
+
+@triton.jit
+def images_to_finish(counters_ptr, blocks, chunks, images, N):
+    """The first image and the end of those that this program finishes, as the last of its group."""
+    programs = blocks * chunks
+    group = tl.program_id(0) // programs
+    first = group.to(tl.int64) * images
+    end = tl.minimum(first + images, N)
+    return first, end if is_last(counters_ptr, group, programs) else first
 
 
 @triton.jit

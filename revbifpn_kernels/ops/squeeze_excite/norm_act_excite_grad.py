@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..checks import check_like
 from ..direct import direct_op
-from ..last_program import is_last
 from ..launch import Launch, run_all
 from ..library import library
 from ..norm_act.arguments import NORM, check_norm
@@ -47,7 +46,7 @@ from .gates import (
     plan_products,
     squeeze_excite_gates_backward_cuda,
 )
-from .image import add_chunks, gradient_of_image, image_constants, is_small
+from .image import add_chunks, gradient_of_image, image_constants, images_to_finish, is_small
 from .kernels import weight_gradient
 
 
@@ -70,17 +69,15 @@ def _norm_act_excite_sums_kernel(
         ACT, GATED, UNIT, CHANNELS, PIXELS, CHANNELS_LAST,
     )  # fmt: skip
     C = C * UNIT if CHANNELS_LAST else C
-    group = tl.program_id(0) // (blocks * chunks)
-    if is_last(counters_ptr, group, blocks * chunks):
-        n_first = group.to(tl.int64) * images
-        for n in range(n_first, tl.minimum(n_first + images, N)):
-            if parts_ptr is not None:
-                add_chunks(sums_ptr, parts_ptr, n, N, C, chunks, 5)
-            gradient_of_image(
-                grad_means_ptr, values_ptr, grad_before_ptr, sums_ptr + 4 * N.to(tl.int64) * C,
-                gate_ptr, means_ptr, reduce_ptr, reduce_bias_ptr, expand_ptr,
-                n, C, hidden, SQUEEZE_ACT, HIDDEN, TERMS,
-            )  # fmt: skip
+    n_first, n_end = images_to_finish(counters_ptr, blocks, chunks, images, N)
+    for n in range(n_first, n_end):
+        if parts_ptr is not None:
+            add_chunks(sums_ptr, parts_ptr, n, N, C, chunks, 5)
+        gradient_of_image(
+            grad_means_ptr, values_ptr, grad_before_ptr, sums_ptr + 4 * N.to(tl.int64) * C,
+            gate_ptr, means_ptr, reduce_ptr, reduce_bias_ptr, expand_ptr,
+            n, C, hidden, SQUEEZE_ACT, HIDDEN, TERMS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)

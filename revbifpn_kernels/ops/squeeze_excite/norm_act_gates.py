@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..direct import direct_op
-from ..last_program import is_last
 from ..launch import Launch
 from ..library import library
 from ..norm_act.arguments import NORM, check_norm, sums_dtype
@@ -19,7 +18,7 @@ from ..norm_act.forward import norm_act_means_cuda, plan_norm_act_means, store_m
 from ..norm_act.kernels import COUNTS
 from ..norm_act.tiles import image_counters, in_planes
 from .gates import PARAMETERS, check_network, dense, network_operands, squeeze_excite_gates_cuda
-from .image import add_chunks, gates_of_image, image_constants, is_small
+from .image import add_chunks, gates_of_image, image_constants, images_to_finish, is_small
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -38,16 +37,14 @@ def _norm_act_gates_kernel(
         N, C, pixels, blocks, chunks, images, chunk, ACT, UNIT, CHANNELS, PIXELS, CHANNELS_LAST,
     )  # fmt: skip
     C = C * UNIT if CHANNELS_LAST else C
-    group = tl.program_id(0) // (blocks * chunks)
-    if is_last(counters_ptr, group, blocks * chunks):
-        n_first = group.to(tl.int64) * images
-        for n in range(n_first, tl.minimum(n_first + images, N)):
-            if parts_ptr is not None:
-                add_chunks(means_ptr, parts_ptr, n, N, C, chunks, 1)
-            gates_of_image(
-                gates_ptr, means_ptr, reduce_ptr, reduce_bias_ptr, expand_ptr, expand_bias_ptr,
-                n, C, hidden, SQUEEZE_ACT, HIDDEN, TERMS,
-            )  # fmt: skip
+    n_first, n_end = images_to_finish(counters_ptr, blocks, chunks, images, N)
+    for n in range(n_first, n_end):
+        if parts_ptr is not None:
+            add_chunks(means_ptr, parts_ptr, n, N, C, chunks, 1)
+        gates_of_image(
+            gates_ptr, means_ptr, reduce_ptr, reduce_bias_ptr, expand_ptr, expand_bias_ptr,
+            n, C, hidden, SQUEEZE_ACT, HIDDEN, TERMS,
+        )  # fmt: skip
 
 
 def plan_norm_act_gates(
