@@ -133,8 +133,8 @@ def _runner(op: str, on_gpu: Callable, arguments: tuple, device: torch.device) -
 def _add(
     key: tuple, op: str, on_gpu: Callable, arguments: tuple, tensors: Sequence[Tensor], *more: Any
 ) -> None:
-    """Prepare for calls like this one, if they may go around the dispatcher."""
-    if TensorGuards is None or _is_watched() or not tensors or not _is_plain(tensors):
+    """Prepare for calls like this one, which nothing watches, if they need no dispatcher."""
+    if TensorGuards is None or not tensors or not _is_plain(tensors):
         return
     sides, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
     guard = TensorGuards(*tensors, dynamic_dims_sizes=sides, dynamic_dims_strides=strides)
