@@ -7,10 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captures import (
-    Graph,
     assert_same_state,
     batches,
-    capture_on_cpus,
     eager_step,
     linear,
     sgd,
@@ -21,12 +19,6 @@ from helpers import same_bits
 from tiny import tiny
 
 from revbifpn_kernels import capture, capture_step
-
-
-@pytest.fixture
-def graphs(monkeypatch) -> list[Graph]:
-    """Lets steps be captured without a GPU; the graphs that were captured."""
-    return capture_on_cpus(monkeypatch)
 
 
 @pytest.mark.parametrize(

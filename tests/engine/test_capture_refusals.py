@@ -8,10 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captures import (
-    Graph,
     assert_same_state,
     batches,
-    capture_on_cpus,
     eager_step,
     linear,
     sgd,
@@ -27,12 +25,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from revbifpn_kernels import MBConv, ReversibleSequential, RevSilo, capture, capture_step
-
-
-@pytest.fixture
-def graphs(monkeypatch) -> list[Graph]:
-    """Lets steps be captured without a GPU; the graphs that were captured."""
-    return capture_on_cpus(monkeypatch)
 
 
 def weight_decay(net, optimizer):
