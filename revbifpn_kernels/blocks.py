@@ -35,6 +35,8 @@ class RevBlock(Reversible):
         ValueError: The lattice is not a power of two.
     """
 
+    is_additive = True
+
     def __init__(
         self,
         f: nn.Module,
@@ -143,6 +145,10 @@ class RevLevels(Reversible):
     def lattice(self, lattice: float | None) -> None:
         for block in self.levels:
             block.lattice = lattice
+
+    @property
+    def is_additive(self) -> bool:
+        return all(block.is_additive for block in self.levels)
 
     def members(self) -> Sequence[Reversible]:
         return list(self.levels)

@@ -58,6 +58,8 @@ class RevSilo(Reversible):
         TypeError, ValueError: Edges, mode or lattice do not fit; the message names which.
     """
 
+    is_additive = True
+
     def __init__(
         self,
         edges: Mapping[Edge, nn.Module],

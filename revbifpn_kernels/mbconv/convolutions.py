@@ -5,6 +5,7 @@ beside PyTorch's, one by one and in every MBConv of RevBiFPN-S0 to S6. On GPUs P
 """
 
 import platform
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,10 @@ IS_HALF_SLOW = (
 # Our depthwise weight gradient is used for kernels of 5 and more, where PyTorch's takes 3 to 34
 # times as long in float32; at 3x3 it takes 1.0 to 1.7 times, but comes with the gradient of x.
 SMALLEST_OWN_KERNEL = 5
+
+
+class ConvInGraph(SimpleNamespace):
+    """A convolution in a graph of `torch.compile`; its attributes are those of nn.Conv2d."""
 
 
 def _is_product(conv: nn.Conv2d, x: Tensor) -> bool:
@@ -51,7 +56,8 @@ def convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
     if are_slow(x.device.type, x.dtype):
         return convolve(conv, x.float(), weight.float()).to(x.dtype)
     if _is_product(conv, x):
-        return _ops.pointwise_conv(x, weight)
+        in_graph = isinstance(conv, ConvInGraph)
+        return _product(x, weight) if in_graph else _ops.pointwise_conv(x, weight)
     return F.conv2d(x, weight, None, conv.stride, conv.padding, groups=conv.groups)
 
 
@@ -88,6 +94,21 @@ def _whole_backward(
             grad, x, weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0],
             conv.groups, [*needs, False],
         )[:2]  # fmt: skip
+    if isinstance(conv, ConvInGraph):
+        grad_x = _product(grad, weight.transpose(0, 1)) if needs[0] else None
+        grad_weight = _rows(grad).t() @ _rows(x) if needs[1] else None
+        return grad_x, grad_weight
     if needs[1]:
         return _ops.pointwise_conv_backward(grad, x, weight)
     return _ops.pointwise_conv(grad, weight.transpose(0, 1)), None
+
+
+def _rows(maps: Tensor) -> Tensor:
+    """The pixels of channels_last maps, (N·H·W, C)."""
+    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """A 1×1 convolution as a product that the compiler sees, rather than by our operator."""
+    n, _, h, w = x.shape
+    return (_rows(x) @ weight.flatten(1).t()).view(n, h, w, -1).permute(0, 3, 1, 2)

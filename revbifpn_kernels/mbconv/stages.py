@@ -59,14 +59,21 @@ class Stage(NamedTuple):
         return [buffer for buffer in buffers if buffer is not None]
 
 
-def can_run(x: Tensor) -> bool:
-    """Whether there are kernels for x, and no tracer or transform must see each operation."""
+def has_kernels(x: Tensor) -> bool:
+    """Whether there are kernels for maps like x."""
     return (
         isinstance(x, Tensor)
         and x.dim() == 4
         and x.numel() > 0
         and x.dtype in DTYPES
         and (x.is_cpu or (x.is_cuda and x.dtype != torch.float64))
+    )
+
+
+def can_run(x: Tensor) -> bool:
+    """Whether there are kernels for x, and no tracer or transform must see each operation."""
+    return (
+        has_kernels(x)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
@@ -84,7 +91,7 @@ class MBConvSnapshot(Snapshot):
 
     def __init__(self, mbconv: nn.Module) -> None:
         super().__init__(mbconv)
-        self.stages = _stages_of(mbconv)
+        self.stages = stages_read(mbconv)
 
 
 def stages_of(mbconv: nn.Module) -> list[Stage] | None:
@@ -95,7 +102,8 @@ def stages_of(mbconv: nn.Module) -> list[Stage] | None:
     return snapshot_of(mbconv, MBConvSnapshot).stages
 
 
-def _stages_of(mbconv: nn.Module) -> list[Stage] | None:
+def stages_read(mbconv: nn.Module) -> list[Stage] | None:
+    """`stages_of`, read from the modules anew."""
     parts = mbconv._modules
     is_ours = tuple(name for name in _ORDER if name in parts) == tuple(parts)
     if not is_ours or "project" not in parts or not all(map(is_unwatched, parts.values())):

@@ -11,6 +11,7 @@ from ..reversible import Pullback, recompute
 from .convolutions import are_slow
 from .drop_path import DropPath
 from .fused import rerun_stages, run_stages
+from .in_graph import run_in_graph, stages_for_graph
 from .modules import NORM_LAYER, ActLayer, ConvNorm, NormLayer, SqueezeExcite
 from .stages import Stage, can_run, fit, is_autocast, is_unwatched, stages_of
 
@@ -67,6 +68,9 @@ class MBConv(nn.Sequential):
         super().__init__(OrderedDict(parts))
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            stages = stages_for_graph(self, x)
+            return super().forward(x) if stages is None else run_in_graph(stages, x)
         stages = recompute.decide(self._stages, x)
         return super().forward(x) if stages is None else run_stages(stages, x)
 
@@ -75,6 +79,10 @@ class MBConv(nn.Sequential):
 
         With hooks, a replaced `forward` or a subclass's own `forward` this is `self(x)`.
         """
+        if torch.compiler.is_compiling():
+            is_plain = type(self).forward is MBConv.forward and is_unwatched(self)
+            stages = stages_for_graph(self, x) if is_plain else None
+            return self(x) if stages is None else run_in_graph(stages, x, folds_norm=True)
         stages = recompute.decide(self._stages_to_fold, x)
         return self(x) if stages is None else run_stages(stages, x, folds_norm=True)
 

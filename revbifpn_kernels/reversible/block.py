@@ -29,6 +29,9 @@ class Reversible(nn.Module):
         check: True runs every transform twice more in each forward, again and in `inverse`, and
             raises if results differ, or if a stream leaves the lattice's range. Switch it on once
             after writing a block: it is slow and synchronises with the GPU.
+        is_additive: True for a block that changes its streams by `resample_add` of transforms
+            alone, called by `run_transform`: torch.compile then finds the inverse. A subclass with
+            a `forward` of its own does not inherit it.
         keeps_inputs: True for a block without an inverse, see `Recomputed`.
         reruns_before: True for a block that saves no inputs if the preceding block keeps its own:
             the backward runs that block again to compute them.
@@ -36,6 +39,7 @@ class Reversible(nn.Module):
 
     reversible: bool = True
     keeps_inputs: bool = False
+    is_additive: bool = False
     reruns_before: bool = False
     lattice: float | None = None
     check: bool = False
@@ -44,6 +48,7 @@ class Reversible(nn.Module):
         super().__init_subclass__(**kwargs)
         if not hasattr(cls.forward, "compute"):
             cls.forward = run_by_engine(cls.forward)
+            cls.is_additive = cls.__dict__.get("is_additive", False)
 
     def __getattr__(self, name: str):
         value = super().__getattr__(name)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..compiler.trace import can_trace, trace_blocks
 from ..ops.layout import in_format, is_channels_last
 from .recompute import BlockTrace, is_traced, sharing_draws
 from .step import Step
@@ -91,8 +92,11 @@ def run_by_engine(compute: Callable) -> Callable:
         xs = enter(self, xs, self.lattice)
         if not (self.reversible and wants_graph(self)):
             return _call_block(self, (None, 0), xs)
-        call = _call_block_untraced if torch.compiler.is_compiling() else _call_block
-        return call(self, (Tape(1, self.check), 0), xs)
+        if not torch.compiler.is_compiling():
+            return _call_block(self, (Tape(1, self.check), 0), xs)
+        if can_trace([self]):
+            return trace_blocks([self], xs)
+        return _call_block_untraced(self, (Tape(1, self.check), 0), xs)
 
     forward.compute = compute
     return forward

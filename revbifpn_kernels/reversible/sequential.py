@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..compiler.trace import can_trace, trace_blocks
 from ..ops.checks import check_lattice
 from .block import Reversible
 from .function import wants_graph
@@ -60,8 +61,11 @@ class ReversibleSequential(nn.Sequential):
         xs = enter(self, xs, self.lattice)
         if not (self.reversible and wants_graph(self)):
             return _run(self, xs, None)
-        run = _run_untraced if torch.compiler.is_compiling() else _run
-        return run(self, xs, Tape(len(self), self.check))
+        if not torch.compiler.is_compiling():
+            return _run(self, xs, Tape(len(self), self.check))
+        if can_trace(list(self)):
+            return trace_blocks(list(self), xs)
+        return _run_untraced(self, xs, Tape(len(self), self.check))
 
     def inverse(self, *ys: Tensor) -> Streams:
         """Return the streams that `forward` was given, on the lattice if there is one.

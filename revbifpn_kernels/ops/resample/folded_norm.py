@@ -40,6 +40,9 @@ def fuse(x: Tensor, sources: Sequence[Source], **options) -> Tensor:
     maps, scaling = _maps_and_scaling(sources)
     if not scaling:
         return resample_add(x, maps, **options)
+    if torch.compiler.is_compiling():
+        _allow_in_graph()
+        return _fuse_in_graph(x, maps, scaling, options)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *maps)):
         return _Fusion.apply(x, scaling, options, *maps)
     return resample_add(x, maps, **scaling, **options)
@@ -72,6 +75,18 @@ class _Fusion(torch.autograd.Function):
         grad = in_format(grad, ctx.channels_last)
         needed = ctx.needs_input_grad[3:], [], []
         return grad, None, None, *source_gradients(ctx, grad, needed, ctx.alpha)[0]
+
+
+def _fuse_in_graph(x: Tensor, maps: list[Tensor], scaling: dict, options: dict) -> Tensor:
+    return _Fusion.apply(x, scaling, options, *maps)
+
+
+def _allow_in_graph() -> None:
+    """Has Dynamo leave `_fuse_in_graph` alone; here, because it would import Dynamo."""
+    torch.compiler.allow_in_graph(_fuse_in_graph)
+
+
+_allow_in_graph._dynamo_marked_constant = True  # runs while Dynamo traces
 
 
 def _maps_and_scaling(sources: Sequence[Source]) -> tuple[list[Tensor], dict]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterator
 import torch
 from torch import Tensor, nn
 
+from ...compiler.tags import in_transform
 from . import batch_norm, modes
 from .checks import NotRepeatable, check_equal
 from .module_state import ModuleState, is_opaque
@@ -187,13 +188,14 @@ def run_transform(
     Raises:
         RuntimeError: The transform wrote to its input, or its recompute did something else.
     """
-    if torch.compiler.is_compiling():
-        return module(*x)
     function = module
     if folds_norm and is_rerun and hasattr(type(module), "rerun_folded"):
         function = module.rerun_folded
     elif folds_norm and hasattr(type(module), "forward_folded"):
         function = module.forward_folded
+    if torch.compiler.is_compiling():
+        with in_transform(name):
+            return function(*x)
     versions = _versions(x)
     trace = getattr(_thread, "trace", None)
     try:
