@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .pytorch import allow_in_graph, private
+
 
 def compile(
     model: nn.Module,
@@ -44,11 +46,12 @@ def compile(
         return torch.compile(model, fullgraph=fullgraph, backend=aot_eager(), dynamic=False)
     if backend != "inductor":
         raise ValueError(f"compile: backend must be 'inductor' or 'aot_eager', got {backend!r}")
-    from torch._inductor import config, list_mode_options
-
     from .partition import ReversiblePartitioner
 
-    options = {**list_mode_options(mode or "default"), **(options or {})}
+    allow_in_graph()
+    config = private("torch._inductor", "config")
+    of_mode = private("torch._inductor", "list_mode_options")(mode or "default")
+    options = {**of_mode, **(options or {})}
     theirs = options.get("custom_partitioner_fn", config.custom_partitioner_fn)
     options["custom_partitioner_fn"] = ReversiblePartitioner(theirs)
     return torch.compile(model, fullgraph=fullgraph, options=options, dynamic=False)
@@ -56,16 +59,14 @@ def compile(
 
 def aot_eager(inner: Any = None) -> Callable:
     """A backend that runs the rewritten graphs as they are; `inner` as in ReversiblePartitioner."""
-    from functorch.compile import make_boxed_func
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._inductor.decomposition import select_decomp_table
-
     from .partition import ReversiblePartitioner
 
-    backend = aot_autograd(
-        fw_compiler=lambda gm, _: make_boxed_func(gm.forward),
+    allow_in_graph()
+    boxed = private("functorch.compile", "make_boxed_func")
+    backend = private("torch._dynamo.backends.common", "aot_autograd")(
+        fw_compiler=lambda gm, _: boxed(gm.forward),
         partition_fn=ReversiblePartitioner(inner),
-        decompositions=select_decomp_table(),
+        decompositions=private("torch._inductor.decomposition", "select_decomp_table")(),
     )
     backend.restores_maps = True
     return backend

@@ -40,33 +40,35 @@ _MUST_BE_IN_BACKWARD = "must_be_in_backward"
 Recipe = tuple[Any, tuple, dict]
 
 
-def restore_maps(gm: fx.GraphModule) -> int:
+def restore_maps(gm: fx.GraphModule) -> bool:
     """Rewrite a joint graph so that its backward restores the maps of reversible chains.
 
     Returns:
-        How many nodes the backward now has more; 0 if the graph holds no chain.
+        Whether the graph holds a chain.
 
     Raises:
         RuntimeError: A stream of a chain has no inverse; the message names block and operator.
     """
+    if not any(map(block_of, gm.graph.nodes)):
+        return False
     nodes = _without_joins(gm.graph)
     forward = [node for node in nodes if not _is_backward(node)]
-    if not any(map(block_of, forward)):
-        return 0
     restored = _RestoredMaps(gm.graph, forward)
     for node in nodes:
         if _is_backward(node) and node.op == "call_function":
             for read in node.all_input_nodes:
                 if not _is_backward(read):
                     node.replace_input_with(read, restored.of(read, before=node))
-            _record_inputs(node)
     for node in gm.graph.nodes:
         if _is_backward(node) and node.op == "call_function":
             node.meta["partitioner_tag"] = _MUST_BE_IN_BACKWARD
+        if isinstance(node.target, torch._ops.OpOverload) and "eager_input_vals" in node.meta:
+            # Inductor keeps these strides: an operator would else be given copies, like other maps.
+            node.meta["eager_input_vals"] = _inputs_of(node)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
-    return restored.count
+    return True
 
 
 class _RestoredMaps:
@@ -74,14 +76,13 @@ class _RestoredMaps:
 
     def __init__(self, graph: fx.Graph, forward: list[fx.Node]) -> None:
         self.graph = graph
-        self.count = 0
         self._known: dict[fx.Node, fx.Node] = {}
         self._fusion_of: dict[fx.Node, fx.Node] = {}  # of a stream that it consumes
         self._place_in: dict[fx.Node, tuple[fx.Node, int]] = {}  # of halves that are joined
         self._pieces_of: dict[fx.Node, list[fx.Node]] = {}  # of a stream that is split
         streams = list(filter(_is_of_streams, forward))
         fusions = (node for node in streams if node.target is FUSE)
-        self._images = max((_hint(node.meta["val"].shape[0]) for node in fusions), default=0)
+        self._images = max((node.meta["val"].shape[0] for node in fusions), default=0)
         for node in streams:
             if node.target is FUSE and node.args[0].target not in _ZEROS:
                 self._fusion_of.setdefault(node.args[0], node)
@@ -161,11 +162,10 @@ class _RestoredMaps:
             node = self.graph.call_function(target, args, kwargs)
         node.meta = {**like.meta, "partitioner_tag": _MUST_BE_IN_BACKWARD}
         node.meta.pop("recompute", None)
-        values = _record_inputs(node)
+        args, kwargs = _inputs_of(node)
         # Computed anew, because a restored map may have other strides than the forward's.
-        with _fake_mode_of(values):
-            node.meta["val"] = target(*values[0], **values[1])
-        self.count += 1
+        with _fake_mode_of(args):
+            node.meta["val"] = target(*args, **kwargs)
         return node
 
 
@@ -176,14 +176,18 @@ def _without_joins(graph: fx.Graph) -> list[fx.Node]:
     gradients.
     """
     for node in list(graph.nodes):
-        joined = node.args[0] if node.target in _SPLITS else None
-        if joined is not None and joined.target is aten.cat.default and block_of(joined):
-            halves, pieces = joined.args[0], _results_of(node)
-            if _channels_of(halves) == _channels_of(pieces):
-                for half, piece in zip(halves, pieces, strict=True):
-                    piece.replace_all_uses_with(half)
-        elif node.target is aten.slice.Tensor and node.args[0].target is aten.cat.default:
+        if node.target not in (*_SPLITS, aten.slice.Tensor):
+            continue
+        joined = node.args[0]
+        if joined.target is not aten.cat.default or not block_of(joined):
+            continue
+        if node.target is aten.slice.Tensor:
             _read_part(node)
+            continue
+        halves, pieces = joined.args[0], _results_of(node)
+        if _channels_of(halves) == _channels_of(pieces):
+            for half, piece in zip(halves, pieces, strict=True):
+                piece.replace_all_uses_with(half)
     return list(graph.nodes)
 
 
@@ -203,15 +207,9 @@ def _channels_of(nodes: Sequence[fx.Node]) -> list[int]:
     return [node.meta["val"].shape[1] for node in nodes]
 
 
-def _record_inputs(node: fx.Node) -> tuple[tuple, dict]:
-    """Return the values of a node's inputs, and note them for inductor, which keeps their strides.
-
-    An operator of ours would else be given its inputs with the strides of other maps.
-    """
-    values = fx.map_arg((node.args, node.kwargs), lambda read: read.meta["val"])
-    if "eager_input_vals" in node.meta:
-        node.meta["eager_input_vals"] = values
-    return values
+def _inputs_of(node: fx.Node) -> tuple[tuple, dict]:
+    """The fake tensors and numbers that a node is called with."""
+    return fx.map_arg((node.args, node.kwargs), lambda read: read.meta["val"])
 
 
 def _fake_mode_of(values: Any) -> contextlib.AbstractContextManager:
@@ -235,13 +233,8 @@ def _is_small(value: Any, images: int) -> bool:
         return False
     if not isinstance(value, Tensor) or value.dim() < 2:
         return True
-    rows, _, *pixels = map(_hint, value.shape)
+    rows, _, *pixels = value.shape
     return rows <= images and all(side == 1 for side in pixels)
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    """A size as it was when the graph was traced; comparing it adds no guard."""
-    return size if isinstance(size, int) else size.node.hint
 
 
 def _check_is_last(node: fx.Node) -> None:

@@ -6,6 +6,7 @@ Tested with torch 2.12.
 
 import contextlib
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,12 +37,27 @@ def backend_of_trace() -> Any:
     return backend
 
 
-def is_inductor(backend: Any) -> bool:
-    return isinstance(backend, private("torch", "_TorchCompileInductorWrapper"))
+def called_by_dynamo(function: Callable) -> Callable:
+    """Has Dynamo call a function while it traces, and take the result as a constant.
+
+    `torch.compiler.assume_constant_result` would import Dynamo with the package.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
-def partition_by_min_cut(gm: torch.fx.GraphModule, inputs: Any, *, cse: bool, **options: Any):
-    """PyTorch's own split of a joint graph into forward and backward."""
-    partition = private("torch._functorch.partitioners", "min_cut_rematerialization_partition")
-    with torch._functorch.config.patch(cse=cse):
-        return partition(gm, inputs, **options)
+_in_graph: list[Callable] = []
+
+
+def in_graph(function: Callable) -> Callable:
+    """Has Dynamo put calls of a function into its graph, where AOTAutograd traces it.
+
+    From `allow_in_graph` on, which imports Dynamo.
+    """
+    _in_graph.append(function)
+    return function
+
+
+def allow_in_graph() -> None:
+    """Tell Dynamo of the functions that are `in_graph`."""
+    torch.compiler.allow_in_graph(_in_graph)

@@ -19,15 +19,12 @@ _BLOCK, _TRANSFORM = "revbifpn block", "revbifpn transform"
 library.define("reversible_chain(str blocks) -> ()")
 library.impl("reversible_chain", lambda blocks: None, "CompositeExplicitAutograd")
 
-_open: list[str] = []  # the label of the block that is traced
+_open: list[str] = []  # the labels of the blocks that are traced
 
 
 @contextlib.contextmanager
 def in_block(label: str) -> Iterator[None]:
-    """Tags what is traced inside as a block's; a chain in a block's transform is part of that."""
-    if _open:
-        yield
-        return
+    """Tags what is traced inside as a block's; in a transform it stays part of that as well."""
     _open.append(label)
     try:
         with annotate({_BLOCK: label}):

@@ -1,11 +1,13 @@
 """How a reversible chain is traced by torch.compile."""
 
+import contextlib
 import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from .pytorch import backend_of_trace, called_by_dynamo
 from .tags import in_block, in_transform
 
 
@@ -15,10 +17,8 @@ def trace_blocks(blocks: Sequence[nn.Module], xs: tuple[Tensor, ...]) -> tuple[T
     torch.ops.revbifpn.reversible_chain("; ".join(labels))
     for k, block in enumerate(blocks):
         with in_block(labels[k]):
-            if block.keeps_inputs:  # all that it does is computed again
-                with in_transform("all"):
-                    xs = block(*xs, slot=(None, k))
-            else:
+            # Without an inverse, all that it does is computed again.
+            with in_transform("all") if block.keeps_inputs else contextlib.nullcontext():
                 xs = block(*xs, slot=(None, k))
     return xs
 
@@ -38,36 +38,24 @@ def can_trace(blocks: Sequence[nn.Module]) -> bool:
     return True
 
 
-def _constant(function):
-    """Has Dynamo call a function while it traces, and take the result as a constant."""
-    function._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does
-    return function
+_refused: set[tuple[str, str]] = set()
 
 
-_said: set[str] = set()
-
-
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        warnings.warn(message, stacklevel=2)
-
-
-@_constant
+@called_by_dynamo
 def _refuse(block: str, reason: str) -> bool:
-    _say_once(
-        f"torch.compile leaves a reversible chain uncompiled, because a {block} of it {reason}; it "
-        "runs as it does without the compiler, with a graph break"
-    )
+    if (block, reason) not in _refused:
+        _refused.add((block, reason))
+        warnings.warn(
+            f"torch.compile leaves a reversible chain uncompiled, because a {block} of it "
+            f"{reason}; it runs as it does without the compiler, with a graph break",
+            stacklevel=2,
+        )
     return False
 
 
-@_constant
+@called_by_dynamo
 def restores_maps() -> bool:
     """Whether Dynamo traces for a backend of `compile`, which restores maps."""
-    from . import partition, pytorch
-
-    backend = pytorch.backend_of_trace()
-    if pytorch.is_inductor(backend):
-        return partition.restores_maps(backend.config.get("custom_partitioner_fn"))
-    return getattr(backend, "restores_maps", False)
+    backend = backend_of_trace()
+    partitioner = getattr(backend, "config", {}).get("custom_partitioner_fn")  # inductor's
+    return any(getattr(part, "restores_maps", False) for part in (backend, partitioner))

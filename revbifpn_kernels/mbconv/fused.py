@@ -60,16 +60,14 @@ class SavedStages(NamedTuple):
     weights: list[Tensor]  # of the convolutions, as autocast casts them; empty if it does not
 
 
-def run_stages(
-    stages: Sequence[Stage], x: Tensor, *, folds_norm: bool = False, is_recorded: bool = True
-) -> Source:
+def run_stages(stages: Sequence[Stage], x: Tensor, *, folds_norm: bool = False) -> Source:
     """Run the stages one after the other, with a graph if one is wanted; return the result.
 
     With `folds_norm` the last norm, and stochastic depth after it, are returned as factors, which
     the operator that reads the maps applies. `ops/resample/folded_norm.py` tells which gradient
     the maps then get.
     """
-    recorder = recompute.current_recorder() if is_recorded else None
+    recorder = recompute.current_recorder()
     run, parameters = _run_of(stages, recorder, folds_norm)
     x = _cast(x)
     run.saves_maps = torch.is_grad_enabled() and any(_needs_grad(x, parameters))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compiler.pytorch import in_graph
 from ..compiler.trace import restores_maps
 from ..ops.resample.folded_norm import ScaledSource, Source
 from ..reversible import recompute
@@ -51,16 +52,16 @@ def run_in_graph(stages: Sequence[Stage], x: Tensor, *, folds_norm: bool = False
         ))  # fmt: skip
         weight, *others = stage.parameters()
         tensors.append([weight.to(x.dtype), *others, *[norm._buffers[name] for name in _BUFFERS]])
-    _allow_in_graph()
     y = _run(numbers, tensors, folds_norm, x)
     return ScaledSource(*y) if folds_norm else y
 
 
+@in_graph
 def _run(
     numbers: Sequence[Any], tensors: Sequence[list[Tensor | None]], folds_norm: bool, x: Tensor
-):
+) -> Tensor | tuple[Tensor, ...]:
     stages = [_stage(*given) for given in zip(numbers, tensors, strict=True)]
-    y = run_stages(stages, x, folds_norm=folds_norm, is_recorded=False)
+    y = run_stages(stages, x, folds_norm=folds_norm)
     return tuple(y) if folds_norm else y
 
 
@@ -84,11 +85,3 @@ def _stage(numbers: Any, tensors: Sequence[Tensor | None]) -> Stage:
         pairs = (zip(("weight", "bias"), pair, strict=True) for pair in (squeeze[:2], squeeze[2:]))
         convs = tuple(SimpleNamespace(_parameters=dict(pair)) for pair in pairs)
     return Stage(conv, norm, is_batch, act, convs, squeeze_act, drop_path)
-
-
-def _allow_in_graph() -> None:
-    """Has Dynamo leave `_run` alone; here, because it would import Dynamo with the package."""
-    torch.compiler.allow_in_graph(_run)
-
-
-_allow_in_graph._dynamo_marked_constant = True  # runs while Dynamo traces

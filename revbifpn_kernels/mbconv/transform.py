@@ -68,23 +68,16 @@ class MBConv(nn.Sequential):
         super().__init__(OrderedDict(parts))
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            stages = stages_for_graph(self, x)
-            return super().forward(x) if stages is None else run_in_graph(stages, x)
         stages = recompute.decide(self._stages, x)
-        return super().forward(x) if stages is None else run_stages(stages, x)
+        return super().forward(x) if stages is None else _run(stages, x)
 
     def forward_folded(self, x: Tensor) -> Source:
         """Return the result, its last norm left to the fusion that reads it.
 
         With hooks, a replaced `forward` or a subclass's own `forward` this is `self(x)`.
         """
-        if torch.compiler.is_compiling():
-            is_plain = type(self).forward is MBConv.forward and is_unwatched(self)
-            stages = stages_for_graph(self, x) if is_plain else None
-            return self(x) if stages is None else run_in_graph(stages, x, folds_norm=True)
         stages = recompute.decide(self._stages_to_fold, x)
-        return self(x) if stages is None else run_stages(stages, x, folds_norm=True)
+        return self(x) if stages is None else _run(stages, x, folds_norm=True)
 
     def rerun_folded(self, x: Tensor) -> Source | Pullback:
         """Return what `forward_folded` returned in the forward, without a graph where it can."""
@@ -97,6 +90,8 @@ class MBConv(nn.Sequential):
 
     def _stages(self, x: Tensor) -> list[Stage] | None:
         """What runs fused, or None where the modules must run one by one."""
+        if torch.compiler.is_compiling():
+            return stages_for_graph(self, x)
         # In a traced block, but outside a transform, modules run, so that GuardMode refuses them.
         is_hidden = recompute.current_recorder() is None and recompute.is_traced()
         stages = stages_of(self) if not is_hidden and can_run(x) and self._is_faster(x) else None
@@ -112,6 +107,11 @@ class MBConv(nn.Sequential):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if is_autocast(x) else x.dtype
         return self.training or are_slow(device, dtype)
+
+
+def _run(stages: list[Stage], x: Tensor, **options) -> Source:
+    run = run_in_graph if torch.compiler.is_compiling() else run_stages
+    return run(stages, x, **options)
 
 
 def _check_mbconv(kernel_size, stride, expand_ratio, se_ratio, drop_path) -> None:

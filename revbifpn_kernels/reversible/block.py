@@ -30,8 +30,8 @@ class Reversible(nn.Module):
             raises if results differ, or if a stream leaves the lattice's range. Switch it on once
             after writing a block: it is slow and synchronises with the GPU.
         is_additive: True for a block that changes its streams by `resample_add` of transforms
-            alone, called by `run_transform`: torch.compile then finds the inverse. A subclass with
-            a `forward` of its own does not inherit it.
+            alone, called by `run_transform`: a compiled step then finds the inverse. A subclass
+            with a `forward` of its own does not inherit it.
         keeps_inputs: True for a block without an inverse, see `Recomputed`.
         reruns_before: True for a block that saves no inputs if the preceding block keeps its own:
             the backward runs that block again to compute them.

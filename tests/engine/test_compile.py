@@ -5,22 +5,13 @@ The backend `aot_eager` traces and rewrites a step as inductor does, and generat
 
 import pytest
 import torch
-from chains import (
-    blocks,
-    growing,
-    levels,
-    mbconv,
-    plain,
-    silos,
-    stored,
-    streams,
-)  # fmt: skip
+from chains import blocks, growing, levels, mbconv, plain, silos, stored, streams, transform
 from steps import gradients_of, loss_of, named_gradients, relative_error
 from torch import nn
 
 from benchmarks.lib.memory import held_and_peak
 from revbifpn_kernels import RevBlock, Reversible, ReversibleSequential, resample_add
-from revbifpn_kernels.compiler import entry, trace
+from revbifpn_kernels.compiler import entry
 
 slow = pytest.mark.slow
 ADDITIVE = (silos, growing, blocks, levels)
@@ -29,18 +20,17 @@ ADDITIVE = (silos, growing, blocks, levels)
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch._dynamo.reset()
-    trace._said.clear()
     yield
     torch._dynamo.reset()
 
 
-def compiled(net, **options):
-    return entry.compile(net, backend="aot_eager", **options)
+def compiled(net):
+    return entry.compile(net, backend="aot_eager")
 
 
-def results_of(net, xs, **options) -> dict:
+def results_of(net, xs) -> dict:
     """`gradients_of`, by the names of a network that is not compiled."""
-    results = gradients_of(net, xs, **options)
+    results = gradients_of(net, xs)
     return {name.replace("_orig_mod.", ""): value for name, value in results.items()}
 
 
@@ -49,7 +39,9 @@ def held(net, xs) -> int:
     return held_and_peak(lambda: loss_of(net(*xs)))[0]
 
 
-@pytest.mark.parametrize("make", [plain, pytest.param(mbconv, marks=slow)])
+@pytest.mark.parametrize(
+    "make", [plain, pytest.param(transform, marks=slow), pytest.param(mbconv, marks=slow)]
+)
 @pytest.mark.parametrize("kind", ADDITIVE)
 def test_gradients_are_those_of_a_compiled_network_that_stores(kind, make):
     """Also with dropout and stochastic depth: the backward reads the masks of the forward."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...compiler.pytorch import in_graph
 from ..layout import in_format, is_channels_last
 from .add import resample_add, resample_add_out
 from .gradients import save_for_gradients, source_gradients
@@ -41,7 +42,6 @@ def fuse(x: Tensor, sources: Sequence[Source], **options) -> Tensor:
     if not scaling:
         return resample_add(x, maps, **options)
     if torch.compiler.is_compiling():
-        _allow_in_graph()
         return _fuse_in_graph(x, maps, scaling, options)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *maps)):
         return _Fusion.apply(x, scaling, options, *maps)
@@ -77,16 +77,9 @@ class _Fusion(torch.autograd.Function):
         return grad, None, None, *source_gradients(ctx, grad, needed, ctx.alpha)[0]
 
 
+@in_graph
 def _fuse_in_graph(x: Tensor, maps: list[Tensor], scaling: dict, options: dict) -> Tensor:
     return _Fusion.apply(x, scaling, options, *maps)
-
-
-def _allow_in_graph() -> None:
-    """Has Dynamo leave `_fuse_in_graph` alone; here, because it would import Dynamo."""
-    torch.compiler.allow_in_graph(_fuse_in_graph)
-
-
-_allow_in_graph._dynamo_marked_constant = True  # runs while Dynamo traces
 
 
 def _maps_and_scaling(sources: Sequence[Source]) -> tuple[list[Tensor], dict]:
