@@ -8,10 +8,12 @@ last streams are then saved, and what is small or random.
 
 The contract:
 
-- Only nodes that carry a chain's tags (`tags.py`) are computed again; all others, such as the stem
-  and the loss, are left to PyTorch's partitioner.
-- Small tensors (statistics of norms, gates) and random numbers are saved as they are, so that the
-  recompute repeats them.
+- Only nodes that carry a chain's tags (`tags.py`) are computed again, and only they read restored
+  maps; all others, such as the stem and the loss, are left to PyTorch's partitioner. Restored maps
+  are right to rounding, which the gradient of a stem's ReLU must not see: it asks whether its
+  result is 0.
+- Small tensors (statistics of norms, gates) and results of operators that may draw random numbers
+  are saved, so that the recompute repeats them. PyTorch's fused attention is such an operator.
 - A map is restored right before the first node of the backward that reads it, hence one block at a
   time, and no part of the restoring may move into the forward.
 - A stream that a block changes by anything but `resample_add`, or whose inverse would need the
@@ -55,7 +57,7 @@ def restore_maps(gm: fx.GraphModule) -> bool:
     forward = [node for node in nodes if not _is_backward(node)]
     restored = _RestoredMaps(gm.graph, forward)
     for node in nodes:
-        if _is_backward(node) and node.op == "call_function":
+        if _is_backward(node) and node.op == "call_function" and block_of(node):
             for read in node.all_input_nodes:
                 if not _is_backward(read):
                     node.replace_input_with(read, restored.of(read, before=node))
@@ -124,6 +126,8 @@ class _RestoredMaps:
         """How to compute a map of the forward again; None if the forward's own is read."""
         if node.op != "call_function" or self._is_saved(node):
             return None
+        if is_in_transform(node):  # exactly, even a stream that a block without an inverse returns
+            return node.target, node.args, node.kwargs
         if node in self._fusion_of:
             y = self._fusion_of[node]
             _, sources, scales, shifts, alpha, *options = y.args
@@ -135,7 +139,7 @@ class _RestoredMaps:
             return self._half(whole, place)
         if not block_of(node):
             return None
-        if is_in_transform(node) or node.target is operator.getitem or node.target in _SPLITS:
+        if node.target is operator.getitem or node.target in _SPLITS:
             return node.target, node.args, node.kwargs
         _check_is_last(node)
         return None
@@ -224,7 +228,9 @@ def _is_backward(node: fx.Node) -> bool:
 
 
 def _is_random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    """Whether a node, or the one of whose results it is one, may draw random numbers."""
+    drawn = node.args[0] if node.target is operator.getitem else node
+    return torch.Tag.nondeterministic_seeded in getattr(drawn.target, "tags", ())
 
 
 def _is_small(value: Any, images: int) -> bool:

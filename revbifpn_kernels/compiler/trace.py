@@ -57,5 +57,6 @@ def _refuse(block: str, reason: str) -> bool:
 def restores_maps() -> bool:
     """Whether Dynamo traces for a backend of `compile`, which restores maps."""
     backend = backend_of_trace()
-    partitioner = getattr(backend, "config", {}).get("custom_partitioner_fn")  # inductor's
+    config = getattr(backend, "config", None)  # inductor's
+    partitioner = config.get("custom_partitioner_fn") if isinstance(config, dict) else None
     return any(getattr(part, "restores_maps", False) for part in (backend, partitioner))

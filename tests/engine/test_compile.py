@@ -3,6 +3,8 @@
 The backend `aot_eager` traces and rewrites a step as inductor does, and generates no code.
 """
 
+import copy
+
 import pytest
 import torch
 from chains import blocks, growing, levels, mbconv, plain, silos, stored, streams, transform
@@ -10,8 +12,9 @@ from steps import gradients_of, loss_of, named_gradients, relative_error
 from torch import nn
 
 from benchmarks.lib.memory import held_and_peak
-from revbifpn_kernels import RevBlock, Reversible, ReversibleSequential, resample_add
+from revbifpn_kernels import Recomputed, RevBlock, Reversible, ReversibleSequential, resample_add
 from revbifpn_kernels.compiler import entry
+from revbifpn_kernels.mbconv.drop_path import DropPath
 
 slow = pytest.mark.slow
 ADDITIVE = (silos, growing, blocks, levels)
@@ -131,3 +134,90 @@ def test_a_partitioner_of_the_users_own_comes_after_ours():
     xs = [x.requires_grad_() for x in streams(silos)]
     loss_of(net(*xs)).backward()
     assert len(seen) == 1
+
+
+class Rectified(Recomputed):
+    """Its gradient asks which elements of its result are 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(transform(7, 7) for _ in range(3))
+
+    def forward(self, x):
+        for part in self.parts:
+            x = x + part(x)
+        return (x.relu(),)
+
+
+def test_a_block_without_an_inverse_is_computed_again_exactly():
+    chain = ReversibleSequential(*blocks(1, plain), Rectified(), *blocks(1, plain)).double()
+    xs = streams(blocks, dtype=torch.float64, side=32)
+    expected = results_of(compiled(stored(chain)), xs)
+    net = compiled(chain)
+    assert relative_error(results_of(net, xs), expected) < 1e-9
+    # The inputs of the block, the last stream, and masks of dropout; one transform stores 6 maps.
+    assert held(net, [x.requires_grad_() for x in xs]) < 7 * xs[0].nbytes
+
+
+def test_what_comes_before_a_chain_reads_its_own_results():
+    """Restored to rounding, a 0 may be negative, where clamp passes no gradient."""
+    chain = ReversibleSequential(*(RevBlock(plain(4, 4), plain(4, 4)) for _ in range(2)))
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mask = nn.Parameter(torch.randn(8, 1, 1).relu())
+            self.chain = chain
+
+        def forward(self, x):
+            x = x * self.mask
+            return *self.chain(x), x.clamp(min=0)
+
+    net = Network().double()
+    xs = [torch.randn(2, 8, 10, 10, dtype=torch.float64)]
+    expected = results_of(stored(net), xs)
+    assert relative_error(results_of(compiled(net), xs), expected) < 1e-12
+
+
+@slow
+def test_flags_that_change_are_noticed():
+    """Evaluation with gradients after training, another probability, another way to train."""
+    chain = silos(1, mbconv).double()
+    xs = [x.requires_grad_() for x in streams(silos, dtype=torch.float64)]
+    net = compiled(chain)
+    loss_of(net(*xs)).backward()
+    chain.eval()
+    buffers = [b.clone() for b in chain.buffers()]
+    for ours, theirs in zip(net(*xs), chain(*xs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(a, b) for a, b in zip(chain.buffers(), buffers, strict=True))
+    chain.train()
+    for part in chain.modules():
+        if isinstance(part, DropPath):
+            part.probability = 0.0
+    chain.zero_grad()
+    twin = copy.deepcopy(chain)
+    expected = results_of(stored(twin), xs)
+    for reversible in (True, False):
+        chain.load_state_dict(twin.state_dict())
+        chain.reversible = reversible
+        assert relative_error(results_of(net, xs), expected) < 1e-9
+        chain.zero_grad()
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        tokens = x.flatten(2).transpose(1, 2)
+        y, _ = self.inner(tokens, tokens, tokens, need_weights=False)
+        return y.transpose(1, 2).view_as(x)
+
+
+def test_an_operator_with_several_random_results():
+    chain = ReversibleSequential(*(RevBlock(Attention(), Attention()) for _ in range(2))).double()
+    xs = [torch.randn(2, 8, 8, 8, dtype=torch.float64)]
+    expected = results_of(stored(chain), xs)
+    assert relative_error(results_of(compiled(chain), xs), expected) < 1e-12
