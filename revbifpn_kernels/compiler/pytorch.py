@@ -32,6 +32,8 @@ def backend_of_trace() -> Any:
     """The backend that Dynamo traces for: a function, or an object with `config` (inductor)."""
     translator = private("torch._dynamo.symbolic_convert", "InstructionTranslator")
     backend = translator.current_tx().output.compiler_fn
+    # In a call of DistributedDataParallel it is a method of what cuts graphs into buckets.
+    backend = getattr(getattr(backend, "__self__", None), "backend_compile_fn", backend)
     for name in ("_torchdynamo_orig_backend", "compiler_fn"):
         backend = getattr(backend, name, backend)
     return backend

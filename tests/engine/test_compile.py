@@ -8,8 +8,10 @@ import copy
 import pytest
 import torch
 from chains import blocks, growing, levels, mbconv, plain, silos, stored, streams, transform
+from processes import on_two_processes
 from steps import gradients_of, loss_of, named_gradients, relative_error
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.lib.memory import held_and_peak
 from revbifpn_kernels import Recomputed, RevBlock, Reversible, ReversibleSequential, resample_add
@@ -17,7 +19,6 @@ from revbifpn_kernels.compiler import entry
 from revbifpn_kernels.mbconv.drop_path import DropPath
 
 slow = pytest.mark.slow
-ADDITIVE = (silos, growing, blocks, levels)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,7 @@ def held(net, xs) -> int:
 @pytest.mark.parametrize(
     "make", [plain, pytest.param(transform, marks=slow), pytest.param(mbconv, marks=slow)]
 )
-@pytest.mark.parametrize("kind", ADDITIVE)
+@pytest.mark.parametrize("kind", [silos, growing, blocks, levels])
 def test_gradients_are_those_of_a_compiled_network_that_stores(kind, make):
     """Also with dropout and stochastic depth: the backward reads the masks of the forward."""
     chain = kind(2, make).double()
@@ -55,7 +56,9 @@ def test_gradients_are_those_of_a_compiled_network_that_stores(kind, make):
 
 
 @pytest.mark.parametrize("make", [plain, pytest.param(mbconv, marks=slow)])
-@pytest.mark.parametrize("kind", ADDITIVE)
+@pytest.mark.parametrize(
+    "kind", [silos, blocks, *(pytest.param(k, marks=slow) for k in (growing, levels))]
+)
 def test_what_is_held_does_not_grow_with_depth(kind, make):
     xs = [x.requires_grad_() for x in streams(kind, side=32)]
     activations = held(compiled(stored(kind(1, make))), xs)
@@ -203,6 +206,21 @@ def test_flags_that_change_are_noticed():
         chain.reversible = reversible
         assert relative_error(results_of(net, xs), expected) < 1e-9
         chain.zero_grad()
+
+
+def check_ddp(rank: int) -> None:
+    torch._dynamo.reset()
+    chain = growing(2, plain).double()
+    twin = stored(chain)
+    xs = streams(growing, batch=4, dtype=torch.float64)
+    for net in map(DistributedDataParallel, (compiled(chain), twin)):
+        loss_of(net(*[x[2 * rank : 2 * rank + 2] for x in xs])).backward()
+    assert relative_error(named_gradients(chain), named_gradients(twin)) < 1e-12
+
+
+@slow
+def test_two_processes(tmp_path):
+    on_two_processes(tmp_path, check_ddp)
 
 
 class Attention(nn.Module):
