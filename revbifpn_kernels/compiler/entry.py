@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .pytorch import allow_in_graph, private
+from .pytorch import prepare_dynamo, private
 
 
 def compile(
@@ -48,7 +48,7 @@ def compile(
         raise ValueError(f"compile: backend must be 'inductor' or 'aot_eager', got {backend!r}")
     from .partition import ReversiblePartitioner
 
-    allow_in_graph()
+    prepare_dynamo()
     config = private("torch._inductor", "config")
     of_mode = private("torch._inductor", "list_mode_options")(mode or "default")
     options = {**of_mode, **(options or {})}
@@ -61,7 +61,7 @@ def aot_eager(inner: Any = None) -> Callable:
     """A backend that runs the rewritten graphs as they are; `inner` as in ReversiblePartitioner."""
     from .partition import ReversiblePartitioner
 
-    allow_in_graph()
+    prepare_dynamo()
     boxed = private("functorch.compile", "make_boxed_func")
     backend = private("torch._dynamo.backends.common", "aot_autograd")(
         fw_compiler=lambda gm, _: boxed(gm.forward),

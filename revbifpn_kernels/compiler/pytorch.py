@@ -1,7 +1,7 @@
 """What this folder uses of PyTorch without a promise of compatibility, in one place.
 
 Looked up when a network is compiled, not before; what is missing raises an error that names it.
-Tested with torch 2.12.
+Tested with torch 2.12 and 2.14.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ def private(module: str, name: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
-            f"compile: expected {module}.{name} as in torch 2.11 to 2.14, and "
+            f"compile: expected {module}.{name} as in torch 2.12 to 2.14, and "
             f"torch {torch.__version__} lacks it; set reversible=False, or compile the transforms"
         ) from error
 
@@ -54,12 +54,18 @@ _in_graph: list[Callable] = []
 def in_graph(function: Callable) -> Callable:
     """Has Dynamo put calls of a function into its graph, where AOTAutograd traces it.
 
-    From `allow_in_graph` on, which imports Dynamo.
+    From `prepare_dynamo` on, which imports Dynamo.
     """
     _in_graph.append(function)
     return function
 
 
-def allow_in_graph() -> None:
-    """Tell Dynamo of the functions that are `in_graph`."""
+def prepare_dynamo() -> None:
+    """Tell Dynamo of the functions that are `in_graph`.
+
+    Raises:
+        RuntimeError: This PyTorch loses the tags of `annotate`, so that activations were stored.
+    """
+    if torch.__version__ < (2, 12):
+        raise RuntimeError(f"compile: expected torch 2.12 or later, got {torch.__version__}")
     torch.compiler.allow_in_graph(_in_graph)

@@ -19,6 +19,7 @@ from revbifpn_kernels.compiler import entry
 from revbifpn_kernels.mbconv.drop_path import DropPath
 
 slow = pytest.mark.slow
+pytestmark = pytest.mark.skipif(torch.__version__ < (2, 12), reason="tags need torch 2.12")
 
 
 @pytest.fixture(autouse=True)
